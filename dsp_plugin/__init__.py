@@ -1,0 +1,42 @@
+"""Exact sequence parallelism for PyTorch, DeepSpeed and Megatron-core.
+
+Importing this package also lets installed integrations hook the frameworks they serve: see the entry point group
+``dsp_plugin.autoload``. The library itself knows no framework.
+"""
+
+from __future__ import annotations
+
+from importlib.metadata import entry_points
+
+from dsp_plugin.comm import ledger
+from dsp_plugin.config import SequenceParallelConfig
+from dsp_plugin.errors import CollectiveMismatchError, PatchError, SequenceParallelConfigError, UnsupportedError
+from dsp_plugin.groups import Axis, SequenceParallelGroups
+from dsp_plugin.layout import Layout
+from dsp_plugin.mask import MaskSpec
+from dsp_plugin.methods import METHODS
+from dsp_plugin.parallelize import Parallelized, parallelize
+from dsp_plugin.plan import Plan, Stage
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "METHODS",
+    "Axis",
+    "CollectiveMismatchError",
+    "Layout",
+    "MaskSpec",
+    "Parallelized",
+    "PatchError",
+    "Plan",
+    "SequenceParallelConfig",
+    "SequenceParallelConfigError",
+    "SequenceParallelGroups",
+    "Stage",
+    "UnsupportedError",
+    "ledger",
+    "parallelize",
+]
+
+for _integration in entry_points(group="dsp_plugin.autoload"):
+    _integration.load()()

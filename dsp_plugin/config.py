@@ -1,0 +1,336 @@
+"""One schema for the DeepSpeed section, the Megatron flags and Python, validated once and before anything is sent."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from difflib import get_close_matches
+from typing import Any, Literal, Self, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
+
+from dsp_plugin.errors import SequenceParallelConfigError
+from dsp_plugin.layout import LayoutKind
+from dsp_plugin.methods import METHODS, Workload
+
+DEEPSPEED_SECTION = "sequence_parallel"
+
+KernelName = Literal["auto", "fa3", "fa2", "cuda_flash", "cpu_flash", "math", "reference"]
+
+_MEGATRON_FLAGS = {
+    "method": "sp_method",
+    "ulysses_size": "sp_ulysses_size",
+    "ring_size": "sp_ring_size",
+    "layout": "sp_layout",
+    "kernel": "sp_kernel",
+    "debug": "sp_debug",
+}
+
+
+class LossConfig(BaseModel):
+    """How to weigh a loss that the model takes as the mean over the labels it is given.
+
+    Attributes:
+        labels: the forward argument with the labels, already shifted by the data pipeline.
+        ignore_index: the label that counts for nothing.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    labels: str = "labels"
+    ignore_index: int = -100
+
+
+class SequenceParallelConfig(BaseModel):
+    """Everything a user can set.
+
+    Attributes:
+        method: ``dsp`` or ``ulysses``.
+        size: P, ranks that share one sequence. Given by ``ulysses_size`` * ``ring_size`` when left out.
+        ulysses_size: U; defaults to what ``method`` and ``size`` imply.
+        ring_size: R; likewise.
+        layout: token order; ``auto`` takes the framework's own, which is zigzag on Megatron-core, else contiguous.
+        kernel: local attention kernel; ``auto`` takes the fastest that serves the tensors.
+        debug: ranks compare op, shapes and dtypes before each collective; also ``DSP_PLUGIN_DEBUG=1``.
+        plan: ``package.module:name`` of a `Plan` for the model; needed where the model is not one we know.
+        attention: globs over module names: the modules whose `scaled_dot_product_attention` spans the sequence.
+        batch: forward arguments that hold whole sequences, and the dim along which to shard each.
+        positions: with ``batch``, the forward argument that takes global positions, filled in where the script does not
+            pass it; None for a model that uses none.
+        loss: set when the model returns the mean loss over the labels of its shard.
+        gather_output: the sequence dim of the model's output, set when the script takes the loss itself.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    method: str
+    size: PositiveInt
+    ulysses_size: PositiveInt
+    ring_size: PositiveInt
+    layout: Literal["auto"] | LayoutKind = "auto"
+    kernel: KernelName = "auto"
+    debug: bool = False
+    plan: str | None = Field(default=None, pattern=r"^[\w.]+:[\w.]+$")
+    attention: tuple[str, ...] = ()
+    batch: dict[str, int] = Field(default_factory=dict)
+    positions: str | None = "position_ids"
+    loss: LossConfig | None = None
+    gather_output: int | None = None
+
+    def __init__(self, **settings: Any) -> None:
+        """Validate ``settings``.
+
+        Raises:
+            SequenceParallelConfigError: an unknown key, a value of the wrong type, or an illegal combination.
+        """
+        _refuse_unknown(settings, type(self).model_fields)
+        if isinstance(settings.get("loss"), Mapping):
+            _refuse_unknown(settings["loss"], LossConfig.model_fields, "loss.")
+        try:
+            super().__init__(**settings)
+        except ValidationError as error:
+            raise SequenceParallelConfigError(_first_problem(error)) from None
+
+    @classmethod
+    def parse(cls, settings: Any, source: str) -> Self:
+        """Validate a section read from ``source``, which errors name.
+
+        Raises:
+            SequenceParallelConfigError: it is not a section, or not a legal one.
+        """
+        if not isinstance(settings, Mapping):
+            raise SequenceParallelConfigError(
+                setting=source,
+                value=settings,
+                why=f"expected a section with keys such as method and size, got {type(settings).__name__}",
+                remedy='write {"method": "ulysses", "size": 4}',
+            )
+        try:
+            return cls(**settings)
+        except SequenceParallelConfigError as error:
+            raise SequenceParallelConfigError(f"{source}: {error}") from None
+
+    @classmethod
+    def from_deepspeed(cls, ds_config: Mapping[str, Any]) -> Self | None:
+        """The ``"sequence_parallel"`` section of a DeepSpeed config; None where there is none."""
+        section = ds_config.get(DEEPSPEED_SECTION)
+        return None if section is None else cls.parse(section, source=f'DeepSpeed config "{DEEPSPEED_SECTION}"')
+
+    @classmethod
+    def from_megatron(cls, args: Any) -> Self | None:
+        """The ``--sp-*`` flags with Megatron's ``--context-parallel-size`` as size; None without ``--sp-method``.
+
+        Args:
+            args: Megatron's parsed arguments, or any object with the same attributes.
+        """
+        settings = {key: getattr(args, flag, None) for key, flag in _MEGATRON_FLAGS.items()}
+        if settings["method"] is None:
+            stray = [_flag(flag) for key, flag in _MEGATRON_FLAGS.items() if settings[key] not in (None, False)]
+            if stray:
+                raise SequenceParallelConfigError(
+                    setting=", ".join(stray),
+                    why="set without --sp-method, so nothing would use it",
+                    remedy=f"add --sp-method, one of {', '.join(METHODS)}",
+                )
+            return None
+        settings["size"] = getattr(args, "context_parallel_size", 1)
+        given = {key: value for key, value in settings.items() if value is not None}
+        return cls.parse(given, source="Megatron flags")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _complete_sizes(cls, settings: Any) -> Any:
+        """Fill in the sizes that follow from the others, refusing those that contradict."""
+        if not isinstance(settings, dict):
+            return settings
+        _check_method(settings.get("method"))
+        size, ulysses, ring = (settings.get(key) for key in ("size", "ulysses_size", "ring_size"))
+        if any(value is not None and not _is_count(value) for value in (size, ulysses, ring)):
+            return settings
+        if size is None:
+            if ulysses is None and ring is None:
+                raise SequenceParallelConfigError(
+                    setting="size",
+                    why="missing: how many ranks share one sequence",
+                    remedy="set size to a divisor of the number of GPUs",
+                )
+            size = (ulysses or 1) * (ring or 1)
+        if settings["method"] in ("ulysses", "dsp"):
+            if ring not in (None, 1):
+                raise SequenceParallelConfigError(
+                    setting="ring_size",
+                    value=ring,
+                    why=f"method {settings['method']} has no ring: its {size} ranks are ulysses_size={size} times "
+                    f"ring_size=1",
+                    remedy="drop ring_size",
+                )
+            ring = 1
+            ulysses = size if ulysses is None else ulysses
+        if ulysses * ring != size:
+            raise SequenceParallelConfigError(
+                setting="size",
+                value=size,
+                why=f"ulysses_size * ring_size = {ulysses} * {ring} = {ulysses * ring}, not {size}",
+                remedy="set size alone, or sizes whose product is size",
+            )
+        return {**settings, "size": size, "ulysses_size": ulysses, "ring_size": ring}
+
+    @model_validator(mode="after")
+    def _check_combination(self) -> Self:
+        if self.layout != "auto" and self.layout not in METHODS[self.method].layouts:
+            raise SequenceParallelConfigError(
+                setting="layout",
+                value=self.layout,
+                why=f"method {self.method} takes {', '.join(METHODS[self.method].layouts)}",
+                remedy='set layout to one of these, or to "auto"',
+            )
+        if self.batch and self.method == "dsp":
+            raise SequenceParallelConfigError(
+                setting="batch",
+                value=self.batch,
+                why="DSP shards the activation inside the model, by the plan, not the batch",
+                remedy="drop batch, or use method ulysses",
+            )
+        if self.batch and self.plan is not None:
+            raise SequenceParallelConfigError(
+                setting="batch",
+                value=self.batch,
+                why=f"plan={self.plan!r} already shards inside the model; both would shard twice",
+                remedy="keep one of plan and batch",
+            )
+        if self.batch and not self.attention:
+            raise SequenceParallelConfigError(
+                setting="attention",
+                value=list(self.attention),
+                why=f"batch shards {list(self.batch)}, so attention must span the shards, but no module is named",
+                remedy='name the attention modules, as in "attention": ["layers.*.attn"]',
+            )
+        if self.attention and not self.batch:
+            raise SequenceParallelConfigError(
+                setting="attention",
+                value=list(self.attention),
+                why="attention modules are named but no forward argument is sharded",
+                remedy='name the sharded arguments, as in "batch": {"input_ids": 1, "position_ids": 1, "labels": 1}',
+            )
+        if self.batch and (self.loss is None) == (self.gather_output is None):
+            both = self.loss is not None
+            raise SequenceParallelConfigError(
+                setting="loss",
+                value=self.loss.model_dump() if self.loss else None,
+                why=f"{'both' if both else 'neither'} of loss and gather_output {'are' if both else 'is'} set; the model "
+                f"returns either a loss over its shard or outputs to gather",
+                remedy='set "loss": {"labels": "labels"} if forward returns the mean loss, '
+                'or "gather_output": 1 if the script computes it',
+            )
+        if not self.batch and (self.loss is not None or self.gather_output is not None):
+            raise SequenceParallelConfigError(
+                setting="loss" if self.loss is not None else "gather_output",
+                value=self.loss.model_dump() if self.loss is not None else self.gather_output,
+                why="nothing to contract or gather: no forward argument is sharded",
+                remedy='name the sharded arguments in "batch", or drop this setting',
+            )
+        if self.loss is not None and self.loss.labels not in self.batch:
+            raise SequenceParallelConfigError(
+                setting="loss.labels",
+                value=self.loss.labels,
+                why=f"the labels must be sharded like the tokens, but batch names only {list(self.batch)}",
+                remedy=f'add "{self.loss.labels}" to batch',
+            )
+        return self
+
+    def check_world(self, world_size: int, **other_sizes: int) -> int:
+        """Check that the sizes fit the world.
+
+        Args:
+            world_size: ranks in the world.
+            other_sizes: further parallel sizes by name, such as ``tensor_parallel_size``.
+
+        Returns:
+            The data-parallel size that is left.
+
+        Raises:
+            SequenceParallelConfigError: the product of the sizes does not divide the world.
+        """
+        sizes = {"size": self.size, **other_sizes}
+        product = 1
+        for value in sizes.values():
+            product *= value
+        if world_size % product:
+            names, values = " * ".join(sizes), " * ".join(map(str, sizes.values()))
+            raise SequenceParallelConfigError(
+                setting="size",
+                value=self.size,
+                why=f"{names} = {values} = {product} does not divide the {world_size} ranks of the world",
+                remedy=f"choose sizes whose product divides {world_size}, or start a multiple of {product} ranks",
+            )
+        return world_size // product
+
+    def check_model(
+        self, *, heads: int, kv_heads: int | None = None, length: int | None = None, tensor_parallel_size: int = 1
+    ) -> None:
+        """Check that the method can serve a model of these shapes, all of them before tensor parallelism.
+
+        Raises:
+            SequenceParallelConfigError: it cannot; the message has every reason.
+        """
+        kv_heads = heads if kv_heads is None else kv_heads
+        if heads % tensor_parallel_size:
+            raise SequenceParallelConfigError(
+                setting="tensor_parallel_size",
+                value=tensor_parallel_size,
+                why=f"{heads} query heads do not split over {tensor_parallel_size} tensor-parallel ranks",
+                remedy="choose a divisor of the head count",
+            )
+        # Megatron-core repeats key/value heads where there are fewer of them than tensor-parallel ranks.
+        kv_heads = max(kv_heads // tensor_parallel_size, 1)
+        workload = Workload(self.ulysses_size, heads // tensor_parallel_size, kv_heads, length=length or 1)
+        reasons = METHODS[self.method].illegal(workload)
+        if reasons:
+            raise SequenceParallelConfigError(
+                f"method={self.method!r} with size={self.size}, heads={heads}, kv_heads={kv_heads}, "
+                f"tensor_parallel_size={tensor_parallel_size}: " + " ".join(reasons)
+            )
+
+    def layout_for(self, native: LayoutKind = "contiguous") -> LayoutKind:
+        """The token order to use where the framework's own is ``native``."""
+        return native if self.layout == "auto" else self.layout
+
+
+def _check_method(method: Any) -> None:
+    if method not in METHODS:
+        nearest = get_close_matches(str(method), list(METHODS), n=1)
+        raise SequenceParallelConfigError(
+            setting="method",
+            value=method,
+            why="missing" if method is None else "no such method" + (f"; did you mean {nearest[0]!r}?" if nearest else ""),
+            remedy=f"set it to one of {', '.join(METHODS)}",
+        )
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _flag(attribute: str) -> str:
+    return "--" + attribute.replace("_", "-")
+
+
+def _refuse_unknown(settings: Mapping[str, Any], known: Iterable[str], prefix: str = "") -> None:
+    known = list(known)
+    for key in settings:
+        if key not in known:
+            nearest = get_close_matches(str(key), known, n=1, cutoff=0.0)[0]
+            raise SequenceParallelConfigError(
+                f"unknown key {prefix + str(key)!r}. Did you mean {prefix + nearest!r}? Known keys: {', '.join(known)}."
+            )
+
+
+def _first_problem(error: ValidationError) -> str:
+    problem = error.errors()[0]
+    cause = problem.get("ctx", {}).get("error")
+    if isinstance(cause, SequenceParallelConfigError):
+        return str(cause)
+    return f"{'.'.join(map(str, problem['loc']))}={problem['input']!r}: {problem['msg']}."
+
+
+LAYOUT_CHOICES: tuple[str, ...] = ("auto", *get_args(LayoutKind))
+KERNEL_CHOICES: tuple[str, ...] = get_args(KernelName)

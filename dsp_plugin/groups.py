@@ -1,0 +1,146 @@
+"""The rank grid, and the process groups cut from it by name: sp, ulysses, ring, dsp, lasp, dp.
+
+A sequence group of P ranks is a ``ring x ulysses`` grid, P = U * R. DSP and LASP use the whole sequence group, under
+names of their own so that a framework can register, and the ledger can tell, who sent what.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Self
+
+import torch
+import torch.distributed as dist
+from torch.distributed import ProcessGroup
+
+if TYPE_CHECKING:
+    from dsp_plugin.config import SequenceParallelConfig
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One mesh axis as this rank sees it.
+
+    Attributes:
+        name: who it is for: ``sp``, ``ulysses``, ``ring``, ``dsp``, ``lasp`` or ``dp``.
+        group: its process group; None on an axis of size 1, which never communicates.
+        rank: this rank's place on the axis.
+        size: ranks on the axis.
+        ranks: their global ranks, in axis order.
+        debug: compare op, shapes and dtypes with the other ranks before each collective.
+    """
+
+    name: str
+    group: ProcessGroup | None
+    rank: int
+    size: int
+    ranks: tuple[int, ...]
+    debug: bool = False
+
+    def __post_init__(self) -> None:
+        assert self.size == len(self.ranks) and 0 <= self.rank < self.size
+        assert self.size == 1 or self.group is not None
+
+    @classmethod
+    def alone(cls, name: str, global_rank: int = 0) -> Axis:
+        """An axis of one rank."""
+        return cls(name, None, 0, 1, (global_rank,))
+
+    @classmethod
+    def of_group(cls, name: str, group: ProcessGroup) -> Axis:
+        """The axis over an existing process group, in the group's own rank order."""
+        ranks = tuple(dist.get_process_group_ranks(group))
+        rank = dist.get_rank(group)
+        return cls(name, group if len(ranks) > 1 else None, rank, len(ranks), ranks)
+
+    def renamed(self, name: str) -> Axis:
+        """The same ranks and process group under another name."""
+        return replace(self, name=name)
+
+    def debugged(self, debug: bool) -> Axis:
+        """The same axis with debug mode set as asked, or on where ``DSP_PLUGIN_DEBUG=1``."""
+        return replace(self, debug=debug or os.environ.get("DSP_PLUGIN_DEBUG", "0") == "1")
+
+
+@dataclass(frozen=True)
+class SequenceParallelGroups:
+    """Every axis a method may communicate on, plus the data-parallel replicas of this rank's sequence shard."""
+
+    sp: Axis
+    ulysses: Axis
+    ring: Axis
+    dsp: Axis
+    lasp: Axis
+    dp: Axis
+
+    @classmethod
+    def build(cls, config: SequenceParallelConfig) -> Self:
+        """Cut torch.distributed's world into ``dp x ring x ulysses``, Ulysses ranks adjacent.
+
+        Every rank of the world must call this; the process groups are created in the same order everywhere.
+
+        Raises:
+            SequenceParallelConfigError: the sizes do not divide the world.
+        """
+        if not dist.is_initialized():
+            config.check_world(1)
+            return cls.single()
+        world_size = dist.get_world_size()
+        config.check_world(world_size)
+        ulysses_size, ring_size = config.ulysses_size, config.ring_size
+        grid = torch.arange(world_size).view(-1, ring_size, ulysses_size)
+        sp = _axis("sp", grid.flatten(1))
+        # An axis that spans the whole sequence group shares its process group: one communicator, not two.
+        return cls.from_axes(
+            sp=sp,
+            ulysses=sp if ring_size == 1 else _axis("ulysses", grid.flatten(0, 1)),
+            ring=sp if ulysses_size == 1 < ring_size else _axis("ring", grid.transpose(1, 2).flatten(0, 1)),
+            dp=_axis("dp", grid.flatten(1).t()),
+            debug=config.debug,
+        )
+
+    @classmethod
+    def from_axes(
+        cls, *, sp: Axis, ulysses: Axis, ring: Axis, dp: Axis, debug: bool = False
+    ) -> Self:
+        """Groups over axes that a framework already made, such as Megatron-core's context-parallel groups.
+
+        ``ulysses`` or ``ring`` may be ``sp`` itself, where the other has one rank.
+        """
+        here = sp.ranks[sp.rank]
+        assert ulysses.size * ring.size == sp.size, (ulysses, ring, sp)
+        assert here in ulysses.ranks and here in ring.ranks and here in dp.ranks
+        axes = {"sp": sp, "ulysses": ulysses, "ring": ring, "dsp": sp, "lasp": sp, "dp": dp}
+        return cls(**{name: axis.renamed(name).debugged(debug) for name, axis in axes.items()})
+
+    @classmethod
+    def of_sequence_group(cls, group: ProcessGroup, dp: Axis | None = None, debug: bool = False) -> Self:
+        """Groups where the whole of an existing sequence group is the Ulysses axis."""
+        sp = Axis.of_group("sp", group)
+        here = sp.ranks[sp.rank]
+        dp = dp or Axis.alone("dp", here)
+        return cls.from_axes(sp=sp, ulysses=sp, ring=Axis.alone("ring", here), dp=dp, debug=debug)
+
+    @classmethod
+    def single(cls) -> Self:
+        """The groups of an unsharded run: every axis has one rank, and nothing is ever sent."""
+        rank = dist.get_rank() if dist.is_initialized() else 0
+        alone = Axis.alone("sp", rank)
+        return cls.from_axes(sp=alone, ulysses=alone, ring=alone, dp=alone)
+
+    def __iter__(self) -> Iterator[Axis]:
+        return iter((self.sp, self.ulysses, self.ring, self.dsp, self.lasp, self.dp))
+
+
+def _axis(name: str, rows: torch.Tensor) -> Axis:
+    """The axis of this rank among ``rows``, each row the global ranks of one group."""
+    here = dist.get_rank()
+    mine: Axis | None = None
+    for row in rows.tolist():
+        group = dist.new_group(row) if len(row) > 1 else None
+        if here in row:
+            mine = Axis(name, group, row.index(here), len(row), tuple(row))
+    assert mine is not None, f"rank {here} is in no {name} group"
+    return mine

@@ -1,0 +1,135 @@
+"""Which rank holds which tokens, and in what order: contiguous, zigzag and striped, for any length and size."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from dsp_plugin.errors import SequenceParallelConfigError
+
+LayoutKind = Literal["contiguous", "zigzag", "striped"]
+LAYOUTS: tuple[LayoutKind, ...] = get_args(LayoutKind)
+
+
+def shard_sizes(length: int, parts: int) -> tuple[int, ...]:
+    """``length`` split into ``parts`` sizes that differ by at most one, larger ones first."""
+    whole, extra = divmod(length, parts)
+    return tuple(whole + (part < extra) for part in range(parts))
+
+
+def shard_ranges(length: int, parts: int) -> tuple[range, ...]:
+    """The ranges that `shard_sizes` cuts ``range(length)`` into."""
+    return _consecutive(shard_sizes(length, parts))
+
+
+def _consecutive(sizes: Sequence[int]) -> tuple[range, ...]:
+    return tuple(range(stop - size, stop) for size, stop in zip(sizes, accumulate(sizes), strict=True))
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The placement of one sequence of ``length`` tokens on ``size`` ranks.
+
+    * ``contiguous``: rank r holds the r-th of P runs.
+    * ``zigzag``: of 2P runs rank r holds runs r and 2P-1-r, which balances causal work; Megatron-core's order.
+    * ``striped``: rank r holds tokens r, r+P, r+2P, ...
+
+    Lengths need not divide; runs differ by at most one token. ``explicit_sizes`` overrides the sizes of contiguous runs
+    (tokens that are the product of a sharded dim and a whole one come in such sizes).
+
+    Raises:
+        SequenceParallelConfigError: unknown kind, or a size below 1.
+    """
+
+    kind: LayoutKind
+    length: int
+    size: int
+    explicit_sizes: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if self.kind not in LAYOUTS:
+            raise SequenceParallelConfigError(
+                setting="layout", value=self.kind, why=f"known layouts are {', '.join(LAYOUTS)}", remedy="pick one"
+            )
+        if self.size < 1 or self.length < 0:
+            raise SequenceParallelConfigError(
+                setting="layout",
+                value=f"{self.kind}(length={self.length}, size={self.size})",
+                why="a layout needs length >= 0 and size >= 1",
+                remedy="check how the sequence length was read",
+            )
+
+    @classmethod
+    def of_sizes(cls, sizes: Sequence[int]) -> Layout:
+        """Contiguous runs of the given sizes."""
+        return cls("contiguous", sum(sizes), len(sizes), tuple(sizes))
+
+    def spans(self, rank: int) -> tuple[range, ...]:
+        """Global positions of the tokens of ``rank``, in local order; empty runs left out."""
+        return self._spans[rank]
+
+    @cached_property
+    def _spans(self) -> tuple[tuple[range, ...], ...]:
+        if self.kind == "striped":
+            runs_by_rank = [(range(rank, self.length, self.size),) for rank in range(self.size)]
+        elif self.kind == "zigzag":
+            runs = shard_ranges(self.length, 2 * self.size)
+            runs_by_rank = [(runs[rank], runs[2 * self.size - 1 - rank]) for rank in range(self.size)]
+        elif self.explicit_sizes is not None:
+            runs_by_rank = [(run,) for run in _consecutive(self.explicit_sizes)]
+        else:
+            runs_by_rank = [(run,) for run in shard_ranges(self.length, self.size)]
+        return tuple(tuple(run for run in runs if len(run)) for runs in runs_by_rank)
+
+    @cached_property
+    def sizes(self) -> tuple[int, ...]:
+        """Local token counts by rank; they sum to ``length``."""
+        return tuple(sum(len(run) for run in self._spans[rank]) for rank in range(self.size))
+
+    def position_ids(self, rank: int, device: torch.device | str | None = None) -> Tensor:
+        """Global positions of the tokens of ``rank``: int64 ``[n]``."""
+        runs = [torch.arange(run.start, run.stop, run.step, device=device) for run in self.spans(rank)]
+        return torch.cat(runs) if runs else torch.empty(0, dtype=torch.int64, device=device)
+
+    def shard(self, x: Tensor, dim: int, rank: int) -> Tensor:
+        """The part of ``x`` (global along ``dim``) that ``rank`` holds; a view when it is one run.
+
+        Raises:
+            SequenceParallelConfigError: ``x`` does not have ``length`` entries along ``dim``.
+        """
+        if x.shape[dim] != self.length:
+            raise SequenceParallelConfigError(
+                setting="sequence length",
+                value=x.shape[dim],
+                why=f"dim {dim} of a tensor {tuple(x.shape)} should hold the whole sequence of {self.length} tokens",
+                remedy="pass unsharded tensors, and name the sequence dim correctly",
+            )
+        runs = [run_of(x, dim, run) for run in self.spans(rank)]
+        if not runs:
+            return x.narrow(dim, 0, 0)
+        return runs[0] if len(runs) == 1 else torch.cat(runs, dim)
+
+    def unshard(self, shards: Sequence[Tensor], dim: int) -> Tensor:
+        """The global tensor from the shards of all ranks, in rank order."""
+        shape = list(shards[0].shape)
+        shape[dim] = self.length
+        out = shards[0].new_empty(shape)
+        for rank, shard in enumerate(shards):
+            offset = 0
+            for run in self.spans(rank):
+                run_of(out, dim, run).copy_(shard.narrow(dim, offset, len(run)))
+                offset += len(run)
+        return out
+
+
+def run_of(x: Tensor, dim: int, run: range) -> Tensor:
+    """The entries of ``x`` at the positions ``run`` along ``dim``, as a view."""
+    index: list[slice] = [slice(None)] * x.dim()
+    index[dim] = slice(run.start, run.stop, run.step)
+    return x[tuple(index)]

@@ -1,0 +1,84 @@
+"""Which keys a query may see, in global positions, so that one mask means the same under every sharding."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from dsp_plugin.errors import SequenceParallelConfigError
+
+Band = tuple[int | None, int | None]
+
+
+@dataclass(frozen=True)
+class MaskSpec:
+    """A structured attention mask over global positions.
+
+    The query at position ``i`` sees the key at position ``j`` iff all hold:
+
+    * ``j <= i`` when ``causal``;
+    * ``-left <= j - i <= right`` for ``window = (left, right)``, ``None`` meaning unbounded on that side
+      (FlashAttention's convention, with ``None`` for its ``-1``);
+    * ``i`` and ``j`` lie in the same document, ``cu_seqlens = (0, ..., L)`` being the document borders. All batch
+      rows share them.
+
+    Raises:
+        SequenceParallelConfigError: the window or the document borders are malformed.
+    """
+
+    causal: bool = False
+    window: tuple[int | None, int | None] | None = None
+    cu_seqlens: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if self.window is not None:
+            if len(self.window) != 2 or any(side is not None and side < 0 for side in self.window):
+                raise SequenceParallelConfigError(
+                    setting="window",
+                    value=self.window,
+                    why="a window is (left, right), each a count of tokens >= 0 or None for unbounded",
+                    remedy="write (1023, 0) for a causal window over 1024 tokens",
+                )
+        if self.cu_seqlens is not None:
+            borders = tuple(int(border) for border in self.cu_seqlens)
+            object.__setattr__(self, "cu_seqlens", borders)
+            if len(borders) < 2 or borders[0] != 0 or any(b < a for a, b in zip(borders, borders[1:], strict=False)):
+                raise SequenceParallelConfigError(
+                    setting="cu_seqlens",
+                    value=borders,
+                    why="document borders start at 0, never decrease, and end at the sequence length",
+                    remedy="pass (0, end of document 1, ..., sequence length)",
+                )
+
+    def band(self) -> Band:
+        """``(left, right)`` such that a key is in reach iff ``-left <= j - i <= right``; causal is ``right = 0``."""
+        left, right = self.window if self.window is not None else (None, None)
+        if self.causal:
+            right = 0
+        return left, right
+
+    def documents(self, length: int) -> tuple[range, ...]:
+        """The global positions of each document of a sequence of ``length`` tokens; one range when not packed.
+
+        Raises:
+            SequenceParallelConfigError: the last border is not ``length``.
+        """
+        if self.cu_seqlens is None:
+            return (range(length),)
+        if self.cu_seqlens[-1] != length:
+            raise SequenceParallelConfigError(
+                setting="cu_seqlens",
+                value=self.cu_seqlens,
+                why=f"the last border is {self.cu_seqlens[-1]} but the sequence has {length} tokens",
+                remedy="give borders in global positions of the whole sequence, not of a shard",
+            )
+        borders = self.cu_seqlens
+        return tuple(range(a, b) for a, b in zip(borders, borders[1:], strict=False) if b > a)
+
+    def describe(self) -> str:
+        """A short name for tables: ``causal``, ``full``, ``causal+window(7, 0)+packed(3)``."""
+        parts = ["causal" if self.causal else "full"]
+        if self.window is not None:
+            parts.append(f"window{self.window}")
+        if self.cu_seqlens is not None:
+            parts.append(f"packed({len(self.cu_seqlens) - 1})")
+        return "+".join(parts)
