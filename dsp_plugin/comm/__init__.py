@@ -1,0 +1,27 @@
+"""Communication: autograd collectives over one counted choke point."""
+
+from dsp_plugin.comm.collectives import (
+    Route,
+    all_gather,
+    all_to_all,
+    gather,
+    reduce_scatter,
+    replicate,
+    ring_hop,
+    split,
+)
+from dsp_plugin.comm.ledger import Ledger, LedgerRow, ledger
+
+__all__ = [
+    "Ledger",
+    "LedgerRow",
+    "Route",
+    "all_gather",
+    "all_to_all",
+    "gather",
+    "ledger",
+    "reduce_scatter",
+    "replicate",
+    "ring_hop",
+    "split",
+]

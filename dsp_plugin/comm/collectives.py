@@ -1,0 +1,327 @@
+"""Collectives that autograd can pass through.
+
+The gradient contract: the global loss is the mean over ranks of their local losses, and parameter gradients are the
+mean over ranks. Inside a sharded region gradients are thus P times the partial sum, which is what DeepSpeed and
+Megatron-core expect, since both average over a group that contains the sequence ranks. `split`, `gather` and `replicate`
+are the borders of such a region and carry the factor; everything else is its own exact adjoint.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dsp_plugin.comm.wire import Hop, Sender, collect, exchange
+from dsp_plugin.groups import Axis
+from dsp_plugin.layout import Layout, run_of, shard_ranges
+
+Runs = tuple[range, ...]
+
+
+@dataclass(frozen=True)
+class Route:
+    """How one tensor goes through an all-to-all: scattered along one dim, gathered along another.
+
+    Attributes:
+        scatter_dim: whole before, cut after.
+        gather_dim: cut before, whole after.
+        scatter: for each destination the entries of ``scatter_dim`` that it gets. They may overlap: a key/value head
+            that two ranks need goes to both, and its gradients are added up.
+        gather: for each source the entries of ``gather_dim`` that its local ones are, in local order.
+    """
+
+    scatter_dim: int
+    gather_dim: int
+    scatter: tuple[Runs, ...]
+    gather: tuple[Runs, ...]
+
+    @classmethod
+    def even(cls, scatter_dim: int, gather_dim: int, scatter_length: int, gather_length: int, parts: int) -> Route:
+        """The route that cuts both dims into ``parts`` contiguous runs whose sizes differ by at most one."""
+        return cls(
+            scatter_dim,
+            gather_dim,
+            tuple((run,) for run in shard_ranges(scatter_length, parts)),
+            tuple((run,) for run in shard_ranges(gather_length, parts)),
+        )
+
+    def inverse(self) -> Route:
+        """The route back, which is also the route of the gradient."""
+        return Route(self.gather_dim, self.scatter_dim, self.gather, self.scatter)
+
+
+def all_to_all(tensors: Sequence[Tensor], routes: Sequence[Route], *, axis: Axis, method: str) -> tuple[Tensor, ...]:
+    """Send every tensor along its route, all of them in one collective.
+
+    Bytes leaving this rank: those of its entries for other ranks; its own chunk is free.
+
+    Args:
+        tensors: of one dtype; each whole along its ``scatter_dim`` and local along its ``gather_dim``.
+        routes: one per tensor.
+        axis: the ranks that exchange.
+        method: the name for the ledger.
+
+    Returns:
+        The tensors, local along ``scatter_dim`` and whole along ``gather_dim``.
+    """
+    assert len(tensors) == len(routes) and len({x.dtype for x in tensors}) == 1
+    if axis.size == 1 and all(
+        _consecutive(route.gather) and route.scatter[0] == (range(x.shape[route.scatter_dim]),)
+        for x, route in zip(tensors, routes, strict=True)
+    ):
+        return tuple(tensors)
+    return _AllToAll.apply(Sender(axis, method, "forward"), tuple(routes), *tensors)
+
+
+class _AllToAll(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, sender: Sender, routes: tuple[Route, ...], *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.sender, ctx.routes = sender, routes
+        ctx.set_materialize_grads(True)
+        return _route(tensors, routes, sender)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        inverses = tuple(route.inverse() for route in ctx.routes)
+        return None, None, *_route(grads, inverses, ctx.sender.backward())
+
+
+def _route(tensors: Sequence[Tensor], routes: Sequence[Route], sender: Sender) -> tuple[Tensor, ...]:
+    axis = sender.axis
+    pieces = [
+        (x, route, route.scatter[peer]) for peer in range(axis.size) for x, route in zip(tensors, routes, strict=True)
+    ]
+    shapes = [_cut(x.shape, route.scatter_dim, runs) for x, route, runs in pieces]
+    send_counts = _per_peer([prod(shape) for shape in shapes], len(tensors))
+    arriving = [
+        _cut(_cut(x.shape, route.scatter_dim, route.scatter[axis.rank]), route.gather_dim, route.gather[peer])
+        for peer in range(axis.size)
+        for x, route in zip(tensors, routes, strict=True)
+    ]
+    receive_counts = _per_peer([prod(shape) for shape in arriving], len(tensors))
+
+    if len(tensors) == 1 and _leads(tensors[0].shape, routes[0].scatter_dim, routes[0].scatter):
+        packed = tensors[0].contiguous().view(-1)
+    else:
+        packed = tensors[0].new_empty(sum(send_counts))
+        slots = packed.split([prod(shape) for shape in shapes])
+        for (x, route, runs), shape, slot in zip(pieces, shapes, slots, strict=True):
+            _fill(slot.view(shape), x, route.scatter_dim, runs)
+    received = exchange(packed, send_counts, receive_counts, sender)
+
+    blocks = [
+        slot.view(shape)
+        for slot, shape in zip(received.split([prod(shape) for shape in arriving]), arriving, strict=True)
+    ]
+    return tuple(
+        _assemble(received, blocks[index :: len(tensors)], route, single=len(tensors) == 1)
+        for index, route in enumerate(routes)
+    )
+
+
+def _cut(shape: Sequence[int], dim: int, runs: Runs) -> list[int]:
+    cut = list(shape)
+    cut[dim] = sum(map(len, runs))
+    return cut
+
+
+def _per_peer(counts: list[int], tensors: int) -> list[int]:
+    return [sum(counts[start : start + tensors]) for start in range(0, len(counts), tensors)]
+
+
+def _leads(shape: Sequence[int], dim: int, runs_by_rank: Sequence[Runs]) -> bool:
+    """Whether memory order is already rank order along ``dim``, so that packing or unpacking can be skipped."""
+    return prod(shape[:dim]) == 1 and _consecutive(runs_by_rank)
+
+
+def _consecutive(runs_by_rank: Sequence[Runs]) -> bool:
+    runs = [run for runs in runs_by_rank for run in runs]
+    return [run.start for run in runs] == [0, *(run.stop for run in runs[:-1])] and all(run.step == 1 for run in runs)
+
+
+def _fill(slot: Tensor, x: Tensor, dim: int, runs: Runs) -> None:
+    offset = 0
+    for run in runs:
+        slot.narrow(dim, offset, len(run)).copy_(run_of(x, dim, run))
+        offset += len(run)
+
+
+def _assemble(received: Tensor, blocks: list[Tensor], route: Route, single: bool) -> Tensor:
+    dim = route.gather_dim
+    length = max((run[-1] + 1 for runs in route.gather for run in runs if len(run)), default=0)
+    shape = list(blocks[0].shape)
+    shape[dim] = length
+    if single and _leads(shape, dim, route.gather):
+        return received.view(shape)
+    overlapping = sum(len(run) for runs in route.gather for run in runs) > length
+    if overlapping:
+        # Sums of several ranks' gradients: bfloat16 would lose what each of them kept.
+        total = received.new_zeros(shape, dtype=torch.promote_types(received.dtype, torch.float32))
+    else:
+        total = received.new_empty(shape)
+    for block, runs in zip(blocks, route.gather, strict=True):
+        offset = 0
+        for run in runs:
+            target, source = run_of(total, dim, run), block.narrow(dim, offset, len(run))
+            target.add_(source) if overlapping else target.copy_(source)
+            offset += len(run)
+    return total.to(received.dtype)
+
+
+def all_gather(x: Tensor, dim: int, layout: Layout, *, axis: Axis, method: str) -> Tensor:
+    """The whole tensor on every rank, where ranks go on to do different things with it.
+
+    Backward is a reduce-scatter (sum). Bytes leaving this rank: (P-1) * its shard forward, its gradient less the own
+    part backward.
+
+    Args:
+        x: this rank's shard along ``dim`` under ``layout``.
+    """
+    return x if axis.size == 1 else _AllGather.apply(x, dim, layout, Sender(axis, method, "forward"))
+
+
+def reduce_scatter(x: Tensor, dim: int, layout: Layout, *, axis: Axis, method: str) -> Tensor:
+    """This rank's shard of the sum over ranks of ``x``; backward is an all-gather.
+
+    The sum is taken in fp32 or wider, in rank order, so it does not depend on the backend.
+
+    Args:
+        x: whole along ``dim``.
+    """
+    return x if axis.size == 1 else _ReduceScatter.apply(x, dim, layout, Sender(axis, method, "forward"))
+
+
+def split(x: Tensor, dim: int, layout: Layout, *, axis: Axis, method: str) -> Tensor:
+    """Enter a sharded region with a tensor that every rank holds whole; this rank keeps its shard.
+
+    Backward is an all-gather divided by P, which leaves every rank with the exact gradient of ``x``.
+    """
+    return x if axis.size == 1 else _Split.apply(x, dim, layout, Sender(axis, method, "forward"))
+
+
+def gather(x: Tensor, dim: int, layout: Layout, *, axis: Axis, method: str) -> Tensor:
+    """Leave a sharded region: the whole tensor on every rank, where all ranks go on to do the same with it.
+
+    Backward is this rank's slice times P, and sends nothing. Where ranks differ in what follows, use `all_gather`.
+    """
+    return x if axis.size == 1 else _Gather.apply(x, dim, layout, Sender(axis, method, "forward"))
+
+
+def replicate(x: Tensor, *, axis: Axis, method: str) -> Tensor:
+    """Take a tensor that every rank holds whole into a sharded region, whole (text tokens, a class token).
+
+    Backward is the mean over ranks, which leaves every rank with the exact gradient of ``x``: the tensor counts once.
+    Not needed for parameter gradients, which the framework averages anyway; needed where ranks must agree on the
+    gradient of the tensor itself.
+    """
+    return x if axis.size == 1 else _Replicate.apply(x, Sender(axis, method, "forward"))
+
+
+def ring_hop(x: Tensor, shift: int, receive_shape: Sequence[int] | None = None, *, axis: Axis, method: str) -> Tensor:
+    """Send ``x`` to the rank ``shift`` places on, receive from the one as far back; backward hops the other way.
+
+    Args:
+        receive_shape: shape of what arrives, where it differs from that of ``x``.
+    """
+    if shift % axis.size == 0:
+        return x
+    shape = tuple(x.shape if receive_shape is None else receive_shape)
+    return _RingHop.apply(x, shift, shape, Sender(axis, method, "forward"))
+
+
+def _gathered(x: Tensor, dim: int, layout: Layout, sender: Sender) -> Tensor:
+    assert layout.size == sender.axis.size and x.shape[dim] == layout.sizes[sender.axis.rank]
+    shapes = [list(x.shape) for _ in layout.sizes]
+    for shape, size in zip(shapes, layout.sizes, strict=True):
+        shape[dim] = size
+    parts = collect(x.contiguous().view(-1), [prod(shape) for shape in shapes], sender)
+    return layout.unshard([part.view(shape) for part, shape in zip(parts, shapes, strict=True)], dim)
+
+
+def _reduced(x: Tensor, dim: int, layout: Layout, sender: Sender) -> Tensor:
+    """Every rank's part of ``x`` goes straight to its owner, who adds up what arrives."""
+    axis = sender.axis
+    shards = [layout.shard(x, dim, peer).contiguous() for peer in range(axis.size)]
+    mine = shards[axis.rank]
+    packed = torch.cat([shard.view(-1) for shard in shards])
+    received = exchange(packed, [shard.numel() for shard in shards], [mine.numel()] * axis.size, sender)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    return received.view(axis.size, *mine.shape).sum(0, dtype=wide).to(x.dtype)
+
+
+class _AllGather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, dim: int, layout: Layout, sender: Sender) -> Tensor:
+        ctx.args = dim, layout, sender.backward()
+        return _gathered(x, dim, layout, sender)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        return _reduced(grad, *ctx.args), None, None, None
+
+
+class _ReduceScatter(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, dim: int, layout: Layout, sender: Sender) -> Tensor:
+        ctx.args = dim, layout, sender.backward()
+        return _reduced(x, dim, layout, sender)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        return _gathered(grad, *ctx.args), None, None, None
+
+
+class _Split(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, dim: int, layout: Layout, sender: Sender) -> Tensor:
+        ctx.args = dim, layout, sender.backward()
+        # A copy, so that the whole tensor can be freed while its shard lives on.
+        return layout.shard(x, dim, sender.axis.rank).clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        sender = ctx.args[-1]
+        return _gathered(grad, *ctx.args) / sender.axis.size, None, None, None
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, dim: int, layout: Layout, sender: Sender) -> Tensor:
+        ctx.args = dim, layout, sender.axis
+        return _gathered(x, dim, layout, sender)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        dim, layout, axis = ctx.args
+        return layout.shard(grad, dim, axis.rank) * axis.size, None, None, None
+
+
+class _Replicate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, sender: Sender) -> Tensor:
+        ctx.sender = sender.backward()
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        sender: Sender = ctx.sender
+        flat = Layout("contiguous", grad.numel(), sender.axis.size)
+        mine = _reduced(grad.reshape(-1), 0, flat, sender) / sender.axis.size
+        return _gathered(mine, 0, flat, sender).view(grad.shape), None
+
+
+class _RingHop(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, shift: int, receive_shape: tuple[int, ...], sender: Sender) -> Tensor:
+        ctx.shape, ctx.shift, ctx.sender = x.shape, shift, sender.backward()
+        return Hop(x.contiguous().view(-1), prod(receive_shape), shift, sender).wait().view(receive_shape)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        hop = Hop(grad.contiguous().view(-1), ctx.shape.numel(), -ctx.shift, ctx.sender)
+        return hop.wait().view(ctx.shape), None, None, None

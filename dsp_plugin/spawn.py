@@ -1,0 +1,143 @@
+"""Ranks as processes on this machine: for `dsp-plugin verify` and for the tests."""
+
+from __future__ import annotations
+
+import faulthandler
+import multiprocessing
+import os
+import pickle
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+Result = TypeVar("Result")
+
+
+class RankFailure(RuntimeError):
+    """A rank raised, died or hung; the message has the traceback, or the stacks, of every rank concerned.
+
+    Attributes:
+        errors: exceptions by rank, of the ranks that raised.
+    """
+
+    def __init__(self, message: str, errors: dict[int, BaseException]) -> None:
+        super().__init__(message)
+        self.errors = errors
+
+
+def spawn(worker: Callable[..., Result], size: int, *args: Any, timeout: float = 60.0) -> list[Result]:
+    """Run ``worker(*args)`` on ``size`` ranks of a fresh world, each a process of one thread.
+
+    CUDA and NCCL where there is a device for each rank, else CPU and gloo.
+
+    Args:
+        worker: importable; what it returns is pickled.
+        timeout: seconds after which ranks that are still running are shown, by their stacks, and killed.
+
+    Returns:
+        The results by rank.
+
+    Raises:
+        RankFailure: any rank raised, died or hung.
+    """
+    # Children of a server that has imported torch start in milliseconds; CUDA cannot be used in a forked child.
+    kind = "spawn" if torch.cuda.is_available() else "forkserver"
+    context: Any = multiprocessing.get_context(kind)
+    if kind == "forkserver":
+        context.set_forkserver_preload(["torch", "dsp_plugin"])
+    with tempfile.TemporaryDirectory() as folder:
+        ranks = []
+        for rank in range(size):
+            ours, theirs = context.Pipe(duplex=False)
+            process = context.Process(
+                target=_run_rank, args=(worker, rank, size, args, folder, timeout, theirs), daemon=True
+            )
+            process.start()
+            theirs.close()
+            ranks.append((process, ours))
+        try:
+            outcomes = _collect([ours for _, ours in ranks], timeout)
+        finally:
+            for process, _ in ranks:
+                process.join(timeout=2.0)
+                if process.is_alive():
+                    process.kill()
+                    process.join()
+        return _results(outcomes, size, Path(folder), timeout)
+
+
+def _run_rank(
+    worker: Callable[..., Any], rank: int, size: int, args: tuple, folder: str, timeout: float, answer: Connection
+) -> None:
+    torch.set_num_threads(1)
+    # Written by a watchdog thread, so that a rank that hangs in a collective still shows where.
+    stacks = open(_stack_file(Path(folder), rank), "w")  # noqa: SIM115
+    faulthandler.dump_traceback_later(timeout, file=stacks)
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(size))
+    outcome: tuple[str, Any, str]
+    try:
+        on_cuda = torch.cuda.device_count() >= size
+        if on_cuda:
+            torch.cuda.set_device(rank)
+        dist.init_process_group(
+            "nccl" if on_cuda else "gloo",
+            init_method=f"file://{folder}/rendezvous",
+            rank=rank,
+            world_size=size,
+            timeout=timedelta(seconds=timeout + 30),
+        )
+        outcome = ("result", worker(*args), "")
+    except BaseException as error:
+        outcome = ("error", error, traceback.format_exc())
+    try:
+        payload = pickle.dumps(outcome)
+    except Exception:
+        payload = pickle.dumps((outcome[0], RuntimeError(str(outcome[1])), outcome[2]))
+    answer.send_bytes(payload)
+    answer.close()
+    faulthandler.cancel_dump_traceback_later()
+    if outcome[0] == "result":
+        dist.destroy_process_group()
+
+
+def _collect(connections: list[Connection], timeout: float) -> dict[int, tuple[str, Any, str]]:
+    """Outcomes by rank. After the first failure the others get a moment to report theirs, then are given up."""
+    outcomes: dict[int, tuple[str, Any, str]] = {}
+    open_ranks = {connection: rank for rank, connection in enumerate(connections)}
+    # A margin, so that the ranks' own watchdogs have written their stacks first.
+    deadline = time.monotonic() + timeout + 2.0
+    while open_ranks and (remaining := deadline - time.monotonic()) > 0:
+        for ready in wait(list(open_ranks), timeout=remaining):
+            assert isinstance(ready, Connection)
+            rank = open_ranks.pop(ready)
+            try:
+                outcomes[rank] = pickle.loads(ready.recv_bytes())
+            except EOFError:
+                outcomes[rank] = ("error", RuntimeError("the process died"), f"rank {rank} died without a word\n")
+            if outcomes[rank][0] == "error":
+                deadline = min(deadline, time.monotonic() + 3.0)
+    return outcomes
+
+
+def _results(outcomes: dict[int, tuple[str, Any, str]], size: int, folder: Path, timeout: float) -> list[Any]:
+    errors = {rank: value for rank, (kind, value, _) in outcomes.items() if kind == "error"}
+    if not errors and len(outcomes) == size:
+        return [outcomes[rank][1] for rank in range(size)]
+    parts = [f"--- rank {rank}\n{outcomes[rank][2]}" for rank in sorted(errors)]
+    for rank in sorted(set(range(size)) - set(outcomes)):
+        stacks = _stack_file(folder, rank)
+        shown = stacks.read_text() if stacks.exists() else ""
+        parts.append(f"--- rank {rank} still running, limit {timeout:g} s\n{shown}")
+    raise RankFailure("\n".join(parts), errors)
+
+
+def _stack_file(folder: Path, rank: int) -> Path:
+    return folder / f"stacks-{rank}.txt"
