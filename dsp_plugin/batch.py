@@ -1,0 +1,110 @@
+"""Sharding what goes into a model: whole sequences in, this rank's tokens out, positions kept global."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dsp_plugin.config import SequenceParallelConfig
+from dsp_plugin.errors import SequenceParallelConfigError
+from dsp_plugin.groups import Axis
+from dsp_plugin.layout import Layout
+
+
+class BatchSharder:
+    """Cuts the forward arguments named in ``config.batch`` to this rank's tokens.
+
+    Args:
+        module: whose forward takes them.
+
+    Raises:
+        SequenceParallelConfigError: its forward has no such argument, or none for positions.
+    """
+
+    def __init__(self, module: nn.Module, config: SequenceParallelConfig, axis: Axis) -> None:
+        self._config, self._axis = config, axis
+        self._signature = inspect.signature(module.forward)
+        self._check_names(type(module).__name__)
+
+    def shard(self, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any], Layout, Tensor | None]:
+        """The arguments with every sequence cut, the layout used, and how many labels count on this rank.
+
+        Raises:
+            SequenceParallelConfigError: a named argument is missing or no tensor, or lengths differ.
+        """
+        bound = self._signature.bind(*args, **kwargs)
+        values = bound.arguments
+        layout = self._layout(values)
+        dims = dict(self._config.batch)
+        positions = self._config.positions
+        if positions is not None and positions not in dims:
+            if values.get(positions) is None:
+                example = values[next(iter(dims))]
+                values[positions] = layout.position_ids(self._axis.rank, example.device).unsqueeze(0)
+            else:
+                dims[positions] = -1
+        for name, dim in dims.items():
+            values[name] = layout.shard(values[name], dim, self._axis.rank)
+        count = self._count_labels(values)
+        return bound.args, bound.kwargs, layout, count
+
+    def _layout(self, values: Mapping[str, Any]) -> Layout:
+        lengths: dict[str, int] = {}
+        for name, dim in self._config.batch.items():
+            value = values.get(name)
+            if not isinstance(value, Tensor) or not -value.dim() <= dim < value.dim():
+                got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+                raise SequenceParallelConfigError(
+                    setting=f"batch.{name}",
+                    value=dim,
+                    why=f"expected a tensor with a sequence along dim {dim}, but forward was called with {got}",
+                    remedy="pass it in every step, or take it out of batch",
+                )
+            lengths[name] = value.shape[dim]
+        if len(set(lengths.values())) > 1:
+            raise SequenceParallelConfigError(
+                setting="batch",
+                value=dict(self._config.batch),
+                why=f"the sequences have different lengths: {lengths}",
+                remedy="name the sequence dim of each argument, and pass whole sequences",
+            )
+        return Layout(self._config.layout_for("contiguous"), next(iter(lengths.values())), self._axis.size)
+
+    def _count_labels(self, values: dict[str, Any]) -> Tensor | None:
+        if self._config.loss is None:
+            return None
+        name, ignore_index = self._config.loss.labels, self._config.loss.ignore_index
+        counted = values[name] != ignore_index
+        count = counted.sum()
+        if counted.numel():
+            # A mean over no labels is 0/0, and its gradient NaN. One label stands in, and is weighed with the count, 0.
+            stand_in = values[name].clone()
+            stand_in.view(-1)[:1] = 0
+            values[name] = torch.where(count == 0, stand_in, values[name])
+        return count
+
+    def _check_names(self, model: str) -> None:
+        parameters = self._signature.parameters
+        if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values()):
+            return
+        for name in self._config.batch:
+            if name not in parameters:
+                raise SequenceParallelConfigError(
+                    setting="batch",
+                    value=dict(self._config.batch),
+                    why=f"{model}.forward has no argument {name!r}; it takes {', '.join(parameters)}",
+                    remedy="name its arguments",
+                )
+        positions = self._config.positions
+        if positions is not None and positions not in parameters:
+            raise SequenceParallelConfigError(
+                setting="positions",
+                value=positions,
+                why=f"{model}.forward takes no such argument, only {', '.join(parameters)}, so it would number the tokens "
+                f"of every shard from 0",
+                remedy="name the argument that takes global positions; null if the model uses none",
+            )

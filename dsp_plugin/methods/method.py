@@ -1,0 +1,77 @@
+"""What every method declares about itself. Config validation, planner, doctor, verify and tests all read this."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
+
+from torch import Tensor
+
+from dsp_plugin.layout import Layout, LayoutKind
+from dsp_plugin.mask import MaskSpec
+
+
+@dataclass(frozen=True)
+class Workload:
+    """The shapes of one attention call, or of one pair of stages, before sharding over ``size`` ranks.
+
+    Attributes:
+        size: P, the sequence-parallel size.
+        heads: H, query heads on one tensor-parallel rank.
+        kv_heads: K, key/value heads on one tensor-parallel rank.
+        head_dim: D, of queries and keys.
+        value_dim: of values; ``head_dim`` when None.
+        element_size: e, bytes.
+        grid: for DSP, the sizes of the two dims that it switches between; their product is ``length``.
+    """
+
+    size: int
+    heads: int
+    kv_heads: int
+    length: int = 1
+    batch: int = 1
+    head_dim: int = 64
+    value_dim: int | None = None
+    element_size: int = 4
+    layout: LayoutKind = "contiguous"
+    mask: MaskSpec = field(default_factory=MaskSpec)
+    grid: tuple[int, int] | None = None
+
+    @property
+    def v_dim(self) -> int:
+        """Head dim of the values."""
+        return self.head_dim if self.value_dim is None else self.value_dim
+
+    def tokens(self) -> Layout:
+        """The placement of the sequence on the ranks."""
+        return Layout(self.layout, self.length, self.size)
+
+
+class WireBytes(NamedTuple):
+    """Bytes leaving one rank."""
+
+    forward: int
+    backward: int
+
+
+@dataclass(frozen=True)
+class Method:
+    """One row of the table of methods.
+
+    Attributes:
+        name: as the user writes it.
+        kind: ``softmax`` and ``linear`` methods replace an attention call; a ``switch`` method moves the sharded dim.
+        layouts: token orders it accepts.
+        illegal: why it cannot serve a workload, one sentence each with the arithmetic and a remedy; empty if it can.
+        wire_bytes: bytes leaving ``rank``, from the formula.
+        attention: the call, for softmax methods.
+    """
+
+    name: str
+    kind: Literal["softmax", "linear", "switch"]
+    paper: str
+    layouts: tuple[LayoutKind, ...]
+    illegal: Callable[[Workload], list[str]]
+    wire_bytes: Callable[[Workload, int], WireBytes]
+    attention: Callable[..., Tensor] | None = None

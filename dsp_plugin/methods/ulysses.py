@@ -1,0 +1,211 @@
+"""Ulysses: scatter heads, gather the sequence, attend to all of it locally, and back (arXiv 2309.14509).
+
+    q_BnHD, k_BnKD, v_BnKD  --one all-to-all-->  q_BLhD, k_BLkD, v_BLkD
+    out_BLhD = attention(q, k, v)
+    out_BLhD                --one all-to-all-->  out_BnHD
+
+Any token order works: tokens are put into global order as they are unpacked, which costs nothing extra. Any head counts
+work down to one query head per rank; see `HeadPartition`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+
+from torch import Tensor
+
+from dsp_plugin.comm.collectives import Route, all_to_all
+from dsp_plugin.errors import SequenceParallelConfigError
+from dsp_plugin.groups import SequenceParallelGroups
+from dsp_plugin.kernels import softmax
+from dsp_plugin.layout import Layout, shard_ranges
+from dsp_plugin.mask import MaskSpec
+from dsp_plugin.methods.method import Method, WireBytes, Workload
+
+SEQUENCE_DIM, HEAD_DIM = 1, 2
+
+
+@dataclass(frozen=True)
+class HeadPartition:
+    """Which query heads each Ulysses rank computes, and which key/value heads they need.
+
+    Whole key/value groups where that keeps the ranks as even as floor and ceiling can; otherwise a group is cut and its
+    key/value head goes to both ranks. With fewer key/value heads than ranks every rank gets exactly one, so that no
+    head is sent twice to a rank or repeated in memory before sending.
+    """
+
+    heads: int
+    kv_heads: int
+    ranks: int
+
+    @cached_property
+    def queries(self) -> tuple[range, ...]:
+        """Query heads by rank."""
+        even = shard_ranges(self.heads, self.ranks)
+        whole_groups = self._along_groups()
+        if self.kv_heads < self.ranks or max(map(len, whole_groups)) == len(even[0]):
+            return whole_groups
+        return even
+
+    @cached_property
+    def keys(self) -> tuple[range, ...]:
+        """Key/value heads by rank."""
+        group = self.heads // self.kv_heads
+        return tuple(range(heads.start // group, (heads.stop - 1) // group + 1) for heads in self.queries)
+
+    def queries_per_key(self, rank: int) -> tuple[int, ...]:
+        """How many of the rank's query heads each of its key/value heads serves."""
+        group, mine = self.heads // self.kv_heads, self.queries[rank]
+        return tuple(
+            min(mine.stop, (kv + 1) * group) - max(mine.start, kv * group) for kv in self.keys[rank]
+        )
+
+    def _along_groups(self) -> tuple[range, ...]:
+        group = self.heads // self.kv_heads
+        if self.kv_heads >= self.ranks:
+            return tuple(range(kv.start * group, kv.stop * group) for kv in shard_ranges(self.kv_heads, self.ranks))
+        return tuple(
+            range(kv * group + part.start, kv * group + part.stop)
+            for kv, sharers in enumerate(shard_ranges(self.ranks, self.kv_heads))
+            for part in shard_ranges(group, len(sharers))
+        )
+
+
+@lru_cache(maxsize=256)
+def head_partition(heads: int, kv_heads: int, ranks: int) -> HeadPartition:
+    """The partition, computed once per shape."""
+    return HeadPartition(heads, kv_heads, ranks)
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    groups: SequenceParallelGroups,
+    layout: Layout,
+    mask: MaskSpec,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    dropout_seed: int | None = None,
+    kernel: str = "auto",
+) -> Tensor:
+    """Exact attention over a sequence sharded along dim 1.
+
+    Args:
+        q: ``[B, n, H, D]``, this rank's tokens under ``layout``.
+        k: ``[B, n, K, D]``, K a divisor of H.
+        v: ``[B, n, K, Dv]``.
+        groups: the Ulysses axis is used; ``layout.size`` must be its size.
+        layout: placement of the sequence.
+        mask: in global positions.
+        scale: of the logits; ``D ** -0.5`` when None.
+        dropout_p: probability that an attention weight is dropped.
+        dropout_seed: the same on every rank; which weights are dropped then does not depend on the sharding.
+        kernel: the local kernel, ``auto`` to choose by device and dtype.
+
+    Returns:
+        ``[B, n, H, Dv]``.
+
+    Raises:
+        SequenceParallelConfigError: shapes or head counts do not fit.
+    """
+    axis = groups.ulysses
+    heads, kv_heads = q.shape[HEAD_DIM], k.shape[HEAD_DIM]
+    assert layout.size == axis.size, (layout, axis)
+    _check_shapes(q, k, v, layout, axis.rank)
+    reasons = illegal(Workload(axis.size, heads, kv_heads, layout.length, layout=layout.kind, mask=mask))
+    if reasons:
+        raise SequenceParallelConfigError("ulysses cannot serve this attention: " + " ".join(reasons))
+
+    part = head_partition(heads, kv_heads, axis.size)
+    tokens = tuple(layout.spans(rank) for rank in range(axis.size))
+    by_query = Route(HEAD_DIM, SEQUENCE_DIM, tuple((run,) for run in part.queries), tokens)
+    by_key = Route(HEAD_DIM, SEQUENCE_DIM, tuple((run,) for run in part.keys), tokens)
+    q, k, v = all_to_all((q, k, v), (by_query, by_key, by_key), axis=axis, method="ulysses")
+    out = softmax.attention(
+        q,
+        k,
+        v,
+        mask=mask,
+        scale=scale,
+        dropout_p=dropout_p,
+        dropout_seed=dropout_seed,
+        head_offset=part.queries[axis.rank].start,
+        q_per_kv=part.queries_per_key(axis.rank),
+        kernel=kernel,
+    )
+    (out,) = all_to_all((out,), (by_query.inverse(),), axis=axis, method="ulysses")
+    return out
+
+
+def _check_shapes(q: Tensor, k: Tensor, v: Tensor, layout: Layout, rank: int) -> None:
+    shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
+    if q.dim() != 4 or k.dim() != 4 or v.dim() != 4 or q.shape[:2] != k.shape[:2] or k.shape[:3] != v.shape[:3]:
+        raise SequenceParallelConfigError(
+            setting="attention inputs",
+            value=shapes,
+            why="expected q [B, n, H, D], k [B, n, K, D], v [B, n, K, Dv] with equal B, n and K",
+            remedy="cross-attention to a replicated sequence needs no sequence parallelism: call it directly",
+        )
+    if len({q.dtype, k.dtype, v.dtype}) > 1:
+        raise SequenceParallelConfigError(
+            setting="attention inputs",
+            value=f"q {q.dtype}, k {k.dtype}, v {v.dtype}",
+            why="q, k and v travel in one buffer and must share a dtype",
+            remedy="cast them to the compute dtype first",
+        )
+    expected = layout.sizes[rank]
+    if q.shape[SEQUENCE_DIM] != expected:
+        raise SequenceParallelConfigError(
+            setting="sequence length",
+            value=q.shape[SEQUENCE_DIM],
+            why=f"of {layout.length} tokens in the {layout.kind} layout over {layout.size} ranks, rank {rank} holds "
+            f"{expected}, but its tensors are {shapes}",
+            remedy="shard the batch with the same layout and length that the attention is given",
+        )
+
+
+def illegal(workload: Workload) -> list[str]:
+    """Why Ulysses cannot serve the workload."""
+    heads, kv_heads, size = workload.heads, workload.kv_heads, workload.size
+    if heads < 1 or kv_heads < 1 or heads % kv_heads:
+        return [f"heads={heads} is not a multiple of kv_heads={kv_heads}: fix the model's head counts."]
+    if heads < size:
+        return [
+            f"heads={heads} < ulysses_size={size}: each rank needs at least one of the query heads left on a "
+            f"tensor-parallel rank; set a size of {heads} or less, or lower the tensor-parallel size."
+        ]
+    return []
+
+
+def wire_bytes(workload: Workload, rank: int) -> WireBytes:
+    """Bytes leaving ``rank``: 2(1+K/H)(U-1)/U * B*n*H*D*e each way where everything divides."""
+    return wire_bytes_of_shard(workload, rank, workload.tokens().sizes)
+
+
+def wire_bytes_of_shard(workload: Workload, rank: int, tokens: Sequence[int]) -> WireBytes:
+    """As `wire_bytes`, with the tokens that each rank holds given."""
+    part = head_partition(workload.heads, workload.kv_heads, workload.size)
+    d, dv = workload.head_dim, workload.v_dim
+    widths_in = [len(part.queries[peer]) * d + len(part.keys[peer]) * (d + dv) for peer in range(workload.size)]
+    widths_out = [len(part.queries[peer]) * dv for peer in range(workload.size)]
+    unit = workload.batch * workload.element_size
+    mine, theirs = tokens[rank], sum(tokens) - tokens[rank]
+    return WireBytes(
+        forward=unit * (mine * (sum(widths_in) - widths_in[rank]) + theirs * widths_out[rank]),
+        backward=unit * (mine * (sum(widths_out) - widths_out[rank]) + theirs * widths_in[rank]),
+    )
+
+
+METHOD = Method(
+    name="ulysses",
+    kind="softmax",
+    paper="arXiv 2309.14509",
+    layouts=("contiguous", "zigzag", "striped"),
+    illegal=illegal,
+    wire_bytes=wire_bytes,
+    attention=attention,
+)

@@ -1,0 +1,90 @@
+"""The video DiT, unmodified, sharded by its plan: the same loss, the same gradients, the bytes of the stage table."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from dsp_plugin import Layout, SequenceParallelConfig, SequenceParallelGroups, ledger, parallelize
+from dsp_plugin.comm import all_gather
+from dsp_plugin.models.video_dit import RectifiedFlowObjective, VideoDiT
+from dsp_plugin.planner.stages import Activation, AttentionShape, StageSpec, plan_stages
+from dsp_plugin.spawn import spawn
+
+pytestmark = pytest.mark.distributed
+FRAMES, SIDE, PATCH, BATCH, WIDTH, HEADS, DEPTH = 7, 12, 4, 2, 32, 4, 2
+PATCHES = (SIDE // PATCH) ** 2
+
+
+def model_and_batch(positions: str) -> tuple[RectifiedFlowObjective, dict[str, Tensor]]:
+    torch.manual_seed(5)
+    model = VideoDiT(patch=PATCH, width=WIDTH, heads=HEADS, depth=DEPTH, positions=positions)
+    shape = (BATCH, FRAMES, 1, SIDE, SIDE)
+    batch = {
+        "video": torch.randn(shape, dtype=torch.float64),
+        "labels": torch.randint(10, (BATCH,)),
+        "t": torch.rand(BATCH, dtype=torch.float64),
+        "noise": torch.randn(shape, dtype=torch.float64),
+    }
+    return RectifiedFlowObjective(model).double(), batch
+
+
+def _parity(size: int, method: str, positions: str, recompute: bool) -> None:
+    config = SequenceParallelConfig(method=method, size=size)
+    groups = SequenceParallelGroups.build(config)
+    reference, batch = model_and_batch(positions)
+    expected = reference(**batch)
+    expected.backward()
+
+    sharded, batch = model_and_batch(positions)
+    handle = parallelize(sharded, config=config, groups=groups)
+    if recompute:
+        for layer in sharded.model.blocks:
+            forward = layer.forward
+            layer.forward = lambda *args, forward=forward: checkpoint(forward, *args, use_reentrant=False)
+    with ledger() as log:
+        loss = sharded(**batch)
+        loss.backward()
+    torch.testing.assert_close(loss, expected, rtol=1e-12, atol=1e-12)
+    for (name, parameter), wanted in zip(sharded.named_parameters(), reference.parameters(), strict=True):
+        grads = parameter.grad.flatten().unsqueeze(0)
+        by_rank = all_gather(grads, 0, Layout.of_sizes([1] * size), axis=groups.sp, method="test")
+        error = (by_rank.mean(0) - wanted.grad.flatten()).abs().max() / wanted.grad.abs().max()
+        assert error < 1e-10, f"{name}: {error}"
+
+    plan = handle.stage_plan
+    if size > 1:
+        assert {row.inside for row in plan.rows} == ({"local"} if method == "dsp" else {"local", "ulysses"})
+    sent = torch.tensor([[log.bytes()]], dtype=torch.float64)
+    total = all_gather(sent, 0, Layout.of_sizes([1] * size), axis=groups.sp, method="test").sum().item()
+    if not recompute:
+        assert total == plan.total
+        handle.remove()
+        with ledger() as log:
+            torch.testing.assert_close(sharded(**batch), expected)
+        assert log.rows() == []
+
+
+@pytest.mark.parametrize("positions", ["rotary", "sinusoidal"])
+@pytest.mark.parametrize("method", ["dsp", "ulysses"])
+@pytest.mark.parametrize("size", [1, 2, 3, 4])
+def test_sharded_video_dit_has_the_unsharded_loss_gradients_and_the_planned_bytes(size, method, positions):
+    spawn(_parity, size, size, method, positions, False)
+
+
+@pytest.mark.parametrize("method", ["dsp", "ulysses"])
+def test_recomputed_layers_give_the_same_gradients(method):
+    spawn(_parity, 3, 3, method, "rotary", True)
+
+
+def test_dsp_moves_half_of_ulysses_on_one_sharded_dim():
+    activation = Activation({"b": 2, "t": 8, "s": 8}, features=WIDTH, element_size=4)
+    attention = AttentionShape(HEADS, HEADS, WIDTH // HEADS)
+    stages = [StageSpec("space", ("s",), attention), StageSpec("time", ("t",), attention)] * 4
+    dsp = plan_stages(activation, stages, 4)
+    one_dim = plan_stages(activation, stages, 4, switching=False)
+    border = dsp.rows[0].wire.backward * 4 + dsp.leave.forward * 4
+    # Seven switches join eight stages; Ulysses pays in four of them, each eight shard exchanges.
+    assert (dsp.total - border) / (one_dim.total - border) == 7 / 16
