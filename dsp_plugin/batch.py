@@ -37,7 +37,9 @@ class BatchSharder:
             SequenceParallelConfigError: a named argument is missing or no tensor, or lengths differ.
         """
         bound = self._signature.bind(*args, **kwargs)
-        values = bound.arguments
+        further = next((p.name for p in self._signature.parameters.values() if p.kind is p.VAR_KEYWORD), None)
+        values = dict(bound.arguments)
+        values.update(values.pop(further, {}) if further is not None else {})
         layout = self._layout(values)
         dims = dict(self._config.batch)
         positions = self._config.positions
@@ -47,24 +49,20 @@ class BatchSharder:
                 values[positions] = layout.position_ids(self._axis.rank, example.device).unsqueeze(0)
             else:
                 dims[positions] = -1
+                _check_sequence(values, positions, -1, "positions")
         for name, dim in dims.items():
             values[name] = layout.shard(values[name], dim, self._axis.rank)
         count = self._count_labels(values)
+        named = {name: value for name, value in values.items() if name in self._signature.parameters}
+        bound.arguments = named
+        if further is not None:
+            named[further] = {name: value for name, value in values.items() if name not in named}
         return bound.args, bound.kwargs, layout, count
 
     def _layout(self, values: Mapping[str, Any]) -> Layout:
         lengths: dict[str, int] = {}
         for name, dim in self._config.batch.items():
-            value = values.get(name)
-            if not isinstance(value, Tensor) or not -value.dim() <= dim < value.dim():
-                got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-                raise SequenceParallelConfigError(
-                    setting=f"batch.{name}",
-                    value=dim,
-                    why=f"expected a tensor with a sequence along dim {dim}, but forward was called with {got}",
-                    remedy="pass it in every step, or take it out of batch",
-                )
-            lengths[name] = value.shape[dim]
+            lengths[name] = _check_sequence(values, name, dim, f"batch.{name}").shape[dim]
         if len(set(lengths.values())) > 1:
             raise SequenceParallelConfigError(
                 setting="batch",
@@ -82,8 +80,8 @@ class BatchSharder:
         count = counted.sum()
         if counted.numel():
             # A mean over no labels is 0/0, and its gradient NaN. One label stands in, and is weighed with the count, 0.
-            stand_in = values[name].clone()
-            stand_in.view(-1)[:1] = 0
+            stand_in = values[name].clone(memory_format=torch.contiguous_format)
+            stand_in.view(-1)[:1] = 1 if ignore_index == 0 else 0
             values[name] = torch.where(count == 0, stand_in, values[name])
         return count
 
@@ -104,7 +102,20 @@ class BatchSharder:
             raise SequenceParallelConfigError(
                 setting="positions",
                 value=positions,
-                why=f"{model}.forward takes no such argument, only {', '.join(parameters)}, so it would number the tokens "
-                f"of every shard from 0",
+                why=f"{model}.forward takes no such argument, only {', '.join(parameters)}, so it would number the "
+                f"tokens of every shard from 0",
                 remedy="name the argument that takes global positions; null if the model uses none",
             )
+
+
+def _check_sequence(values: Mapping[str, Any], name: str, dim: int, setting: str) -> Tensor:
+    value = values.get(name)
+    if not isinstance(value, Tensor) or not -value.dim() <= dim < value.dim():
+        got = f"a tensor {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+        raise SequenceParallelConfigError(
+            setting=setting,
+            value=dim,
+            why=f"expected {name} to be a tensor with the sequence along dim {dim}, but forward was called with {got}",
+            remedy="pass it in every step, or take it out of batch",
+        )
+    return value

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 from typing import Any, Literal, Self, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, StrictBool, StrictInt, ValidationError, model_validator
 
 from dsp_plugin.errors import SequenceParallelConfigError
 from dsp_plugin.layout import LayoutKind
@@ -14,6 +14,7 @@ from dsp_plugin.methods import METHODS, Workload
 
 DEEPSPEED_SECTION = "sequence_parallel"
 
+LayoutName = Literal["auto", LayoutKind]
 KernelName = Literal["auto", "fa3", "fa2", "cuda_flash", "cpu_flash", "math", "reference"]
 
 _MEGATRON_FLAGS = {
@@ -23,6 +24,17 @@ _MEGATRON_FLAGS = {
     "layout": "sp_layout",
     "kernel": "sp_kernel",
     "debug": "sp_debug",
+}
+
+# What to write where a value has the wrong type, by setting.
+_EXAMPLES = {
+    "debug": "write true or false",
+    "plan": 'name a Plan as "package.module:name"',
+    "attention": 'write a list of module-name globs, such as ["layers.*.attn"]',
+    "batch": 'map forward arguments to their sequence dims, as in {"input_ids": 1, "labels": 1}',
+    "positions": 'name a forward argument, such as "position_ids"; null if the model uses none',
+    "loss": 'write {"labels": "labels", "ignore_index": -100}',
+    "gather_output": "write the sequence dim of the model's output, such as 1",
 }
 
 
@@ -37,7 +49,7 @@ class LossConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     labels: str = "labels"
-    ignore_index: int = -100
+    ignore_index: StrictInt = -100
 
 
 class SequenceParallelConfig(BaseModel):
@@ -66,15 +78,15 @@ class SequenceParallelConfig(BaseModel):
     size: PositiveInt
     ulysses_size: PositiveInt
     ring_size: PositiveInt
-    layout: Literal["auto"] | LayoutKind = "auto"
+    layout: LayoutName = "auto"
     kernel: KernelName = "auto"
-    debug: bool = False
+    debug: StrictBool = False
     plan: str | None = Field(default=None, pattern=r"^[\w.]+:[\w.]+$")
     attention: tuple[str, ...] = ()
-    batch: dict[str, int] = Field(default_factory=dict)
+    batch: dict[str, StrictInt] = Field(default_factory=dict)
     positions: str | None = "position_ids"
     loss: LossConfig | None = None
-    gather_output: int | None = None
+    gather_output: StrictInt | None = None
 
     def __init__(self, **settings: Any) -> None:
         """Validate ``settings``.
@@ -88,7 +100,7 @@ class SequenceParallelConfig(BaseModel):
         try:
             super().__init__(**settings)
         except ValidationError as error:
-            raise SequenceParallelConfigError(_first_problem(error)) from None
+            raise _first_problem(error) from None
 
     @classmethod
     def parse(cls, settings: Any, source: str) -> Self:
@@ -105,6 +117,7 @@ class SequenceParallelConfig(BaseModel):
                 remedy='write {"method": "ulysses", "size": 4}',
             )
         try:
+            _refuse_unknown(settings, cls.model_fields)
             return cls(**settings)
         except SequenceParallelConfigError as error:
             raise SequenceParallelConfigError(f"{source}: {error}") from None
@@ -113,6 +126,15 @@ class SequenceParallelConfig(BaseModel):
     def from_deepspeed(cls, ds_config: Mapping[str, Any]) -> Self | None:
         """The ``"sequence_parallel"`` section of a DeepSpeed config; None where there is none."""
         section = ds_config.get(DEEPSPEED_SECTION)
+        # DeepSpeed ignores keys that it does not know, so a misspelt section would silently train unsharded.
+        for misspelt in get_close_matches(DEEPSPEED_SECTION, [str(key) for key in ds_config], cutoff=0.9):
+            if misspelt != DEEPSPEED_SECTION:
+                raise SequenceParallelConfigError(
+                    setting=f"DeepSpeed config {misspelt!r}",
+                    value=ds_config.get(misspelt),
+                    why="nobody reads a section of this name",
+                    remedy=f'call it "{DEEPSPEED_SECTION}"',
+                )
         return None if section is None else cls.parse(section, source=f'DeepSpeed config "{DEEPSPEED_SECTION}"')
 
     @classmethod
@@ -134,7 +156,7 @@ class SequenceParallelConfig(BaseModel):
             return None
         settings["size"] = getattr(args, "context_parallel_size", 1)
         given = {key: value for key, value in settings.items() if value is not None}
-        return cls.parse(given, source="Megatron flags")
+        return cls.parse(given, source="Megatron flags (--sp-KEY; size is --context-parallel-size)")
 
     @model_validator(mode="before")
     @classmethod
@@ -144,8 +166,14 @@ class SequenceParallelConfig(BaseModel):
             return settings
         _check_method(settings.get("method"))
         size, ulysses, ring = (settings.get(key) for key in ("size", "ulysses_size", "ring_size"))
-        if any(value is not None and not _is_count(value) for value in (size, ulysses, ring)):
-            return settings
+        for key, value in (("size", size), ("ulysses_size", ulysses), ("ring_size", ring)):
+            if value is not None and not _is_count(value):
+                raise SequenceParallelConfigError(
+                    setting=key,
+                    value=value,
+                    why=f"a number of ranks is an integer of 1 or more, not {type(value).__name__} {value!r}",
+                    remedy="write a number such as 2",
+                )
         if size is None:
             if ulysses is None and ring is None:
                 raise SequenceParallelConfigError(
@@ -154,17 +182,15 @@ class SequenceParallelConfig(BaseModel):
                     remedy="set size to a divisor of the number of GPUs",
                 )
             size = (ulysses or 1) * (ring or 1)
-        if settings["method"] in ("ulysses", "dsp"):
-            if ring not in (None, 1):
-                raise SequenceParallelConfigError(
-                    setting="ring_size",
-                    value=ring,
-                    why=f"method {settings['method']} has no ring: its {size} ranks are ulysses_size={size} times "
-                    f"ring_size=1",
-                    remedy="drop ring_size",
-                )
-            ring = 1
-            ulysses = size if ulysses is None else ulysses
+        if ring not in (None, 1):
+            raise SequenceParallelConfigError(
+                setting="ring_size",
+                value=ring,
+                why=f"method {settings['method']} has no ring: its {size} ranks are ulysses_size={size} times ring_size=1",
+                remedy="drop ring_size",
+            )
+        ring = 1
+        ulysses = size if ulysses is None else ulysses
         if ulysses * ring != size:
             raise SequenceParallelConfigError(
                 setting="size",
@@ -182,6 +208,13 @@ class SequenceParallelConfig(BaseModel):
                 value=self.layout,
                 why=f"method {self.method} takes {', '.join(METHODS[self.method].layouts)}",
                 remedy='set layout to one of these, or to "auto"',
+            )
+        if self.plan is not None and self.layout not in ("auto", "contiguous"):
+            raise SequenceParallelConfigError(
+                setting="layout",
+                value=self.layout,
+                why=f"plan={self.plan!r} shards dims of the activation, each of them in contiguous runs",
+                remedy="drop layout",
             )
         if self.batch and self.method == "dsp":
             raise SequenceParallelConfigError(
@@ -216,8 +249,8 @@ class SequenceParallelConfig(BaseModel):
             raise SequenceParallelConfigError(
                 setting="loss",
                 value=self.loss.model_dump() if self.loss else None,
-                why=f"{'both' if both else 'neither'} of loss and gather_output {'are' if both else 'is'} set; the model "
-                f"returns either a loss over its shard or outputs to gather",
+                why=f"{'both' if both else 'neither'} of loss and gather_output {'are' if both else 'is'} set; the "
+                f"model returns either a loss over its shard or outputs to gather",
                 remedy='set "loss": {"labels": "labels"} if forward returns the mean loss, '
                 'or "gather_output": 1 if the script computes it',
             )
@@ -226,6 +259,13 @@ class SequenceParallelConfig(BaseModel):
                 setting="loss" if self.loss is not None else "gather_output",
                 value=self.loss.model_dump() if self.loss is not None else self.gather_output,
                 why="nothing to contract or gather: no forward argument is sharded",
+                remedy='name the sharded arguments in "batch", or drop this setting',
+            )
+        if not self.batch and "positions" in self.model_fields_set and self.positions is not None:
+            raise SequenceParallelConfigError(
+                setting="positions",
+                value=self.positions,
+                why="no forward argument is sharded, so positions are whole already",
                 remedy='name the sharded arguments in "batch", or drop this setting',
             )
         if self.loss is not None and self.loss.labels not in self.batch:
@@ -273,21 +313,25 @@ class SequenceParallelConfig(BaseModel):
             SequenceParallelConfigError: it cannot; the message has every reason.
         """
         kv_heads = heads if kv_heads is None else kv_heads
-        if heads % tensor_parallel_size:
+        tp = tensor_parallel_size
+        shapes = f"heads={heads}, kv_heads={kv_heads}, tensor_parallel_size={tp}"
+        if not all(map(_is_count, (heads, kv_heads, tp))):
+            raise SequenceParallelConfigError(f"{shapes}: each must be an integer of 1 or more. Correct the model.")
+        if heads % tp or (kv_heads % tp and tp % kv_heads):
+            which, count = ("query", heads) if heads % tp else ("key/value", kv_heads)
             raise SequenceParallelConfigError(
                 setting="tensor_parallel_size",
-                value=tensor_parallel_size,
-                why=f"{heads} query heads do not split over {tensor_parallel_size} tensor-parallel ranks",
-                remedy="choose a divisor of the head count",
+                value=tp,
+                why=f"{count} {which} heads do not split over {tp} tensor-parallel ranks: {count} / {tp} leaves "
+                f"{count % tp}",
+                remedy="choose a divisor of the head counts",
             )
         # Megatron-core repeats key/value heads where there are fewer of them than tensor-parallel ranks.
-        kv_heads = max(kv_heads // tensor_parallel_size, 1)
-        workload = Workload(self.ulysses_size, heads // tensor_parallel_size, kv_heads, length=length or 1)
+        workload = Workload(self.ulysses_size, heads // tp, max(kv_heads // tp, 1), length=length or 1)
         reasons = METHODS[self.method].illegal(workload)
         if reasons:
             raise SequenceParallelConfigError(
-                f"method={self.method!r} with size={self.size}, heads={heads}, kv_heads={kv_heads}, "
-                f"tensor_parallel_size={tensor_parallel_size}: " + " ".join(reasons)
+                f"method={self.method!r} with size={self.size}, {shapes}: " + " ".join(reasons)
             )
 
     def layout_for(self, native: LayoutKind = "contiguous") -> LayoutKind:
@@ -296,12 +340,13 @@ class SequenceParallelConfig(BaseModel):
 
 
 def _check_method(method: Any) -> None:
-    if method not in METHODS:
+    if not isinstance(method, str) or method not in METHODS:
         nearest = get_close_matches(str(method), list(METHODS), n=1)
+        unknown = "no such method" + (f", the nearest is {nearest[0]!r}" if nearest else "")
         raise SequenceParallelConfigError(
             setting="method",
             value=method,
-            why="missing" if method is None else "no such method" + (f"; did you mean {nearest[0]!r}?" if nearest else ""),
+            why="missing" if method is None else unknown,
             remedy=f"set it to one of {', '.join(METHODS)}",
         )
 
@@ -324,13 +369,22 @@ def _refuse_unknown(settings: Mapping[str, Any], known: Iterable[str], prefix: s
             )
 
 
-def _first_problem(error: ValidationError) -> str:
+def _first_problem(error: ValidationError) -> SequenceParallelConfigError:
     problem = error.errors()[0]
     cause = problem.get("ctx", {}).get("error")
     if isinstance(cause, SequenceParallelConfigError):
-        return str(cause)
-    return f"{'.'.join(map(str, problem['loc']))}={problem['input']!r}: {problem['msg']}."
+        return cause
+    setting, value = str(problem["loc"][0]), problem["input"]
+    if problem["type"] == "literal_error":
+        choices = LAYOUT_CHOICES if setting == "layout" else KERNEL_CHOICES
+        nearest = get_close_matches(str(value), choices, n=1, cutoff=0.0)[0]
+        why, remedy = f"known are {', '.join(choices)}", f"did you mean {nearest!r}?"
+    else:
+        why, remedy = problem["msg"][0].lower() + problem["msg"][1:], _EXAMPLES.get(setting, "correct the value")
+    return SequenceParallelConfigError(
+        setting=".".join(map(str, problem["loc"])), value=value, why=why, remedy=remedy
+    )
 
 
-LAYOUT_CHOICES: tuple[str, ...] = ("auto", *get_args(LayoutKind))
+LAYOUT_CHOICES: tuple[str, ...] = get_args(LayoutName)
 KERNEL_CHOICES: tuple[str, ...] = get_args(KernelName)

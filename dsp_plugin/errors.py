@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 
-class _Explained:
+class _Explained(Exception):
     """Builds one message from its parts, so that every error names setting, value, arithmetic and remedy."""
 
     def __init__(
@@ -19,7 +19,7 @@ class _Explained:
             subject = f"{setting}={value!r}" if value is not None else f"{setting}"
             message = f"{subject}: {why}."
             if remedy:
-                message += f" {remedy[0].upper()}{remedy[1:]}."
+                message += f" {remedy[0].upper()}{remedy[1:]}" + ("" if remedy.endswith("?") else ".")
         super().__init__(message)
 
 

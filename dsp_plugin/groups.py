@@ -40,7 +40,8 @@ class Axis:
     debug: bool = False
 
     def __post_init__(self) -> None:
-        assert self.size == len(self.ranks) and 0 <= self.rank < self.size
+        assert self.size == len(self.ranks)
+        assert 0 <= self.rank < self.size
         assert self.size == 1 or self.group is not None
 
     @classmethod
@@ -111,7 +112,9 @@ class SequenceParallelGroups:
         """
         here = sp.ranks[sp.rank]
         assert ulysses.size * ring.size == sp.size, (ulysses, ring, sp)
-        assert here in ulysses.ranks and here in ring.ranks and here in dp.ranks
+        assert here in ulysses.ranks
+        assert here in ring.ranks
+        assert here in dp.ranks
         axes = {"sp": sp, "ulysses": ulysses, "ring": ring, "dsp": sp, "lasp": sp, "dp": dp}
         return cls(**{name: axis.renamed(name).debugged(debug) for name, axis in axes.items()})
 

@@ -44,7 +44,7 @@ class Layout:
     (tokens that are the product of a sharded dim and a whole one come in such sizes).
 
     Raises:
-        SequenceParallelConfigError: unknown kind, or a size below 1.
+        SequenceParallelConfigError: unknown kind, a size below 1, or explicit sizes that do not add up.
     """
 
     kind: LayoutKind
@@ -64,6 +64,17 @@ class Layout:
                 why="a layout needs length >= 0 and size >= 1",
                 remedy="check how the sequence length was read",
             )
+        sizes = self.explicit_sizes
+        if sizes is not None and (
+            self.kind != "contiguous" or len(sizes) != self.size or sum(sizes) != self.length or min(sizes) < 0
+        ):
+            raise SequenceParallelConfigError(
+                setting="layout",
+                value=f"{self.kind}(length={self.length}, size={self.size}, explicit_sizes={sizes})",
+                why=f"explicit sizes are those of {self.size} contiguous runs of {self.length} tokens in all; these are "
+                f"{len(sizes)} with {sum(sizes)} tokens",
+                remedy="use Layout.of_sizes",
+            )
 
     @classmethod
     def of_sizes(cls, sizes: Sequence[int]) -> Layout:
@@ -77,7 +88,7 @@ class Layout:
     @cached_property
     def _spans(self) -> tuple[tuple[range, ...], ...]:
         if self.kind == "striped":
-            runs_by_rank = [(range(rank, self.length, self.size),) for rank in range(self.size)]
+            runs_by_rank: list[tuple[range, ...]] = [(range(rank, self.length, self.size),) for rank in range(self.size)]
         elif self.kind == "zigzag":
             runs = shard_ranges(self.length, 2 * self.size)
             runs_by_rank = [(runs[rank], runs[2 * self.size - 1 - rank]) for rank in range(self.size)]

@@ -31,13 +31,14 @@ class MaskSpec:
 
     def __post_init__(self) -> None:
         if self.window is not None:
-            if len(self.window) != 2 or any(side is not None and side < 0 for side in self.window):
+            if not _is_window(self.window):
                 raise SequenceParallelConfigError(
                     setting="window",
                     value=self.window,
-                    why="a window is (left, right), each a count of tokens >= 0 or None for unbounded",
+                    why="a window is (left, right), each a count of tokens >= 0, or None (not -1) for unbounded",
                     remedy="write (1023, 0) for a causal window over 1024 tokens",
                 )
+            object.__setattr__(self, "window", tuple(self.window))
         if self.cu_seqlens is not None:
             borders = tuple(int(border) for border in self.cu_seqlens)
             object.__setattr__(self, "cu_seqlens", borders)
@@ -82,3 +83,11 @@ class MaskSpec:
         if self.cu_seqlens is not None:
             parts.append(f"packed({len(self.cu_seqlens) - 1})")
         return "+".join(parts)
+
+
+def _is_window(window: object) -> bool:
+    return (
+        isinstance(window, tuple | list)
+        and len(window) == 2
+        and all(side is None or (isinstance(side, int) and side >= 0) for side in window)
+    )

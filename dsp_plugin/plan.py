@@ -29,8 +29,8 @@ class Stage:
         modules: glob over module names; ``*`` stands for one name, ``**`` for any number of them.
         computes_along: the token dims it mixes tokens along; it treats every other dim as batch.
         tokens: the forward argument that carries the tokens, and comes back as the (first) output.
-        follows: further forward arguments that run along token dims, with their patterns; each is cut to this rank's part
-            of the dim that is sharded while the stage runs. Arguments not named here are used whole.
+        follows: further forward arguments that run along token dims, with their patterns; each is cut to this rank's
+            part of the dim that is sharded while the stage runs. Arguments not named here are used whole.
         attention: glob, relative to the stage's module, of the modules whose `scaled_dot_product_attention` runs along
             ``computes_along``. With it Ulysses can serve the stage when a dim it computes along is sharded.
         heads: query heads of that attention, for the planner.
@@ -79,6 +79,20 @@ class Plan:
                     why=f"{unknown} not among the token dims {names[:-1]} of {self.tokens!r}",
                     remedy="use the names of plan.tokens",
                 )
+            if stage.attention is not None and stage.heads is None:
+                raise SequenceParallelConfigError(
+                    setting=f"plan stage {stage.modules!r} heads",
+                    why=f"attention={stage.attention!r} is given without its number of heads",
+                    remedy="add heads=..., so that the planner can price Ulysses inside the stage",
+                )
+            for argument, pattern in stage.follows.items():
+                if not set(pattern.split()) & set(names[:-1]):
+                    raise SequenceParallelConfigError(
+                        setting=f"plan stage {stage.modules!r} follows",
+                        value={argument: pattern},
+                        why=f"the pattern names none of the token dims {names[:-1]}, so it would never be cut",
+                        remedy="name every dim of the argument, the token dims as in plan.tokens",
+                    )
         if not self.stages:
             raise SequenceParallelConfigError(
                 setting="plan.stages", value=self.stages, why="a plan needs at least one stage",
@@ -155,3 +169,12 @@ def matching_modules(root: nn.Module, pattern: str, setting: str) -> dict[str, n
             remedy="write names as named_modules() gives them, with * for one name",
         )
     return found
+
+
+def outermost(modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    """Those of ``modules`` that are not inside another of them."""
+    return {
+        name: module
+        for name, module in modules.items()
+        if not any(name.startswith(f"{other}.") for other in modules)
+    }

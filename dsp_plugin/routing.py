@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import wraps
-from typing import Any
+from functools import update_wrapper
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -38,22 +38,39 @@ class AttentionRoute:
 
     def install(self, module: nn.Module) -> Callable[[], None]:
         """Route the calls made inside ``module.forward``; returns what undoes it."""
-        original = module.forward
-
-        @wraps(original)
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            layout = self._layout_now()
-            if layout is None:
-                return original(*args, **kwargs)
-            with _Intercept(self, layout):
-                return original(*args, **kwargs)
-
-        module.forward = forward
+        of_instance = module.__dict__.get("forward")
+        module.forward = _RoutedForward(module.forward, self)
 
         def undo() -> None:
-            module.forward = original
+            if of_instance is None:
+                del module.forward
+            else:
+                module.forward = of_instance
 
         return undo
+
+    def run(self, forward: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
+        """Call ``forward`` with its attention routed, if the sequence is sharded now.
+
+        Raises:
+            UnsupportedError: it made no call that could be routed, so it would have attended within the shard.
+        """
+        layout = self._layout_now()
+        if layout is None:
+            return forward(*args, **kwargs)
+        with _Intercept(self, layout) as intercept:
+            output = forward(*args, **kwargs)
+        if not intercept.routed:
+            raise UnsupportedError(
+                setting=f"attention of {self._name}",
+                why="its forward never called torch.nn.functional.scaled_dot_product_attention, so it would attend "
+                "within the shard only (nn.MultiheadAttention makes the call out of our sight)",
+                remedy="name the modules that make the call, and set the model's attention implementation to sdpa",
+            )
+        return output
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        return self
 
     def attend(
         self,
@@ -72,7 +89,7 @@ class AttentionRoute:
         Raises:
             UnsupportedError: a dense mask, or inputs that are not self-attention over the shard.
         """
-        shapes = f"query {tuple(query.shape)}, key {tuple(key.shape)}"
+        shapes = f"query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}"
         if attn_mask is not None:
             raise UnsupportedError(
                 setting=f"attn_mask of {self._name}",
@@ -84,10 +101,10 @@ class AttentionRoute:
             raise UnsupportedError(
                 setting=f"is_causal of {self._name}",
                 value=is_causal,
-                why="the stage computes along several dims of which one is sharded, so its tokens are not in global order",
+                why="the stage computes along several dims of which one is sharded: its tokens are not in global order",
                 remedy="shard a dim that the stage does not compute along, or drop the mask",
             )
-        if query.dim() != 4 or query.shape[2] != key.shape[2]:
+        if not query.dim() == key.dim() == value.dim() == 4 or query.shape[2] != key.shape[2]:
             raise UnsupportedError(
                 setting=f"attention of {self._name}",
                 value=shapes,
@@ -101,10 +118,11 @@ class AttentionRoute:
                 why="heads of query and key differ and enable_gqa is not set",
                 remedy="pass enable_gqa=True, as torch itself demands",
             )
+        q, k, v = (_autocast(x).transpose(1, 2) for x in (query, key, value))
         out = self._attention(
-            query.transpose(1, 2),
-            key.transpose(1, 2),
-            value.transpose(1, 2),
+            q,
+            k,
+            v,
             groups=self._groups,
             layout=layout,
             mask=MaskSpec(causal=is_causal),
@@ -116,17 +134,36 @@ class AttentionRoute:
         return out.transpose(1, 2)
 
 
+def _autocast(x: Tensor) -> Tensor:
+    """``x`` in the dtype that torch's own call would compute in: rotary embeddings often leave q and k in fp32."""
+    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+        return x.to(torch.get_autocast_dtype(x.device.type))
+    return x
+
+
 def _draw_seed() -> int:
     """From torch's CPU generator, whose state activation checkpointing restores before it recomputes."""
     return int(torch.randint(2**62, (), device="cpu"))
 
 
+class _RoutedForward:
+    """A module's forward. An object, not a closure, so that in a deep copy of the module it calls the copy's."""
+
+    def __init__(self, original: Callable[..., Any], route: AttentionRoute) -> None:
+        self._original, self._route = original, route
+        update_wrapper(self, original)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._route.run(self._original, args, kwargs)
+
+
 class _Intercept(TorchFunctionMode):
     def __init__(self, route: AttentionRoute, layout: Layout) -> None:
         super().__init__()
-        self._route, self._layout = route, layout
+        self._route, self._layout, self.routed = route, layout, False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is F.scaled_dot_product_attention:
+            self.routed = True
             return self._route.attend(self._layout, *args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))

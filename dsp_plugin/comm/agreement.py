@@ -10,6 +10,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from datetime import timedelta
 
 import torch
@@ -18,15 +19,20 @@ import torch.distributed as dist
 from dsp_plugin.errors import CollectiveMismatchError
 from dsp_plugin.groups import Axis
 
+Shapes = Sequence[Sequence[int]]
+
 _entered: Counter[str] = Counter()
 
 
-def agree(op: str, dtype: torch.dtype, sends: Sequence[int], receives: Sequence[int], axis: Axis) -> None:
-    """Raise on every rank of ``axis`` unless all are about to run the same ``op`` with sizes that fit.
+def agree(
+    op: str, dtype: torch.dtype, whole_shapes: Shapes, sends: Sequence[int], receives: Sequence[int], axis: Axis
+) -> None:
+    """Raise on every rank of ``axis`` unless all are about to run the same ``op`` with shapes that fit.
 
     Args:
         op: the collective, the method it is for and the phase.
         dtype: of what is sent.
+        whole_shapes: of the tensors before sharding, where the operation has such.
         sends: elements that this rank sends to each rank of the axis.
         receives: elements that it expects from each.
 
@@ -39,51 +45,86 @@ def agree(op: str, dtype: torch.dtype, sends: Sequence[int], receives: Sequence[
     scope = "dsp_plugin/" + "-".join(map(str, axis.ranks))
     step = _entered[scope]
     _entered[scope] += 1
-    claim = {"op": op, "dtype": str(dtype), "sends": list(sends), "receives": list(receives)}
-    store.set(f"{scope}/{step}/{axis.rank}", json.dumps(claim))
-    if step >= 2:
-        # Everybody who wrote step-1 has read step-2, so nobody will look for it again.
-        store.delete_key(f"{scope}/{step - 2}/{axis.rank}")
-    claims, missing = _read(store, f"{scope}/{step}", axis)
-    if missing:
+    claim = {
+        "op": op,
+        "dtype": str(dtype),
+        "shapes": str([tuple(shape) for shape in whole_shapes]),
+        "sends": list(sends),
+        "receives": list(receives),
+    }
+    try:
+        store.set(f"{scope}/{step}/{axis.rank}", json.dumps(claim))
+        if step >= 2:
+            # Everybody who wrote step-1 has read step-2, so nobody will look for it again.
+            store.delete_key(f"{scope}/{step - 2}/{axis.rank}")
+        _compare(_read(store, f"{scope}/{step}", op, step, axis), store, f"{scope}/{step}", step, axis)
+    except CollectiveMismatchError:
+        raise
+    except RuntimeError as error:
         raise CollectiveMismatchError(
             f"rank {axis.ranks[axis.rank]} is about to run {op} (its collective {step} on axis {axis.name} of ranks "
-            f"{list(axis.ranks)}), but ranks {missing} did not arrive within {_timeout().total_seconds():g} s. They "
-            f"took another path: look for a branch that depends on the rank or on its data."
-        )
-    _compare(claims, step, axis)
+            f"{list(axis.ranks)}), but the rendezvous store is gone: {error}. The rank that hosts it, mostly rank 0, "
+            f"has failed: look at its error."
+        ) from error
 
 
 def _timeout() -> timedelta:
     return timedelta(seconds=float(os.environ.get("DSP_PLUGIN_DEBUG_TIMEOUT", "60")))
 
 
-def _read(store: dist.Store, prefix: str, axis: Axis) -> tuple[list[dict], list[int]]:
+def _read(store: dist.Store, prefix: str, op: str, step: int, axis: Axis) -> list[dict]:
+    """The claims of all ranks of the axis, once all are there."""
     keys = [f"{prefix}/{peer}" for peer in range(axis.size)]
-    try:
+    # A TCP store raises DistStoreError when it has waited long enough, a file store RuntimeError.
+    with suppress(RuntimeError):
         store.wait(keys, _timeout())
-    except dist.DistStoreError:
-        return [], [axis.ranks[peer] for peer, key in enumerate(keys) if not store.check([key])]
-    return [json.loads(store.get(key)) for key in keys], []
+    missing = [rank for rank, key in zip(axis.ranks, keys, strict=True) if not store.check([key])]
+    claims = [] if missing else [json.loads(store.get(key)) for key in keys]
+    gone = [rank for rank, claim in zip(axis.ranks, claims, strict=False) if "gave_up" in claim]
+    if not missing and not gone:
+        return claims
+    # Whoever arrives later must learn that nobody waits for it any more.
+    store.set(keys[axis.rank], json.dumps({"gave_up": True}))
+    found = f"came so late that ranks {gone} had left"
+    if missing:
+        found = f"ranks {missing} did not arrive within {_timeout().total_seconds():g} s"
+    raise CollectiveMismatchError(
+        f"rank {axis.ranks[axis.rank]} is about to run {op} (its collective {step} on axis {axis.name} of ranks "
+        f"{list(axis.ranks)}), but {found}. The ranks took different paths: look for a branch that depends on the rank "
+        f"or on its data. If a rank is merely slow, raise DSP_PLUGIN_DEBUG_TIMEOUT."
+    )
 
 
-def _compare(claims: list[dict], step: int, axis: Axis) -> None:
-    for aspect in ("op", "dtype"):
+def _compare(claims: list[dict], store: dist.Store, prefix: str, step: int, axis: Axis) -> None:
+    found = _difference(claims, step, axis)
+    if found is None:
+        return
+    # The rank that hosts the store must not leave, and take it down, before the others have read it too.
+    store.set(f"{prefix}/seen/{axis.rank}", "")
+    with suppress(RuntimeError):
+        store.wait([f"{prefix}/seen/{peer}" for peer in range(axis.size)], min(_timeout(), timedelta(seconds=5)))
+    raise CollectiveMismatchError(found)
+
+
+def _difference(claims: list[dict], step: int, axis: Axis) -> str | None:
+    where = f"collective {step} on axis {axis.name}"
+    for aspect in ("op", "dtype", "shapes"):
         by_value: dict[str, list[int]] = {}
         for rank, claim in zip(axis.ranks, claims, strict=True):
             by_value.setdefault(claim[aspect], []).append(rank)
         if len(by_value) > 1:
             said = "; ".join(f"ranks {ranks}: {value}" for value, ranks in by_value.items())
-            raise CollectiveMismatchError(
-                f"collective {step} on axis {axis.name}: ranks disagree on the {aspect}. {said}. Every rank must run "
-                f"the same methods on the same layers in the same order and precision."
+            return (
+                f"{where}: ranks disagree on the {aspect}{' before sharding' if aspect == 'shapes' else ''}. {said}. "
+                f"Every rank must run the same methods on the same layers in the same order and precision."
             )
     for source, claim in enumerate(claims):
         for target, count in enumerate(claim["sends"]):
             expected = claims[target]["receives"][source]
             if count != expected:
-                raise CollectiveMismatchError(
-                    f"collective {step} on axis {axis.name}, {claim['op']}: rank {axis.ranks[source]} sends {count} "
-                    f"elements to rank {axis.ranks[target]}, which expects {expected}. The ranks hold tensors of "
-                    f"different shapes: check batch size, sequence length and heads on both."
+                return (
+                    f"{where}, {claim['op']}: rank {axis.ranks[source]} sends {count} elements to rank "
+                    f"{axis.ranks[target]}, which expects {expected}. The ranks hold tensors of different shapes: "
+                    f"check batch size, sequence length and heads on both."
                 )
+    return None

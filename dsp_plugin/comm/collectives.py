@@ -69,7 +69,8 @@ def all_to_all(tensors: Sequence[Tensor], routes: Sequence[Route], *, axis: Axis
     Returns:
         The tensors, local along ``scatter_dim`` and whole along ``gather_dim``.
     """
-    assert len(tensors) == len(routes) and len({x.dtype for x in tensors}) == 1
+    assert len(tensors) == len(routes)
+    assert len({x.dtype for x in tensors}) == 1
     if axis.size == 1 and all(
         _consecutive(route.gather) and route.scatter[0] == (range(x.shape[route.scatter_dim]),)
         for x, route in zip(tensors, routes, strict=True)
@@ -112,7 +113,10 @@ def _route(tensors: Sequence[Tensor], routes: Sequence[Route], sender: Sender) -
         slots = packed.split([prod(shape) for shape in shapes])
         for (x, route, runs), shape, slot in zip(pieces, shapes, slots, strict=True):
             _fill(slot.view(shape), x, route.scatter_dim, runs)
-    received = exchange(packed, send_counts, receive_counts, sender)
+    whole = [
+        _with(x.shape, route.gather_dim, _length(route.gather)) for x, route in zip(tensors, routes, strict=True)
+    ]
+    received = exchange(packed, send_counts, receive_counts, sender, whole)
 
     blocks = [
         slot.view(shape)
@@ -124,10 +128,19 @@ def _route(tensors: Sequence[Tensor], routes: Sequence[Route], sender: Sender) -
     )
 
 
+def _with(shape: Sequence[int], dim: int, length: int) -> list[int]:
+    changed = list(shape)
+    changed[dim] = length
+    return changed
+
+
 def _cut(shape: Sequence[int], dim: int, runs: Runs) -> list[int]:
-    cut = list(shape)
-    cut[dim] = sum(map(len, runs))
-    return cut
+    return _with(shape, dim, sum(map(len, runs)))
+
+
+def _length(runs_by_rank: Sequence[Runs]) -> int:
+    """Of the dim that the runs, which may overlap, cover."""
+    return max((run[-1] + 1 for runs in runs_by_rank for run in runs if len(run)), default=0)
 
 
 def _per_peer(counts: list[int], tensors: int) -> list[int]:
@@ -153,9 +166,8 @@ def _fill(slot: Tensor, x: Tensor, dim: int, runs: Runs) -> None:
 
 def _assemble(received: Tensor, blocks: list[Tensor], route: Route, single: bool) -> Tensor:
     dim = route.gather_dim
-    length = max((run[-1] + 1 for runs in route.gather for run in runs if len(run)), default=0)
-    shape = list(blocks[0].shape)
-    shape[dim] = length
+    length = _length(route.gather)
+    shape = _with(blocks[0].shape, dim, length)
     if single and _leads(shape, dim, route.gather):
         return received.view(shape)
     overlapping = sum(len(run) for runs in route.gather for run in runs) > length
@@ -235,11 +247,11 @@ def ring_hop(x: Tensor, shift: int, receive_shape: Sequence[int] | None = None, 
 
 
 def _gathered(x: Tensor, dim: int, layout: Layout, sender: Sender) -> Tensor:
-    assert layout.size == sender.axis.size and x.shape[dim] == layout.sizes[sender.axis.rank]
-    shapes = [list(x.shape) for _ in layout.sizes]
-    for shape, size in zip(shapes, layout.sizes, strict=True):
-        shape[dim] = size
-    parts = collect(x.contiguous().view(-1), [prod(shape) for shape in shapes], sender)
+    assert layout.size == sender.axis.size
+    assert x.shape[dim] == layout.sizes[sender.axis.rank]
+    shapes = [_with(x.shape, dim, size) for size in layout.sizes]
+    whole = [_with(x.shape, dim, layout.length)]
+    parts = collect(x.contiguous().view(-1), [prod(shape) for shape in shapes], sender, whole)
     return layout.unshard([part.view(shape) for part, shape in zip(parts, shapes, strict=True)], dim)
 
 
@@ -249,7 +261,7 @@ def _reduced(x: Tensor, dim: int, layout: Layout, sender: Sender) -> Tensor:
     shards = [layout.shard(x, dim, peer).contiguous() for peer in range(axis.size)]
     mine = shards[axis.rank]
     packed = torch.cat([shard.view(-1) for shard in shards])
-    received = exchange(packed, [shard.numel() for shard in shards], [mine.numel()] * axis.size, sender)
+    received = exchange(packed, [shard.numel() for shard in shards], [mine.numel()] * axis.size, sender, [x.shape])
     wide = torch.promote_types(x.dtype, torch.float32)
     return received.view(axis.size, *mine.shape).sum(0, dtype=wide).to(x.dtype)
 

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dsp_plugin.comm.agreement import agree
+from dsp_plugin.comm.agreement import Shapes, agree
 from dsp_plugin.comm.ledger import Phase, record
 from dsp_plugin.groups import Axis
 
@@ -31,22 +31,30 @@ class Sender:
         return Sender(self.axis, self.method, "backward")
 
 
-def exchange(buffer: Tensor, send_counts: Sequence[int], receive_counts: Sequence[int], sender: Sender) -> Tensor:
+def exchange(
+    buffer: Tensor,
+    send_counts: Sequence[int],
+    receive_counts: Sequence[int],
+    sender: Sender,
+    whole_shapes: Shapes = (),
+) -> Tensor:
     """All-to-all of a flat ``buffer`` whose parts for each rank lie in rank order.
 
     Args:
         buffer: 1-D, contiguous, ``sum(send_counts)`` elements.
         send_counts: elements for each rank of the axis.
         receive_counts: elements from each rank.
+        whole_shapes: of the unsharded tensors in the buffer, on which ranks must agree; compared in debug mode.
 
     Returns:
         1-D, ``sum(receive_counts)`` elements, in rank order.
     """
     axis = sender.axis
-    assert buffer.dim() == 1 and buffer.numel() == sum(send_counts)
+    assert buffer.dim() == 1
+    assert buffer.numel() == sum(send_counts)
     if axis.size == 1:
         return buffer
-    _enter("all_to_all", buffer.dtype, send_counts, receive_counts, sender)
+    _enter("all_to_all", buffer.dtype, send_counts, receive_counts, sender, whole_shapes)
     received = buffer.new_empty(sum(receive_counts))
     width = buffer.element_size()
     dist.all_to_all_single(
@@ -59,23 +67,25 @@ def exchange(buffer: Tensor, send_counts: Sequence[int], receive_counts: Sequenc
     return received
 
 
-def collect(buffer: Tensor, counts: Sequence[int], sender: Sender) -> list[Tensor]:
+def collect(buffer: Tensor, counts: Sequence[int], sender: Sender, whole_shapes: Shapes = ()) -> list[Tensor]:
     """All-gather of flat buffers whose lengths may differ.
 
     Args:
         buffer: 1-D, contiguous, ``counts[rank]`` elements.
         counts: elements that each rank contributes.
+        whole_shapes: as for `exchange`.
 
     Returns:
         The flat buffer of every rank, in rank order.
     """
     axis = sender.axis
-    assert buffer.dim() == 1 and buffer.numel() == counts[axis.rank]
+    assert buffer.dim() == 1
+    assert buffer.numel() == counts[axis.rank]
     if axis.size == 1:
         return [buffer]
     sends = [0 if peer == axis.rank else buffer.numel() for peer in range(axis.size)]
     receives = [0 if peer == axis.rank else count for peer, count in enumerate(counts)]
-    _enter("all_gather", buffer.dtype, sends, receives, sender)
+    _enter("all_gather", buffer.dtype, sends, receives, sender, whole_shapes)
     if len(set(counts)) == 1:
         gathered = buffer.new_empty(sum(counts))
         dist.all_gather_into_tensor(gathered.view(torch.uint8), buffer.view(torch.uint8), group=axis.group)
@@ -123,10 +133,15 @@ def _wait(works: list[dist.Work]) -> None:
 
 
 def _enter(
-    collective: str, dtype: torch.dtype, sends: Sequence[int], receives: Sequence[int], sender: Sender
+    collective: str,
+    dtype: torch.dtype,
+    sends: Sequence[int],
+    receives: Sequence[int],
+    sender: Sender,
+    whole_shapes: Shapes = (),
 ) -> None:
     axis = sender.axis
     if axis.debug:
-        agree(f"{collective} by {sender.method} in {sender.phase}", dtype, sends, receives, axis)
+        agree(f"{collective} by {sender.method} in {sender.phase}", dtype, whole_shapes, sends, receives, axis)
     leaving = sum(count for peer, count in enumerate(sends) if peer != axis.rank)
     record(sender.method, collective, axis.name, sender.phase, leaving * dtype.itemsize)

@@ -110,7 +110,8 @@ def attention(
         ``[B, n, H, Dv]``.
 
     Raises:
-        SequenceParallelConfigError: shapes or head counts do not fit.
+        SequenceParallelConfigError: shapes, head counts, document borders or dropout settings do not fit.
+        UnsupportedError: the kernel cannot serve such tensors.
     """
     axis = groups.ulysses
     heads, kv_heads = q.shape[HEAD_DIM], k.shape[HEAD_DIM]
@@ -119,6 +120,10 @@ def attention(
     reasons = illegal(Workload(axis.size, heads, kv_heads, layout.length, layout=layout.kind, mask=mask))
     if reasons:
         raise SequenceParallelConfigError("ulysses cannot serve this attention: " + " ".join(reasons))
+
+    # What the local attention would refuse must be refused here, before anything is sent.
+    mask.documents(layout.length)
+    softmax.prepare(q, k, v, mask=mask, dropout_p=dropout_p, dropout_seed=dropout_seed, kernel=kernel)
 
     part = head_partition(heads, kv_heads, axis.size)
     tokens = tuple(layout.spans(rank) for rank in range(axis.size))

@@ -9,7 +9,8 @@ from torch.utils.checkpoint import checkpoint
 
 from dsp_plugin import Layout, SequenceParallelConfig, SequenceParallelGroups, ledger, parallelize
 from dsp_plugin.comm import all_gather
-from dsp_plugin.models.video_dit import RectifiedFlowObjective, VideoDiT
+from dsp_plugin.models.rectified_flow import RectifiedFlowObjective
+from dsp_plugin.models.video_dit import VideoDiT
 from dsp_plugin.planner.stages import Activation, AttentionShape, StageSpec, plan_stages
 from dsp_plugin.spawn import spawn
 

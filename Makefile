@@ -1,0 +1,46 @@
+# Two environments: .venv for what `python3` is (CPython 3.11 or newer), .venv312 for CPython 3.12 with the newest tested
+# megatron-core. Everything below creates what it needs.
+SHELL := /bin/bash
+PYTHON ?= python3
+PYTHON312 ?= $(shell for python in python3.12 $$HOME/.pyenv/versions/3.12*/bin/python3.12; do \
+	"$$python" -c 'import venv' 2>/dev/null && { echo "$$python"; break; }; done)
+VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+EXTRAS := deepspeed,megatron,demo,test
+
+.PHONY: demo test test-newest matrix lint clean
+
+demo: .venv/installed
+	.venv/bin/dsp-plugin demo
+
+test: .venv/installed
+	.venv/bin/python -m pytest
+
+test-newest: .venv312/installed
+	.venv312/bin/python -m pytest $(NEWEST)
+
+# Every case of every matrix, on both environments. Hours, not minutes.
+matrix: .venv/installed .venv312/installed
+	.venv/bin/python -m pytest --matrix
+	.venv312/bin/python -m pytest --matrix
+
+lint: .venv/installed
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
+
+.venv/installed: setup.cfg pyproject.toml configs/constraints/py$(VERSION).txt
+	$(PYTHON) -m venv .venv
+	.venv/bin/pip install --quiet -c configs/constraints/py$(VERSION).txt -e '.[$(EXTRAS)]' ruff mypy
+	touch $@
+
+.venv312/installed: setup.cfg pyproject.toml configs/constraints/py3.12.txt
+	@test -n "$(PYTHON312)" || { echo "no CPython 3.12 found: set PYTHON312=/path/to/python3.12"; exit 1; }
+	$(PYTHON312) -m venv .venv312
+	.venv312/bin/pip install --quiet -c configs/constraints/py3.12.txt -e '.[$(EXTRAS)]' ruff mypy
+	touch $@
+
+configs/constraints/py$(VERSION).txt:
+	@echo "no tested set of versions for CPython $(VERSION): set PYTHON to a 3.11 or 3.12 interpreter"; exit 1
+
+clean:
+	rm -rf .venv .venv312 demo_output build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

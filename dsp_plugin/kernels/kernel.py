@@ -1,0 +1,79 @@
+"""What a local attention kernel must offer."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from dsp_plugin.kernels.dropout import Dropout
+from dsp_plugin.kernels.merge import accumulation_dtype
+from dsp_plugin.mask import Band
+
+
+class Kernel(ABC):
+    """Attention over one trimmed block (see `dsp_plugin.kernels.blocks`), forward and backward.
+
+    Shapes: q ``[B, n, H, D]``, k ``[B, m, K, D]``, v ``[B, m, K, Dv]``, K divides H and query head h reads kv head
+    ``h // (H / K)``; out ``[B, n, H, Dv]``; lse ``[B, H, n]``, fp32 (fp64 for fp64 inputs), the natural logarithm of
+    the sum of exponentials of the scaled scores. No dimension is empty.
+    """
+
+    name: ClassVar[str]
+
+    @abstractmethod
+    def available(self) -> tuple[bool, str]:
+        """Whether this process can use the kernel at all, and why (not)."""
+
+    @abstractmethod
+    def version(self) -> str | None:
+        """Version of the package the kernel comes from, None if that is not installed."""
+
+    @abstractmethod
+    def supports(
+        self, dtype: torch.dtype, device: torch.device, head_dim: int, v_head_dim: int, dropout: bool
+    ) -> str | None:
+        """None if the kernel, where available, can serve such tensors; otherwise the reason why not."""
+
+    def lse_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """The dtype of the lse for inputs of ``dtype``."""
+        return accumulation_dtype(dtype)
+
+    @abstractmethod
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, band: Band, *, scale: float, dropout: Dropout | None
+    ) -> tuple[Tensor, Tensor]:
+        """Returns ``(out, lse)``; out has the dtype of q."""
+
+    @abstractmethod
+    def backward(
+        self,
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        band: Band,
+        *,
+        scale: float,
+        dropout: Dropout | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns ``(dq, dk, dv)`` in the dtypes of q, k, v.
+
+        ``out`` and ``lse`` may belong to attention over more keys than this block's: the result is then this block's
+        share of the gradients, which is what ring attention sums over blocks.
+        """
+
+
+def padded(x: Tensor, head_dim: int) -> Tensor:
+    """x with its head dim zero-padded to ``head_dim``, dense in that dim.
+
+    Zeros change neither the scores nor the other output columns. Flash kernels read the head dim as if it had stride
+    1 and never check it.
+    """
+    if x.shape[-1] < head_dim:
+        return torch.nn.functional.pad(x, (0, head_dim - x.shape[-1]))
+    return x if x.stride(-1) == 1 else x.contiguous()

@@ -1,0 +1,38 @@
+"""Where `VideoDiT` mixes tokens: all that is needed to shard it."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from dsp_plugin.errors import SequenceParallelConfigError
+from dsp_plugin.plan import Plan, Stage
+
+
+def plan(module: nn.Module) -> Plan:
+    """The plan of a `VideoDiT`, or of a module that holds one, such as a training objective.
+
+    A space block treats frames as batch, a time block treats patches as batch; the MLP and the cross-attention treat
+    every token alike. The rotary tables run along the dim that their block computes along.
+
+    Raises:
+        SequenceParallelConfigError: there is no `VideoDiT` in the module.
+    """
+    # By name, not by class: a script that loads the model's file on its own has another class object.
+    for name, part in module.named_modules():
+        if type(part).__name__ == "VideoDiT":
+            prefix = f"{name}." if name else ""
+            heads = part.get_submodule("blocks.0.space.attn").heads
+            assert isinstance(heads, int)
+            return Plan(
+                tokens="b t s c",
+                stages=(
+                    Stage(f"{prefix}blocks.*.space", ("s",), follows={"rope": "s d"}, attention="attn", heads=heads),
+                    Stage(f"{prefix}blocks.*.time", ("t",), follows={"rope": "t d"}, attention="attn", heads=heads),
+                ),
+            )
+    raise SequenceParallelConfigError(
+        setting="plan",
+        value="dsp_plugin.models.video_dit_plan:plan",
+        why=f"{type(module).__name__} has no part of class VideoDiT",
+        remedy="name the plan of the model that is trained",
+    )

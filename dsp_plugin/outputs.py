@@ -1,0 +1,47 @@
+"""What a forward pass returned: the tensor in it that matters, and the start of its backward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from dsp_plugin.errors import SequenceParallelConfigError
+
+
+def when_backward_starts(output: Tensor, recall: Callable[[], None]) -> None:
+    """Bring back the state of the forward pass that made ``output`` when its backward pass starts.
+
+    Checkpointed activations are recomputed then, and other forward passes, of other lengths, may have run since.
+    """
+    if output.requires_grad:
+        output.register_hook(lambda _: recall())
+
+
+def first_tensor(output: Any) -> tuple[Tensor, Callable[[Tensor], Any]]:
+    """The tensor that an output leads with (itself, ``["loss"]``, or the first), and how to put another in its place.
+
+    Raises:
+        SequenceParallelConfigError: it leads with no tensor.
+    """
+    if isinstance(output, Tensor):
+        return output, lambda tensor: tensor
+    if isinstance(output, dict) and output:
+        key = "loss" if "loss" in output else next(iter(output))
+
+        def in_dict(tensor: Tensor) -> Any:
+            output[key] = tensor
+            return output
+
+        if isinstance(output[key], Tensor):
+            return output[key], in_dict
+    if isinstance(output, tuple | list) and output and isinstance(output[0], Tensor):
+        make: Callable[[Any], Any] = getattr(type(output), "_make", type(output))
+        return output[0], lambda tensor: make((tensor, *output[1:]))
+    raise SequenceParallelConfigError(
+        setting="model output",
+        value=type(output).__name__,
+        why="expected a tensor, a dict or a tuple that leads with one",
+        remedy="return the tensor to be contracted or gathered first",
+    )

@@ -1,0 +1,153 @@
+"""Runs a user's unmodified script with the plugin in place.
+
+    python -m dsp_plugin.launch [--cpu[=force]] [--report FOLDER] SCRIPT [ARGS ...]
+    torchrun --nproc-per-node 8 -m dsp_plugin.launch SCRIPT [ARGS ...]
+
+DeepSpeed scripts need nothing more: the "sequence_parallel" section of their DeepSpeed config is honoured. Megatron-core scripts take
+--context-parallel-size N --sp-method ulysses. The --sp-* flags are read here and hidden from the script; a script that has --sp-* flags
+of its own gets them after a lone --. With --report every rank writes what it sent and its peak memory to FOLDER/rank-R.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import runpy
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import NoReturn
+
+from dsp_plugin.errors import PatchError, SequenceParallelConfigError, UnsupportedError
+from dsp_plugin.launch.report import report
+from dsp_plugin.patches import cpu, megatron
+from dsp_plugin.patches.autoload import after_import
+from dsp_plugin.patches.megatron import arguments
+from dsp_plugin.patches.patch import PatchSet
+
+PROGRAM = "python -m dsp_plugin.launch"
+
+
+class _Parser(argparse.ArgumentParser):
+    """Reports mistakes in one line, without the usage text of a parser that the user does not know about."""
+
+    def error(self, message: str) -> NoReturn:
+        raise SequenceParallelConfigError(message)
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command line of the launcher.
+
+    Attributes:
+        cpu: what ``--cpu`` was given, ``"1"`` for the bare flag; None where it was not.
+        report: folder for what every rank sent; None to keep no account.
+        script: path of the user's script.
+        arguments: what the script sees.
+        flags: the ``--sp-*`` flags, as attributes `sp_*`.
+    """
+
+    cpu: str | None
+    report: Path | None
+    script: str
+    arguments: tuple[str, ...]
+    flags: argparse.Namespace
+
+    @classmethod
+    def parse(cls, argv: Sequence[str]) -> Command:
+        """Splits a command line into the launcher's and the script's.
+
+        Raises:
+            SequenceParallelConfigError: no script, a script that does not exist, or a flag that is not known.
+        """
+        rest = list(argv)
+        cpu_mode = None
+        report_folder = None
+        before: list[str] = []
+        while rest and rest[0].startswith("-"):
+            flag = rest.pop(0)
+            name, _, value = flag.partition("=")
+            if name == "--cpu":
+                cpu_mode = value or "1"
+            elif name == "--report":
+                report_folder = Path(value or (rest.pop(0) if rest else ""))
+            elif name.startswith("--sp-"):
+                before.append(flag)
+                if not value and name != "--sp-debug" and rest:
+                    before.append(rest.pop(0))
+            else:
+                raise SequenceParallelConfigError(
+                    f"unknown option {flag!r} before the script; the launcher takes --cpu, --report and --sp-* there. Options of "
+                    f"the script follow it: {PROGRAM} SCRIPT {flag} ..."
+                )
+        if not rest:
+            raise SequenceParallelConfigError(f"no script given. Usage: {PROGRAM} [--cpu[=force]] SCRIPT [ARGS ...]")
+        script, *rest = rest
+        if not Path(script).is_file():
+            raise SequenceParallelConfigError(f"no script at {script!r} (in {os.getcwd()}). Usage: {PROGRAM} SCRIPT [ARGS ...]")
+        flags, remaining = _take_flags([*before, *rest])
+        return cls(cpu_mode, report_folder, script, tuple(remaining), flags)
+
+
+def _take_flags(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    """The ``--sp-*`` flags before a lone ``--``, and everything else."""
+    border = argv.index("--") if "--" in argv else len(argv)
+    parser = arguments.add_flags(_Parser(add_help=False, allow_abbrev=False))
+    flags, remaining = parser.parse_known_args(argv[:border])
+    known = [option for action in parser._actions for option in action.option_strings]
+    for argument in remaining:
+        name = argument.partition("=")[0]
+        if name.startswith("--sp-") or name.startswith("--sp_"):
+            nearest = get_close_matches(name.replace("_", "-"), known, n=1, cutoff=0.0)[0]
+            raise SequenceParallelConfigError(
+                f"unknown flag {name}; did you mean {nearest}? Known flags: {', '.join(known)}. If it is the script's own, "
+                f"put it after a lone --."
+            )
+    return flags, remaining + argv[border + 1 :]
+
+
+def prepare(command: Command) -> None:
+    """Puts the plugin in place for a command, and makes the interpreter look as it would to the script alone.
+
+    Raises:
+        SequenceParallelConfigError, UnsupportedError, PatchError: what was asked for cannot be had.
+    """
+    # First of all: megatron is a namespace package, and a user's checkout beside the script is part of it.
+    sys.path[0] = str(Path(command.script).resolve().parent)
+    sys.argv = [command.script, *command.arguments]
+    mode = cpu.requested(command.cpu)
+    if mode is not None:
+        cpu.install(force=mode == "force")
+    flags = command.flags
+    if flags.sp_method is not None:
+        given = {name.removeprefix("sp_"): value for name, value in vars(flags).items() if value is not None}
+        megatron.install(**given)
+    elif any(value not in (None, False) for value in vars(flags).values()):
+        stray = [f"--{name.replace('_', '-')}" for name, value in vars(flags).items() if value not in (None, False)]
+        raise SequenceParallelConfigError(
+            setting=", ".join(stray), why="set without --sp-method, so nothing would use it", remedy="add --sp-method ulysses"
+        )
+    after_import("megatron.training.arguments", PatchSet("megatron arguments", arguments.patches(flags)).apply)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command: exits with 2 and one line where it is wrong, else as the script does."""
+    argv = sys.argv[1:] if argv is None else argv
+    if argv and argv[0] in ("-h", "--help"):
+        print((__doc__ or "").strip())
+        arguments.add_flags(argparse.ArgumentParser(prog=PROGRAM, add_help=False, usage=argparse.SUPPRESS)).print_help()
+        return
+    try:
+        command = Command.parse(argv)
+        prepare(command)
+    except (SequenceParallelConfigError, UnsupportedError, PatchError) as error:
+        print(f"{PROGRAM}: error: {error}", file=sys.stderr, flush=True)
+        raise SystemExit(2) from None
+    with report(command.report):
+        runpy.run_path(command.script, run_name="__main__")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,86 @@
+"""DeepSpeed: `deepspeed.initialize` honours the ``"sequence_parallel"`` section of the user's JSON.
+
+Sequence parallelism is folded into DeepSpeed's data parallelism: DeepSpeed averages gradients over the whole world,
+which is what the gradient contract of the library asks for, and never learns that some of its data-parallel ranks hold
+parts of one sample. What folding would otherwise get wrong is put right here, one module per seam: `batch` (what the
+batch sizes mean), `refusals` (what cannot be combined), `engine` (groups, hooks and data loading), `same_sample` and
+`random_state` (what sequence peers share).
+
+Without the section no call behaves differently.
+"""
+
+from __future__ import annotations
+
+from dsp_plugin.patches.deepspeed import batch, engine, initialize
+from dsp_plugin.patches.patch import Patch, PatchSet
+
+DISTRIBUTION = "deepspeed"
+SUPPORTED = ">=0.19,<0.20"
+
+PATCHES = PatchSet(
+    "sequence parallelism in DeepSpeed",
+    (
+        Patch(
+            name="refuse what sequence parallelism cannot be combined with",
+            target="deepspeed:initialize",
+            distribution=DISTRIBUTION,
+            supported=SUPPORTED,
+            make=initialize.refusing,
+            parameters=("args", "model", "mpu", "config", "mesh_param", "config_params"),
+        ),
+        Patch(
+            name="count batches in samples, not in ranks",
+            target="deepspeed.runtime.config:DeepSpeedConfig._configure_train_batch_size",
+            distribution=DISTRIBUTION,
+            supported=SUPPORTED,
+            make=batch.folding,
+            parameters=("self",),
+        ),
+        Patch(
+            name="parallelize the module that an engine trains",
+            target="deepspeed.runtime.engine:DeepSpeedEngine.__init__",
+            distribution=DISTRIBUTION,
+            supported=SUPPORTED,
+            make=engine.parallelizing,
+            parameters=("self", "model", "mpu", "config_class", "mesh_device"),
+        ),
+        Patch(
+            name="give sequence peers the same samples",
+            target="deepspeed.runtime.engine:DeepSpeedEngine.deepspeed_io",
+            distribution=DISTRIBUTION,
+            supported=SUPPORTED,
+            make=engine.counting_replicas,
+            parameters=("self", "dataset", "data_sampler"),
+        ),
+        Patch(
+            name="set the train batch size in samples",
+            target="deepspeed.runtime.engine:DeepSpeedEngine.set_train_batch_size",
+            distribution=DISTRIBUTION,
+            supported=SUPPORTED,
+            make=engine.counting_replicas,
+            parameters=("self", "train_batch_size"),
+        ),
+        Patch(
+            name="set the micro batch size in samples",
+            target="deepspeed.runtime.engine:DeepSpeedEngine.set_train_micro_batch_size",
+            distribution=DISTRIBUTION,
+            supported=SUPPORTED,
+            make=engine.counting_replicas,
+            parameters=("self", "micro_batch_size"),
+        ),
+    ),
+)
+
+
+def install() -> None:
+    """Patches an imported DeepSpeed. Idempotent.
+
+    Raises:
+        PatchError: this DeepSpeed is not one that the patches fit; it is left as it was.
+    """
+    PATCHES.apply()
+
+
+def uninstall() -> None:
+    """Puts DeepSpeed back as it was."""
+    PATCHES.revert()

@@ -1,0 +1,115 @@
+"""`DeepSpeedEngine`: groups and hooks before it is built, equal peers after, and replicas where it means replicas."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from dsp_plugin.config import SequenceParallelConfig
+from dsp_plugin.groups import Axis, SequenceParallelGroups
+from dsp_plugin.parallelize import parallelize
+from dsp_plugin.patches.deepspeed import random_state
+from dsp_plugin.patches.deepspeed.refusals import refuse_conflicts
+from dsp_plugin.patches.deepspeed.same_sample import SameSampleCheck
+
+GROUPS = "sequence_parallel_groups"
+CONFIG = "sequence_parallel_config"
+UNDO = "_sequence_parallel_undo"
+
+
+def parallelizing(upstream: Callable[..., None]) -> Callable[..., None]:
+    """Replaces ``DeepSpeedEngine.__init__``.
+
+    The engine gets `sequence_parallel_config` and `sequence_parallel_groups`; its module gets the library's hooks
+    before ZeRO adds its own, so a parameter is gathered inside, not around, what our hooks run.
+    """
+    signature = inspect.signature(upstream)
+
+    @functools.wraps(upstream)
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:  # noqa: N807
+        given = signature.bind(self, *args, **kwargs).arguments
+        param_dict = given["config_class"]._param_dict
+        section = SequenceParallelConfig.from_deepspeed(param_dict)
+        if section is None:
+            upstream(self, *args, **kwargs)
+            return
+        module = given["model"]
+        refuse_conflicts(param_dict, module, given.get("mpu"), given.get("mesh_device"))
+
+        groups = SequenceParallelGroups.build(section)
+        _unhook(module)
+        # The check comes first among the hooks, to see the inputs whole.
+        undo = [SameSampleCheck(groups.sp, _device(), always=groups.sp.debug).attach(module).remove]
+        setattr(module, UNDO, undo)
+        buffers = {name for name, _ in module.named_buffers()}
+        # torch.nn.Module takes plain attributes before its own __init__; deepspeed_io needs these during upstream's.
+        setattr(self, CONFIG, section)
+        setattr(self, GROUPS, groups)
+        try:
+            undo.append(parallelize(module, config=section, groups=groups).remove)
+            upstream(self, *args, **kwargs)
+        except BaseException:
+            _unhook(module)
+            raise
+
+        _share_buffers(module, buffers, groups.sp)
+        seed = random_state.shared_seed(groups.sp)
+        undo += [hook.remove for hook in random_state.ForwardSeed(seed, groups.dp.rank, self).attach(module)]
+        random_state.share(groups.sp)
+
+    return __init__
+
+
+def counting_replicas(upstream: Callable[..., Any]) -> Callable[..., Any]:
+    """Replaces an engine method in which `dp_world_size` and `global_rank` mean replicas and this rank's replica."""
+
+    @functools.wraps(upstream)
+    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        groups: SequenceParallelGroups | None = vars(self).get(GROUPS)
+        if groups is None:
+            return upstream(self, *args, **kwargs)
+        with _as_replicas(self, groups.dp):
+            return upstream(self, *args, **kwargs)
+
+    return method
+
+
+@contextmanager
+def _as_replicas(engine: Any, dp: Axis) -> Iterator[None]:
+    folded = engine.dp_world_size, engine.global_rank
+    engine.dp_world_size, engine.global_rank = dp.size, dp.rank
+    try:
+        yield
+    finally:
+        engine.dp_world_size, engine.global_rank = folded
+
+
+def _unhook(module: nn.Module) -> None:
+    """Takes off what an earlier engine put on the module, so that a script may build another engine around it."""
+    for undo in reversed(vars(module).pop(UNDO, [])):
+        undo()
+
+
+def _share_buffers(module: nn.Module, names: set[str], sp: Axis) -> None:
+    """Gives all peers the first one's buffers: DeepSpeed does so for parameters only, and scripts may seed by rank."""
+    if sp.size == 1:
+        return
+    for name, buffer in module.named_buffers():
+        if name in names:
+            on_device = buffer.detach().to(_device()).contiguous()
+            dist.broadcast(on_device, src=sp.ranks[0], group=sp.group)
+            buffer.detach().copy_(on_device)
+
+
+def _device() -> torch.device:
+    """Where DeepSpeed's backend takes tensors."""
+    from deepspeed.accelerator import get_accelerator
+
+    return torch.device(get_accelerator().current_device_name())

@@ -1,0 +1,77 @@
+"""The ``--sp-*`` flags: one table for the launcher, which takes them off the command line, and for Megatron's own parser.
+
+The launcher serves every script, also those with a parser of their own. Scripts that use `megatron.training` show the flags in
+``--help`` as well and find their values in Megatron's args.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from dsp_plugin.config import KERNEL_CHOICES
+from dsp_plugin.methods import METHODS
+from dsp_plugin.patches.megatron.versions import DISTRIBUTION, SUPPORTED
+from dsp_plugin.patches.patch import Patch
+
+
+def add_flags(parser: argparse.ArgumentParser, defaults: argparse.Namespace | None = None) -> argparse.ArgumentParser:
+    """Adds the flags as a group.
+
+    Args:
+        parser: gets the group.
+        defaults: values to use as defaults: what the launcher took off the command line.
+
+    Returns:
+        The parser.
+    """
+    methods = ", ".join(name for name, method in METHODS.items() if method.attention is not None)
+    group = parser.add_argument_group(
+        "sequence parallelism (dsp_plugin)", "The sequence-parallel size is --context-parallel-size."
+    )
+    group.add_argument("--sp-method", help=f"how context-parallel ranks share attention: {methods}")
+    group.add_argument("--sp-ulysses-size", type=int, help="ranks that exchange heads; by default what the method implies")
+    group.add_argument("--sp-ring-size", type=int, help="ranks that pass keys and values round; likewise")
+    group.add_argument("--sp-layout", help="order of the tokens: auto, or zigzag, which is Megatron's")
+    group.add_argument("--sp-kernel", help=f"local attention kernel: {', '.join(KERNEL_CHOICES)}")
+    group.add_argument("--sp-debug", action="store_true", help="compare ranks before each collective")
+    if defaults is not None:
+        parser.set_defaults(**vars(defaults))
+    return parser
+
+
+def _mend_help(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Escapes help texts that argparse cannot format: 0.19.2 has one with a bare percent sign, and its --help fails on it."""
+    formatter = parser._get_formatter()
+    for action in parser._actions:
+        if action.help is None or action.help is argparse.SUPPRESS:
+            continue
+        try:
+            formatter._expand_help(action)
+        except (ValueError, TypeError, KeyError):
+            action.help = action.help.replace("%", "%%")
+    return parser
+
+
+def patches(flags: argparse.Namespace) -> tuple[Patch, ...]:
+    """Adds the flags to Megatron's parser, which only 0.18 and later ship in the wheel; `flags` are their values."""
+
+    def add_ours(upstream: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(upstream)
+        def add_megatron_arguments(parser: argparse.ArgumentParser) -> Any:
+            return _mend_help(add_flags(upstream(parser), flags))
+
+        return add_megatron_arguments
+
+    return (
+        Patch(
+            "megatron arguments",
+            "megatron.training.arguments:add_megatron_arguments",
+            DISTRIBUTION,
+            SUPPORTED,
+            add_ours,
+            ("parser",),
+        ),
+    )

@@ -1,0 +1,283 @@
+"""Core attention: Megatron's query, key and value shards to a method of ours, whatever layer spec built the model.
+
+Megatron's local `DotProductAttention` is dense and asserts a context-parallel size of 1; Transformer Engine's is not needed. Both are
+replaced where the layer is built, so projections, rotary embeddings, tensor parallelism and recomputation stay Megatron's.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import weakref
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from dsp_plugin.errors import SequenceParallelConfigError, UnsupportedError
+from dsp_plugin.layout import Layout
+from dsp_plugin.mask import MaskSpec
+from dsp_plugin.methods import METHODS
+from dsp_plugin.patches.megatron.state import NATIVE_LAYOUT, MegatronState
+from dsp_plugin.patches.megatron.versions import DISTRIBUTION, SUPPORTED
+from dsp_plugin.patches.patch import Patch
+
+_SOFTMAX_CORES = ("DotProductAttention", "TEDotProductAttention")
+_CAUSAL = ("causal", "causal_bottom_right", "padding_causal")
+_FULL = ("no_mask", "padding")
+
+
+def patches(state: MegatronState) -> tuple[Patch, ...]:
+    """Wraps the constructors of the self-attention layers. Cross-attention keeps upstream's: its keys are not this sequence."""
+    return tuple(
+        Patch(
+            f"megatron core attention of {layer}",
+            f"megatron.core.transformer.{module}:{layer}.__init__",
+            DISTRIBUTION,
+            SUPPORTED,
+            functools.partial(_build_with_ours, state),
+            ("self", "config", "submodules", "layer_number"),
+        )
+        for module, layer in (("attention", "SelfAttention"), ("multi_latent_attention", "MLASelfAttention"))
+    )
+
+
+def _build_with_ours(state: MegatronState, upstream: Callable[..., None]) -> Callable[..., None]:
+    signature = inspect.signature(upstream)
+
+    @functools.wraps(upstream)
+    def __init__(*args: Any, **kwargs: Any) -> None:  # noqa: N807
+        call = signature.bind(*args, **kwargs)
+        if call.arguments["config"].context_parallel_size > 1:
+            submodules = call.arguments["submodules"]
+            _check_layer(state, call.arguments["config"], submodules.core_attention, call.arguments.get("pg_collection"))
+            # A class, because that is the one form in which both attention layers build a core attention.
+            ours = type("SequenceParallelAttention", (CoreAttention,), {"state": state})
+            call.arguments["submodules"] = replace(submodules, core_attention=ours)
+        upstream(*call.args, **call.kwargs)
+
+    return __init__
+
+
+def _check_layer(state: MegatronState, config: Any, core: Any, process_groups: Any) -> None:
+    """Refuses what the replacement would silently compute otherwise.
+
+    Raises:
+        UnsupportedError: the layer's attention is not plain softmax attention, or runs on other groups than Megatron's.
+        SequenceParallelConfigError: the method cannot serve the layer's heads.
+    """
+    if state.config is None or state.groups is None:
+        raise SequenceParallelConfigError(
+            setting="context_parallel_size",
+            value=config.context_parallel_size,
+            why="a layer is built before parallel_state.initialize_model_parallel has made the groups",
+            remedy="initialize model parallelism first",
+        )
+    if config.context_parallel_size != state.config.size:
+        raise SequenceParallelConfigError(
+            setting="TransformerConfig.context_parallel_size",
+            value=config.context_parallel_size,
+            why=f"initialize_model_parallel was called with context_parallel_size={state.config.size}",
+            remedy="give both the same value",
+        )
+    group = getattr(process_groups, "cp", None)
+    if group is not None and tuple(dist.get_process_group_ranks(group)) != state.groups.sp.ranks:
+        raise UnsupportedError(
+            setting="pg_collection.cp",
+            value=dist.get_process_group_ranks(group),
+            why=f"the plugin works on parallel_state's context-parallel group, here of ranks {state.groups.sp.ranks}",
+            remedy="build the model on parallel_state's groups",
+        )
+    core = getattr(core, "func", core)
+    core = getattr(core, "module", core)
+    name = getattr(core, "__name__", str(core))
+    if name not in _SOFTMAX_CORES:
+        raise UnsupportedError(
+            setting="core_attention",
+            value=name,
+            why=f"the plugin replaces plain softmax attention ({', '.join(_SOFTMAX_CORES)}), and this computes something else",
+            remedy="use a spec with one of these, or drop --sp-method",
+        )
+    for setting, plain in (("softmax_type", "vanilla"), ("qk_clip", False), ("log_max_attention_logit", False)):
+        value = getattr(config, setting, plain)
+        if value != plain:
+            raise UnsupportedError(
+                setting=setting,
+                value=value,
+                why="no attention kernel of the plugin computes it",
+                remedy=f"set it to {plain!r}, or train this model without --sp-method",
+            )
+    state.config.check_model(
+        heads=config.num_attention_heads,
+        kv_heads=config.num_query_groups,
+        tensor_parallel_size=config.tensor_model_parallel_size,
+    )
+
+
+class CoreAttention(nn.Module):
+    """Megatron's core attention on a sequence shard in zigzag order.
+
+    Takes Megatron's build arguments; those that only Transformer Engine uses are ignored. Subclassed once per installation, to carry
+    its `state`.
+    """
+
+    state: MegatronState
+
+    def __init__(
+        self,
+        config: Any,
+        layer_number: int,
+        attn_mask_type: Any,
+        attention_type: str,
+        attention_dropout: float | None = None,
+        softmax_scale: float | None = None,
+        **transformer_engine: Any,
+    ) -> None:
+        from megatron.core.transformer.utils import is_layer_window_attention
+
+        super().__init__()
+        self.config = config
+        self.attn_mask_type = attn_mask_type
+        # apply_query_key_layer_scaling needs nothing: upstream divides the scale by the layer number and multiplies it back in fp32.
+        self.scale = softmax_scale
+        self.dropout_p = config.attention_dropout if attention_dropout is None else attention_dropout
+        windowed = is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer_number)
+        self.window = _window(config.window_size) if windowed else None
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        attn_mask_type: Any = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: Any = None,
+        **transformer_engine: Any,
+    ) -> Tensor:
+        """Attention of this rank's queries to the whole sequence.
+
+        Args:
+            query: ``[s/cp, b, h, d]``, h the query heads of one tensor-parallel rank, rotary embeddings applied.
+            key: ``[s/cp, b, k, d]``.
+            value: ``[s/cp, b, k, dv]``.
+            attention_mask: None, or True where hidden; it must say no more than `attn_mask_type` does.
+            attn_mask_type: Megatron's; that of the layer when None.
+
+        Returns:
+            ``[s/cp, b, h * dv]``.
+
+        Raises:
+            UnsupportedError: a bias, packed sequences, a key/value cache or a mask of other structure.
+        """
+        groups, config = self.state.groups, self.state.config
+        assert groups is not None and config is not None, "model parallelism was destroyed under a living model"
+        _refuse_inputs(query, key, attention_bias, packed_seq_params)
+        layout = Layout(NATIVE_LAYOUT, query.shape[0] * groups.sp.size, groups.sp.size)
+        kind = (attn_mask_type or self.attn_mask_type).name
+        causal = self._causal(kind, attention_mask, layout)
+        attention = METHODS[config.method].attention
+        assert attention is not None
+        dropout_p = self.dropout_p if self.training else 0.0
+        out = attention(
+            query.transpose(0, 1),
+            key.transpose(0, 1),
+            value.transpose(0, 1),
+            groups=groups,
+            layout=layout,
+            mask=MaskSpec(causal=causal, window=self.window),
+            scale=self.scale,
+            dropout_p=dropout_p,
+            dropout_seed=self._draw_seed(query.device) if dropout_p > 0.0 else None,
+            kernel=config.kernel,
+        )
+        return out.transpose(0, 1).flatten(2)
+
+    def _causal(self, kind: str, attention_mask: Tensor | None, layout: Layout) -> bool:
+        """Whether the mask is causal, having checked that a mask tensor agrees."""
+        if kind not in _CAUSAL + _FULL:
+            raise UnsupportedError(
+                setting="attn_mask_type",
+                value=kind,
+                why=f"masks are {', '.join(_CAUSAL + _FULL)}; any other is a dense tensor that would be as long as the square of "
+                "the sequence",
+                remedy="use one of these, with window_size for sliding windows",
+            )
+        causal = kind in _CAUSAL
+        seen = self.state.checked_mask
+        if attention_mask is not None and (seen is None or seen() is not attention_mask):
+            _check_mask(attention_mask, causal, layout, self.state)
+            self.state.checked_mask = weakref.ref(attention_mask)
+        return causal
+
+    def _draw_seed(self, device: torch.device) -> int:
+        """A seed from Megatron's generator for model-parallel regions: new on each call and replayed by recomputation.
+
+        That generator has the same state on all context-parallel ranks and another on each tensor-parallel rank, which is
+        what one mask over all heads takes.
+        """
+        from megatron.core.tensor_parallel import get_cuda_rng_tracker
+
+        def draw() -> int:
+            return int(torch.randint(2**62, (), device=device).item())
+
+        if self.config.sequence_parallel:
+            # As upstream: the transformer block has switched to that generator already.
+            return draw()
+        with get_cuda_rng_tracker().fork():
+            return draw()
+
+
+def _window(size: tuple[int, int]) -> tuple[int | None, int | None]:
+    """Megatron's (left, right), -1 for unbounded, as ours."""
+    left, right = size
+    return (None if left < 0 else left), (None if right < 0 else right)
+
+
+def _refuse_inputs(query: Tensor, key: Tensor, attention_bias: Tensor | None, packed_seq_params: Any) -> None:
+    if packed_seq_params is not None:
+        raise UnsupportedError(
+            setting="packed_seq_params",
+            value=getattr(packed_seq_params, "qkv_format", "thd"),
+            why="Megatron cuts packed sequences document by document, an order that no method of the plugin takes here",
+            remedy="train on unpacked sequences, or use Transformer Engine's context parallelism without --sp-method",
+        )
+    if attention_bias is not None:
+        raise UnsupportedError(
+            setting="attention_bias",
+            value=tuple(attention_bias.shape),
+            why="no attention kernel of the plugin adds a bias to the logits",
+            remedy="use rotary embeddings, or train this model without --sp-method",
+        )
+    if query.shape[0] != key.shape[0]:
+        raise UnsupportedError(
+            setting="sequence length",
+            value=f"{query.shape[0]} queries, {key.shape[0]} keys",
+            why="queries and keys must be the same tokens; a key/value cache is inference, which is not sharded",
+            remedy="generate with context_parallel_size 1",
+        )
+
+
+def _check_mask(attention_mask: Tensor, causal: bool, layout: Layout, state: MegatronState) -> None:
+    """Raises on every sequence rank unless the dense mask equals the structured one; one flag travels, once per mask."""
+    assert state.groups is not None
+    axis, device = state.groups.sp, attention_mask.device
+    columns = torch.arange(layout.length, device=device)
+    rows = layout.position_ids(axis.rank, device) if attention_mask.shape[-2] != layout.length else columns
+    agrees = attention_mask.shape[-2:] == (len(rows), len(columns))
+    if agrees:
+        hidden = columns > rows[:, None] if causal else torch.zeros((), dtype=torch.bool, device=device)
+        agrees = bool((attention_mask == hidden).all())
+    verdict = torch.tensor(int(agrees), device=device)
+    dist.all_reduce(verdict, dist.ReduceOp.MIN, group=axis.group)
+    if not verdict.item():
+        raise UnsupportedError(
+            setting="attention_mask",
+            value=tuple(attention_mask.shape),
+            why=f"it hides other tokens than {'a causal mask' if causal else 'none'} over {layout.length} tokens, as with "
+            "--reset-attention-mask or padded batches, and only structured masks are sharded",
+            remedy="drop --reset-attention-mask, or --create-attention-mask-in-dataloader where the mask is not needed",
+        )

@@ -1,0 +1,126 @@
+"""What the Megatron patches share: the user's settings, and what Megatron's initialization makes of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import weakref
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from dsp_plugin.config import SequenceParallelConfig
+from dsp_plugin.errors import SequenceParallelConfigError
+from dsp_plugin.groups import Axis, SequenceParallelGroups
+from dsp_plugin.methods import METHODS
+
+NATIVE_LAYOUT = "zigzag"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The ``--sp-*`` flags. The size is not among them: it is Megatron's ``context_parallel_size``."""
+
+    method: str
+    ulysses_size: int | None = None
+    ring_size: int | None = None
+    layout: str = "auto"
+    kernel: str = "auto"
+    debug: bool = False
+
+    def config(self, size: int) -> SequenceParallelConfig:
+        """The whole configuration for `size` context-parallel ranks.
+
+        Raises:
+            SequenceParallelConfigError: the settings are illegal, or do not fit the size.
+        """
+        flags = {f"sp_{name}": value for name, value in dataclasses.asdict(self).items()}
+        config = SequenceParallelConfig.from_megatron(SimpleNamespace(**flags, context_parallel_size=size))
+        assert config is not None
+        if METHODS[config.method].attention is None:
+            softmax = [name for name, method in METHODS.items() if method.attention is not None]
+            raise SequenceParallelConfigError(
+                setting="--sp-method",
+                value=config.method,
+                why="Megatron's layers shard inside attention, and this method does not compute attention",
+                remedy=f"use one of {', '.join(softmax)}",
+            )
+        if config.layout_for(NATIVE_LAYOUT) != NATIVE_LAYOUT:
+            raise SequenceParallelConfigError(
+                setting="--sp-layout",
+                value=config.layout,
+                why=f"Megatron cuts batches and rotary embeddings in {NATIVE_LAYOUT} order",
+                remedy=f"use auto or {NATIVE_LAYOUT}",
+            )
+        return config
+
+    def check(self) -> None:
+        """Checks what can be checked before the context-parallel size is known.
+
+        Raises:
+            SequenceParallelConfigError: see `config`.
+        """
+        self.config((self.ulysses_size or 1) * (self.ring_size or 1))
+
+
+@dataclass
+class MegatronState:
+    """One per process, registered on `megatron.core.parallel_state` like Megatron's own groups.
+
+    Attributes:
+        settings: the user's flags.
+        config: set by `initialize_model_parallel`, None before it and after `destroy_model_parallel`; likewise `groups`.
+        groups: the axes that methods communicate on.
+        process_groups: the group behind each registered axis, also where it has one rank.
+        checked_mask: the last attention mask that was found to say no more than the mask type.
+    """
+
+    settings: Settings
+    config: SequenceParallelConfig | None = None
+    groups: SequenceParallelGroups | None = None
+    process_groups: dict[str, ProcessGroup] = field(default_factory=dict)
+    checked_mask: weakref.ref[Tensor] | None = None
+
+    def configure(self, context_parallel_size: int, **other_sizes: int) -> SequenceParallelConfig:
+        """Validates the settings against Megatron's sizes, before any group exists.
+
+        Raises:
+            SequenceParallelConfigError: they do not fit each other or the world.
+        """
+        config = self.settings.config(context_parallel_size)
+        if dist.is_initialized():
+            config.check_world(dist.get_world_size(), **other_sizes)
+        return config
+
+    def adopt(self, config: SequenceParallelConfig, upstream: Any) -> None:
+        """Takes the axes from Megatron's groups.
+
+        Args:
+            config: from `configure`.
+            upstream: `megatron.core.parallel_state`, initialized; for more than one context-parallel rank with hierarchical sizes
+                ``[ulysses_size, ring_size]``.
+        """
+        sequence = upstream.get_context_parallel_group()
+        ulysses, ring = sequence, sequence
+        if config.size > 1:
+            ulysses, ring = upstream.get_hierarchical_context_parallel_groups()
+            # One communicator, not two, where a factor spans the whole sequence group.
+            ulysses = sequence if config.ring_size == 1 else ulysses
+            ring = sequence if config.ulysses_size == 1 else ring
+        self.config = config
+        self.process_groups = {"ulysses": ulysses, "ring": ring, "dsp": sequence, "lasp": sequence}
+        self.groups = SequenceParallelGroups.from_axes(
+            sp=Axis.of_group("sp", sequence),
+            ulysses=Axis.of_group("ulysses", ulysses),
+            ring=Axis.of_group("ring", ring),
+            dp=Axis.of_group("dp", upstream.get_data_parallel_group()),
+            debug=config.debug,
+        )
+
+    def clear(self) -> None:
+        """Forgets the groups, as Megatron forgets its own."""
+        self.config = self.groups = self.checked_mask = None
+        self.process_groups = {}

@@ -1,0 +1,250 @@
+"""A change to an upstream package as an object: checked before it is made, made once, and undone on request.
+
+The record of a change is kept on the object that was changed (its owner), so any equal `Patch`, built anywhere, sees that it is
+already applied and can revert it. Nothing is remembered by this module.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from importlib import metadata
+from types import TracebackType
+from typing import Any, cast
+
+from packaging.specifiers import SpecifierSet
+
+from dsp_plugin.errors import PatchError
+
+ALLOW_UNTESTED = "DSP_PLUGIN_ALLOW_UNTESTED"
+_RECORDS = "_dsp_plugin_patches"
+_ABSENT = object()
+
+
+@dataclass(frozen=True)
+class _Record:
+    """What one applied patch put on its owner, and what was there before."""
+
+    before: object
+    after: object
+
+
+@dataclass(frozen=True)
+class Patch:
+    """Replaces one attribute of an upstream package.
+
+    Attributes:
+        name: what the patch is for, as shown to users.
+        target: ``"package.module:attribute.path"``.
+        distribution: the installed distribution whose version decides (``"megatron-core"``).
+        supported: version specifiers of that distribution, such as ``">=0.16,<0.20"``.
+        make: called with the upstream attribute, returns what replaces it. For an attribute that a class holds as a descriptor
+            (property, staticmethod), `make` gets the descriptor itself. With `creates`, it is called with None.
+        parameters: names that the upstream callable must accept, because the replacement relies on them.
+        creates: the target must not exist upstream; the patch adds it.
+    """
+
+    name: str
+    target: str
+    distribution: str
+    supported: str
+    make: Callable[[Any], Any] = field(repr=False)
+    parameters: tuple[str, ...] = ()
+    creates: bool = False
+
+    def verify(self) -> None:
+        """Checks version, target and signature; changes nothing.
+
+        Raises:
+            PatchError: the distribution is absent or its version unsupported, the target is missing (or, with `creates`, taken), or
+                its signature lacks a parameter that the patch relies on.
+        """
+        if self.applied:
+            return
+        self._verify_version()
+        owner, attribute = self._resolve()
+        current = inspect.getattr_static(owner, attribute, _ABSENT)
+        if self.creates:
+            if current is not _ABSENT:
+                raise self._refusal(f"{self.target} already exists upstream")
+            return
+        if current is _ABSENT:
+            raise self._refusal(f"{self.target} does not exist")
+        if self.parameters:
+            self._verify_signature(getattr(owner, attribute))
+
+    def apply(self) -> None:
+        """Verifies, then replaces the target. Does nothing where it is already applied.
+
+        Raises:
+            PatchError: see `verify`.
+        """
+        if self.applied:
+            return
+        self.verify()
+        owner, attribute = self._resolve()
+        own = attribute in vars(owner)
+        before = inspect.getattr_static(owner, attribute, _ABSENT)
+        after = self.make(None if self.creates else before)
+        if _RECORDS not in vars(owner):
+            setattr(owner, _RECORDS, {})
+        vars(owner)[_RECORDS][self._key(attribute)] = _Record(before if own else _ABSENT, after)
+        setattr(owner, attribute, after)
+
+    def revert(self) -> None:
+        """Puts the upstream attribute back. Does nothing where the patch is not applied.
+
+        Raises:
+            PatchError: something else has replaced the target since.
+        """
+        if not self.applied:
+            return
+        owner, attribute = self._resolve()
+        records = vars(owner)[_RECORDS]
+        record: _Record = records[self._key(attribute)]
+        if vars(owner).get(attribute, _ABSENT) is not record.after:
+            raise PatchError(
+                f"patch '{self.name}' cannot be reverted: {self.target} was replaced again by something else after it. "
+                "Revert the later change first."
+            )
+        del records[self._key(attribute)]
+        if record.before is _ABSENT:
+            delattr(owner, attribute)
+        else:
+            setattr(owner, attribute, record.before)
+
+    @property
+    def applied(self) -> bool:
+        """Whether the target carries this patch now."""
+        try:
+            owner, attribute = self._resolve()
+        except PatchError:
+            return False
+        return self._key(attribute) in vars(owner).get(_RECORDS, {})
+
+    def __enter__(self) -> Patch:
+        self.apply()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.revert()
+
+    def _key(self, attribute: str) -> tuple[str, str]:
+        return attribute, self.name
+
+    def _resolve(self) -> tuple[object, str]:
+        module_name, _, path = self.target.partition(":")
+        assert path, f"patch target '{self.target}' is not 'module:attribute'"
+        *owners, attribute = path.split(".")
+        try:
+            owner: object = importlib.import_module(module_name)
+            for name in owners:
+                owner = getattr(owner, name)
+        except (ImportError, AttributeError) as error:
+            raise self._refusal(f"{self.target} cannot be reached ({error})") from error
+        return owner, attribute
+
+    def _verify_version(self) -> None:
+        version = self._version()
+        if version is None:
+            raise PatchError(
+                f"patch '{self.name}' needs {self.distribution} {self.supported}, which is not installed. "
+                f"Install it: pip install '{self.distribution}{self.supported}'."
+            )
+        if SpecifierSet(self.supported).contains(version, prereleases=True):
+            return
+        if os.environ.get(ALLOW_UNTESTED) == "1":
+            return
+        raise PatchError(
+            f"{self.distribution} {version} is not supported by patch '{self.name}' (of {self.target}), which is tested with "
+            f"{self.supported}; nothing was patched. Install a supported version (pip install "
+            f"'{self.distribution}{self.supported}'), or set {ALLOW_UNTESTED}=1 to skip this version check; signatures are "
+            "checked all the same."
+        )
+
+    def _verify_signature(self, upstream: object) -> None:
+        if not callable(upstream):
+            raise self._refusal(f"{self.target} is not callable but {type(upstream).__name__}")
+        present = inspect.signature(cast(Callable[..., object], upstream)).parameters
+        missing = [name for name in self.parameters if name not in present]
+        if missing:
+            raise self._refusal(f"{self.target} has no parameter {', '.join(missing)} (it has: {', '.join(present)})")
+
+    def _refusal(self, why: str) -> PatchError:
+        return PatchError(
+            f"patch '{self.name}' does not fit {self.distribution} {self._version() or '(not installed)'}: {why}; nothing was "
+            f"patched. Install a version in {self.supported}, or report this version."
+        )
+
+    def _version(self) -> str | None:
+        try:
+            return metadata.version(self.distribution)
+        except metadata.PackageNotFoundError:
+            return None
+
+
+@dataclass(frozen=True)
+class PatchSet:
+    """Patches that only make sense together: all are applied, or none.
+
+    Attributes:
+        name: what the set is for.
+        patches: applied in this order, reverted in the opposite one.
+    """
+
+    name: str
+    patches: tuple[Patch, ...]
+
+    def verify(self) -> None:
+        """Verifies every patch; changes nothing.
+
+        Raises:
+            PatchError: the first that does not fit.
+        """
+        for patch in self.patches:
+            patch.verify()
+
+    def apply(self) -> None:
+        """Verifies every patch, then applies each; a failure half way reverts those that this call applied.
+
+        Raises:
+            PatchError: a patch does not fit; nothing is left patched by this call.
+        """
+        self.verify()
+        done: list[Patch] = []
+        try:
+            for patch in self.patches:
+                if not patch.applied:
+                    patch.apply()
+                    done.append(patch)
+        except BaseException:
+            for patch in reversed(done):
+                patch.revert()
+            raise
+
+    def revert(self) -> None:
+        """Reverts every applied patch, last first.
+
+        Raises:
+            PatchError: something else has replaced a target since.
+        """
+        for patch in reversed(self.patches):
+            patch.revert()
+
+    @property
+    def applied(self) -> bool:
+        """Whether every patch of the set is applied now."""
+        return all(patch.applied for patch in self.patches)
+
+    def __iter__(self) -> Iterator[Patch]:
+        return iter(self.patches)
+
+    def __enter__(self) -> PatchSet:
+        self.apply()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.revert()

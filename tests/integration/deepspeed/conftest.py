@@ -1,0 +1,73 @@
+"""Worlds of real DeepSpeed processes, one per size, each started when the first test asks for one of its results."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from deepspeed_world import run_ranks
+
+HERE = Path(__file__).parent
+# What each world runs, in order, and the seconds until it counts as hung.
+GROUPS = {
+    2: (("parity", "bf16"), 240),
+    3: (("parity",), 200),
+    4: (("parity", "deepspeed_sharing", "deepspeed_refused"), 290),
+}
+
+if importlib.util.find_spec("deepspeed") is None:
+    collect_ignore_glob = ["test_*.py"]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks everything below this folder."""
+    for item in items:
+        if HERE in item.path.parents:
+            item.add_marker(pytest.mark.deepspeed)
+            item.add_marker(pytest.mark.timeout(400))
+
+
+class World:
+    """The results of one world."""
+
+    def __init__(self, size: int, folder: Path) -> None:
+        self.size, self.folder = size, folder
+        groups, timeout = GROUPS[size]
+        self.failure: AssertionError | None = None
+        try:
+            run_ranks([str(HERE / "deepspeed_worker.py"), str(folder), *groups], size, folder, timeout)
+        except AssertionError as failure:
+            self.failure = failure
+
+    def results(self, case: str) -> list[dict[str, Any]]:
+        """What each rank recorded of a case."""
+        found = []
+        for rank in range(self.size):
+            path = self.folder / f"{case}.rank{rank}.json"
+            assert path.exists(), f"rank {rank} never ended case {case}:\n{self.failure}"
+            found.append(json.loads(path.read_text()))
+        failed = [result["failed"] for result in found if "failed" in result]
+        assert not failed, failed[0]
+        return found
+
+    def gradients(self, case: str) -> dict[str, torch.Tensor | None]:
+        """The gradients of the first step, by parameter name."""
+        return torch.load(self.folder / f"{case}.pt")
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], World]:
+    """The world of a size; it runs once per session."""
+    worlds: dict[int, World] = {}
+
+    def of(size: int) -> World:
+        if size not in worlds:
+            worlds[size] = World(size, tmp_path_factory.mktemp(f"world{size}"))
+        return worlds[size]
+
+    return of

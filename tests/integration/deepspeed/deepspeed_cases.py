@@ -1,0 +1,216 @@
+"""The training runs that are compared: their data and models, and the same runs in one process without DeepSpeed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from causal_lm import CausalLM
+from torch import Tensor, nn
+
+from dsp_plugin.models.rectified_flow import RectifiedFlow
+from dsp_plugin.models.video_dit import VideoDiT
+
+MICRO = 2
+# Adam divides by |gradient| + epsilon: a small epsilon turns rounding of small gradients into different steps.
+LEARNING_RATE, EPSILON, WEIGHT_DECAY = 2e-3, 1e-4, 0.01
+# Five frames of 5 x 7 patches: no count of ranks that is tested divides 5 or 35.
+FRAMES, HEIGHT, WIDTH, PATCH = 5, 10, 14, 2
+EVEN_LENGTH, ODD_LENGTH = 12, 13
+
+
+@dataclass(frozen=True)
+class Case:
+    """One training run under DeepSpeed.
+
+    Attributes:
+        model: "video" (the script takes the loss), "lm" (labels masked unevenly, odd length), "even_lm" (all count),
+            "saving_lm" (the same, its layers recomputed in the backward pass).
+        method: "dsp" or "ulysses".
+        size: ranks that share a sequence.
+        world: ranks of the run; world / size replicas.
+    """
+
+    model: Literal["video", "lm", "even_lm", "saving_lm"]
+    method: str
+    size: int
+    world: int
+    zero: int
+    dtype: Literal["fp32", "bf16"] = "fp32"
+    accumulation: int = 1
+    clipping: float = 0.0
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    steps: int = 3
+    reload: bool = False
+
+    @property
+    def name(self) -> str:
+        """Names the case in results and test ids."""
+        extras = [
+            "" if self.dtype == "fp32" else self.dtype,
+            f"gas{self.accumulation}" if self.accumulation > 1 else "",
+            "clip" if self.clipping else "",
+            "" if self.optimizer == "adamw" else self.optimizer,
+            "reload" if self.reload else "",
+        ]
+        shape = f"sp{self.size}dp{self.world // self.size}"
+        return "-".join([self.model, self.method, shape, f"zero{self.zero}", *filter(None, extras)])
+
+    @property
+    def replicas(self) -> int:
+        """How many sequence groups there are."""
+        return self.world // self.size
+
+    def section(self) -> dict[str, Any]:
+        """The user's ``"sequence_parallel"`` section."""
+        if self.model == "video":
+            return {"method": self.method, "size": self.size}
+        return {
+            "method": self.method,
+            "size": self.size,
+            "attention": ["layers.*.attn"],
+            "batch": {"input_ids": 1, "position_ids": 1, "labels": 1},
+            "loss": {"labels": "labels"},
+        }
+
+    def config(self) -> dict[str, Any]:
+        """The user's DeepSpeed config."""
+        config: dict[str, Any] = {
+            "train_batch_size": MICRO * self.accumulation * self.replicas,
+            "train_micro_batch_size_per_gpu": MICRO,
+            "gradient_accumulation_steps": self.accumulation,
+            "zero_optimization": {"stage": self.zero, "stage3_param_persistence_threshold": 0},
+            "zero_allow_untested_optimizer": True,
+            # DeepSpeed clips at 1.0 where the config says nothing; 0 is how to say never.
+            "gradient_clipping": self.clipping,
+            "steps_per_print": 1000,
+            "sequence_parallel": self.section(),
+        }
+        if self.dtype == "bf16":
+            config["bf16"] = {"enabled": True}
+        return config
+
+
+def build_model(kind: str) -> nn.Module:
+    """The model, with weights that depend on torch's seed."""
+    if kind == "video":
+        return VideoDiT(channels=1, patch=PATCH, width=24, heads=6, depth=2)
+    return CausalLM(recompute=kind == "saving_lm")
+
+
+def parameters_optimizer(case: Case, parameters: Any) -> torch.optim.Optimizer:
+    """The optimizer that both runs use."""
+    if case.optimizer == "sgd":
+        return torch.optim.SGD(parameters, lr=LEARNING_RATE, momentum=0.9)
+    return torch.optim.AdamW(parameters, lr=LEARNING_RATE, eps=EPSILON, weight_decay=WEIGHT_DECAY)
+
+
+def micro_batch(kind: str, step: int, micro: int, replica: int) -> dict[str, Tensor]:
+    """The batch of one replica in one micro step: `MICRO` samples."""
+    generator = torch.Generator().manual_seed(1 + replica + 100 * micro + 10_000 * step)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    if kind == "video":
+        shape = (MICRO, FRAMES, 1, HEIGHT, WIDTH)
+        return {
+            "video": normal(*shape),
+            "labels": torch.randint(10, (MICRO,), generator=generator),
+            "t": torch.rand(MICRO, generator=generator),
+            "noise": normal(*shape),
+        }
+    length = EVEN_LENGTH if kind == "even_lm" else ODD_LENGTH
+    tokens = torch.randint(31, (MICRO, length + 1), generator=generator)
+    labels = tokens[:, 1:].clone()
+    if kind != "even_lm":
+        # A masked prompt and padding: the first rank's tokens count least, so a mean of local means is far off.
+        labels[0, :6] = -100
+        labels[1, :4] = -100
+        labels[1, -2:] = -100
+    return {
+        "input_ids": tokens[:, :-1].contiguous(),
+        "position_ids": torch.arange(length).expand(MICRO, -1).contiguous(),
+        "labels": labels,
+    }
+
+
+def micro_loss(kind: str, model: Any, batch: dict[str, Tensor]) -> Tensor:
+    """The loss as the user's script takes it."""
+    if kind == "video":
+        return RectifiedFlow().loss(model, batch["video"], batch["labels"], batch["t"], batch["noise"])
+    return model(**batch)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a run leaves: loss per step, gradient norm per step before clipping, gradients of the first step."""
+
+    losses: list[float]
+    norms: list[float]
+    gradients: dict[str, Tensor]
+
+
+def train_alone(case: Case) -> Trained:
+    """The case in this process, in plain torch: no ranks, no DeepSpeed. bf16 has fp32 master weights beside."""
+    torch.manual_seed(0)
+    master = build_model(case.model)
+    work = build_model(case.model).to(torch.bfloat16) if case.dtype == "bf16" else master
+    optimizer = parameters_optimizer(case, master.parameters())
+    losses, norms, gradients = [], [], {}
+    for step in range(case.steps):
+        if work is not master:
+            work.load_state_dict(master.state_dict())
+        work.zero_grad()
+        total = 0.0
+        for micro in range(case.accumulation):
+            for replica in range(case.replicas):
+                loss = micro_loss(case.model, work, micro_batch(case.model, step, micro, replica))
+                loss = loss / (case.accumulation * case.replicas)
+                loss.backward()
+                total += loss.item()
+        for source, target in zip(work.parameters(), master.parameters(), strict=True):
+            target.grad = source.grad.float() if source.grad is not None else None
+        if step == 0:
+            gradients = {name: parameter.grad.clone() for name, parameter in master.named_parameters()}
+        limit = case.clipping or float("inf")
+        norms.append(torch.nn.utils.clip_grad_norm_(master.parameters(), limit).item())
+        optimizer.step()
+        losses.append(total)
+    return Trained(losses, norms, gradients)
+
+
+def parity_cases(world: int) -> list[Case]:
+    """fp32 runs of one world: every method and model under every ZeRO stage, one feature at a time beside them."""
+    cases = [
+        Case(model, method, world, world, zero)
+        for model, method in (("lm", "ulysses"), ("even_lm", "ulysses"), ("video", "dsp"), ("video", "ulysses"))
+        for zero in (0, 1, 2, 3)
+    ]
+    if world == 2:
+        cases += [Case("video", "dsp", 2, 2, zero, accumulation=2, clipping=0.05) for zero in (0, 1, 2, 3)]
+        cases += [Case("lm", "ulysses", 2, 2, zero, accumulation=2, clipping=0.05) for zero in (0, 1, 2, 3)]
+        cases += [Case("lm", "ulysses", 2, 2, zero, optimizer="sgd") for zero in (0, 2)]
+        cases += [Case("lm", "ulysses", 2, 2, zero, reload=True) for zero in (1, 3)]
+        cases += [Case("saving_lm", "ulysses", 2, 2, zero) for zero in (1, 3)]
+    if world == 4:
+        cases += [
+            Case(model, method, 2, 4, zero, accumulation=accumulation)
+            for model, method in (("video", "dsp"), ("lm", "ulysses"))
+            for zero, accumulation in ((0, 1), (1, 2), (2, 2), (3, 1))
+        ]
+    return cases
+
+
+def bf16_cases() -> list[Case]:
+    """bf16 runs, long enough that an error would show in the curve."""
+    return [
+        Case(model, method, 2, 2, zero, dtype="bf16", steps=6)
+        for model, method, zero in (
+            ("video", "dsp", 1),
+            ("video", "dsp", 3),
+            ("lm", "ulysses", 0),
+            ("lm", "ulysses", 2),
+        )
+    ]
