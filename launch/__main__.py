@@ -3,9 +3,11 @@
     python -m dsp_plugin.launch [--cpu[=force]] [--report FOLDER] SCRIPT [ARGS ...]
     torchrun --nproc-per-node 8 -m dsp_plugin.launch SCRIPT [ARGS ...]
 
-DeepSpeed scripts need nothing more: the "sequence_parallel" section of their DeepSpeed config is honoured. Megatron-core scripts take
---context-parallel-size N --sp-method ulysses. The --sp-* flags are read here and hidden from the script; a script that has --sp-* flags
-of its own gets them after a lone --. With --report every rank writes what it sent and its peak memory to FOLDER/rank-R.json.
+DeepSpeed scripts need nothing more: the "sequence_parallel" section of their DeepSpeed config is honoured.
+    Megatron-core scripts take
+--context-parallel-size N --sp-method ulysses. The --sp-* flags are read here and hidden from the script; a script that
+has --sp-* flags of its own gets them after a lone --. With --report every rank writes what it sent and its peak memory
+to FOLDER/rank-R.json.
 """
 
 from __future__ import annotations
@@ -20,12 +22,14 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import NoReturn
 
-from dsp_plugin.errors import PatchError, SequenceParallelConfigError, UnsupportedError
+import torch
 from dsp_plugin.launch.report import report
 from dsp_plugin.patches import cpu, megatron
 from dsp_plugin.patches.autoload import after_import
 from dsp_plugin.patches.megatron import arguments
 from dsp_plugin.patches.patch import PatchSet
+
+from dsp_plugin.errors import PatchError, SequenceParallelConfigError, UnsupportedError
 
 PROGRAM = "python -m dsp_plugin.launch"
 
@@ -79,14 +83,16 @@ class Command:
                     before.append(rest.pop(0))
             else:
                 raise SequenceParallelConfigError(
-                    f"unknown option {flag!r} before the script; the launcher takes --cpu, --report and --sp-* there. Options of "
-                    f"the script follow it: {PROGRAM} SCRIPT {flag} ..."
+                    f"unknown option {flag!r} before the script; the launcher takes --cpu, --report and --sp-* there. "
+                    f"Options of the script follow it: {PROGRAM} SCRIPT {flag} ..."
                 )
         if not rest:
             raise SequenceParallelConfigError(f"no script given. Usage: {PROGRAM} [--cpu[=force]] SCRIPT [ARGS ...]")
         script, *rest = rest
         if not Path(script).is_file():
-            raise SequenceParallelConfigError(f"no script at {script!r} (in {os.getcwd()}). Usage: {PROGRAM} SCRIPT [ARGS ...]")
+            raise SequenceParallelConfigError(
+                f"no script at {script!r} (in {os.getcwd()}). Usage: {PROGRAM} SCRIPT [ARGS ...]"
+            )
         flags, remaining = _take_flags([*before, *rest])
         return cls(cpu_mode, report_folder, script, tuple(remaining), flags)
 
@@ -102,8 +108,8 @@ def _take_flags(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
         if name.startswith("--sp-") or name.startswith("--sp_"):
             nearest = get_close_matches(name.replace("_", "-"), known, n=1, cutoff=0.0)[0]
             raise SequenceParallelConfigError(
-                f"unknown flag {name}; did you mean {nearest}? Known flags: {', '.join(known)}. If it is the script's own, "
-                f"put it after a lone --."
+                f"unknown flag {name}; did you mean {nearest}? Known flags: {', '.join(known)}. If it is the "
+                f"script's own, put it after a lone --."
             )
     return flags, remaining + argv[border + 1 :]
 
@@ -124,10 +130,16 @@ def prepare(command: Command) -> None:
     if flags.sp_method is not None:
         given = {name.removeprefix("sp_"): value for name, value in vars(flags).items() if value is not None}
         megatron.install(**given)
+        if mode is None and not torch.cuda.is_available() and os.environ.get("RANK", "0") == "0":
+            print(
+                f"{PROGRAM}: no CUDA device here; --cpu runs Megatron-core on CPU and gloo", file=sys.stderr, flush=True
+            )
     elif any(value not in (None, False) for value in vars(flags).values()):
         stray = [f"--{name.replace('_', '-')}" for name, value in vars(flags).items() if value not in (None, False)]
         raise SequenceParallelConfigError(
-            setting=", ".join(stray), why="set without --sp-method, so nothing would use it", remedy="add --sp-method ulysses"
+            setting=", ".join(stray),
+            why="set without --sp-method, so nothing would use it",
+            remedy="add --sp-method ulysses",
         )
     after_import("megatron.training.arguments", PatchSet("megatron arguments", arguments.patches(flags)).apply)
 

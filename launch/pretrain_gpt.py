@@ -1,6 +1,7 @@
-"""Pretrains a GPT with `megatron.training.pretrain` (in the wheel since megatron-core 0.18) on Megatron's mock dataset.
+"""Pretrains a GPT on Megatron's mock dataset with `megatron.training.pretrain`, as megatron-core 0.19 has it.
 
-An ordinary Megatron training script: Megatron parses the command line, builds the model from it, trains, evaluates and saves.
+An ordinary Megatron training script: Megatron parses the command line, builds the model from it, trains, evaluates and
+    saves.
 """
 
 from __future__ import annotations

@@ -1,10 +1,11 @@
 """Trains a small GPT with Megatron-core alone, on the text of Python's standard library, byte by byte.
 
-An ordinary Megatron-core script: its own training loop, `GPTModel` with the local layer spec, Megatron's data parallelism, optimizer and
-pipeline schedules. It runs on 0.16 and 0.19.
+An ordinary Megatron-core script: its own training loop, `GPTModel` with the local layer spec, Megatron's data
+parallelism, optimizer and pipeline schedules. It runs on 0.16 and 0.19.
 
-The initial weights depend on a parameter's name only, and the batch on the step only, so losses and gradients of runs with different
-tensor, pipeline, context and data parallel sizes are comparable; ``--metrics-out`` and ``--dump-grads`` write them down.
+The initial weights depend on a parameter's name only, and the batch on the step only, so losses and gradients of runs
+with different tensor, pipeline, context and data parallel sizes are comparable; ``--metrics-out`` and ``--dump-grads``
+write them down.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import zlib
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -56,7 +58,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--recompute-core-attention", action="store_true")
     parser.add_argument("--bf16", action="store_true")
     parser.add_argument("--untie-embeddings-and-output-weights", action="store_true")
-    parser.add_argument("--mask-newlines", action="store_true", help="newlines carry no loss: token counts become uneven")
+    parser.add_argument(
+        "--mask-newlines", action="store_true", help="newlines carry no loss: token counts become uneven"
+    )
     parser.add_argument("--calculate-per-token-loss", action="store_true")
     parser.add_argument("--tensor-model-parallel-size", type=int, default=1)
     parser.add_argument("--pipeline-model-parallel-size", type=int, default=1)
@@ -66,7 +70,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--use-distributed-optimizer", action="store_true")
     parser.add_argument("--metrics-out", type=Path, help="JSON file for the losses")
     parser.add_argument("--tensorboard", type=Path, help="folder for TensorBoard logs")
-    parser.add_argument("--dump-grads", type=Path, help="torch file for the gradients of the first step, as full tensors")
+    parser.add_argument(
+        "--dump-grads", type=Path, help="torch file for the gradients of the first step, as full tensors"
+    )
     return parser.parse_args()
 
 
@@ -216,7 +222,7 @@ def initialize_weights(model: GPTModel, seed: int) -> None:
             parameter.copy_(whole.chunk(tp_size, parameter.partition_dim)[tp_rank] if sharded else whole)
 
 
-def global_parameters(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Parameter]]:
+def global_parameters(model: Any) -> Iterator[tuple[str, Any]]:
     """The parameters of a chunk under the names they have in the unpipelined model."""
     layers = {f"decoder.layers.{i}.": layer for i, layer in enumerate(model.decoder.layers)}
     for name, parameter in model.named_parameters():
@@ -229,7 +235,7 @@ def global_parameters(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Pa
 
 
 def standard_library(seq_length: int, samples: int) -> Tensor:
-    """Rows of consecutive bytes of the standard library's source, each one byte longer than a sample: ``[samples, s + 1]``."""
+    """Consecutive bytes of the standard library's source, a byte more than a sample in a row: ``[samples, s + 1]``."""
     text = b""
     for path in sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py")):
         text += path.read_bytes()
@@ -335,7 +341,7 @@ def dump_gradients(args: argparse.Namespace, chunks: list[DistributedDataParalle
 
 
 def gather_gradient_shards(chunks: list[DistributedDataParallel]) -> None:
-    """With the distributed optimizer each data-parallel rank holds one shard of a reduced bucket; fetches the others."""
+    """With the distributed optimizer each data-parallel rank holds a shard of a reduced bucket; fetches the others."""
     group = parallel_state.get_data_parallel_group(with_context_parallel=True)
     for chunk in chunks:
         for buffer in chunk.buffers:

@@ -1,6 +1,7 @@
 """What `import dsp_plugin` sets in motion, through the entry point group ``dsp_plugin.autoload``.
 
-Only import hooks are registered here, so the import stays cheap: no upstream package is imported before the user imports it. Megatron
+Only import hooks are registered here, so the import stays cheap: no upstream package is imported before the user
+    imports it. Megatron
 is not hooked: its patches need a configuration, which the launcher or `dsp_plugin.patches.megatron.install` gives them.
 """
 
@@ -16,7 +17,7 @@ from typing import Any
 
 
 def install() -> None:
-    """Registers the hooks, once per process: importing ``deepspeed`` (or having imported it) installs our patches of it."""
+    """Registers the hooks, once per process: importing ``deepspeed``, or having imported it, installs our patches."""
     after_import("deepspeed", _install_deepspeed)
 
 
@@ -25,7 +26,8 @@ def after_import(module: str, hook: Callable[[], None]) -> None:
 
     Args:
         module: dotted name of the module.
-        hook: may be called again when the module is reloaded, so it must be idempotent. What it raises, the import raises.
+        hook: may be called again when the module is reloaded, so it must be idempotent. What it raises, the import
+            raises.
     """
     if any(isinstance(finder, PostImportFinder) and finder.module == module for finder in sys.meta_path):
         return

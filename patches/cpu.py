@@ -1,7 +1,9 @@
 """CPU mode: real Megatron-core on CPU tensors and gloo, for machines without a GPU. Installed on request only.
 
-Megatron-core allocates on ``"cuda"``, forks CUDA random states, records CUDA events and asserts CUDA tensor types. In CPU mode all of
-that is answered by the CPU: a `torch.overrides.TorchFunctionMode` rewrites devices in every torch call, and the parts of `torch.cuda`
+Megatron-core allocates on ``"cuda"``, forks CUDA random states, records CUDA events and asserts CUDA tensor types. In
+CPU mode all of
+that is answered by the CPU: a `torch.overrides.TorchFunctionMode` rewrites devices in every torch call, and the parts
+    of `torch.cuda`
 that are not torch calls are replaced. Numbers are real; times and memory figures of `torch.cuda` are not.
 """
 
@@ -19,11 +21,11 @@ from typing import Any, Self
 
 import torch
 import torch.distributed as dist
+from dsp_plugin.patches.autoload import after_import
+from dsp_plugin.patches.patch import Patch, PatchSet
 from torch.overrides import TorchFunctionMode
 
 from dsp_plugin.errors import UnsupportedError
-from dsp_plugin.patches.autoload import after_import
-from dsp_plugin.patches.patch import Patch, PatchSet
 
 CPU_MODE = "DSP_PLUGIN_CPU"
 """Environment variable: ``1`` asks for CPU mode, ``force`` also where CUDA is present; unset or ``0`` is off."""
@@ -74,7 +76,8 @@ def install(*, force: bool = False) -> None:
         )
     patches.apply()
     os.environ[CPU_MODE] = "force" if force else "1"
-    # Megatron asks for both: its fused functions are compiled unless dynamo is off, and it insists on the second with TP or CP.
+    # Megatron asks for both: its fused functions are compiled unless dynamo is off, and it insists on the second with
+    # TP or CP.
     os.environ["TORCHDYNAMO_DISABLE"] = "1"
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     if "torch._dynamo" in sys.modules:
@@ -202,7 +205,9 @@ def torch_patches() -> PatchSet:
         "get_device_capability": (0, 0),
         "get_device_name": "cpu",
         "mem_get_info": (0, 0),
-        **dict.fromkeys(("_lazy_init", "init", "set_device", "set_stream", "synchronize", "empty_cache", "ipc_collect")),
+        **dict.fromkeys(
+            ("_lazy_init", "init", "set_device", "set_stream", "synchronize", "empty_cache", "ipc_collect")
+        ),
         **dict.fromkeys(("reset_peak_memory_stats", "reset_max_memory_allocated", "nvtx.range_push", "nvtx.range_pop")),
         **dict.fromkeys(
             ("memory_allocated", "max_memory_allocated", "memory_reserved", "max_memory_reserved", "utilization"), 0
@@ -239,7 +244,7 @@ def torch_patches() -> PatchSet:
 
 
 def _in_cpu_mode(upstream: Callable[..., Any]) -> Callable[..., Any]:
-    """Backward passes: torch leaves a mode while it handles a call, and a backward pass runs Megatron's code inside of one."""
+    """Backward passes: torch leaves a mode while it handles a call, and a backward pass runs Megatron's code in one."""
 
     def run_backward(*args: Any, **kwargs: Any) -> Any:
         with CpuDevices():
@@ -299,7 +304,7 @@ def _helpers_patch() -> Patch:
 
 
 def _warm_up_patch() -> Patch:
-    """The warm-up of fused functions draws from what is the only generator here, and so would change the weights' init."""
+    """The warm-up of fused functions draws from the only generator there is here: it would change the weights' init."""
     return Patch(
         "cpu mode: fusion warm-up",
         "megatron.training.initialize:set_jit_fusion_options",

@@ -1,7 +1,7 @@
 """A change to an upstream package as an object: checked before it is made, made once, and undone on request.
 
-The record of a change is kept on the object that was changed (its owner), so any equal `Patch`, built anywhere, sees that it is
-already applied and can revert it. Nothing is remembered by this module.
+The record of a change is kept on the object that was changed (its owner), so any equal `Patch`, built anywhere, sees
+that it is already applied and can revert it. Nothing is remembered by this module.
 """
 
 from __future__ import annotations
@@ -41,8 +41,9 @@ class Patch:
         target: ``"package.module:attribute.path"``.
         distribution: the installed distribution whose version decides (``"megatron-core"``).
         supported: version specifiers of that distribution, such as ``">=0.16,<0.20"``.
-        make: called with the upstream attribute, returns what replaces it. For an attribute that a class holds as a descriptor
-            (property, staticmethod), `make` gets the descriptor itself. With `creates`, it is called with None.
+        make: called with the upstream attribute, returns what replaces it. For an attribute that a class holds as a
+            descriptor (property, staticmethod), `make` gets the descriptor itself. With `creates`, it is called with
+            None.
         parameters: names that the upstream callable must accept, because the replacement relies on them.
         creates: the target must not exist upstream; the patch adds it.
     """
@@ -59,8 +60,8 @@ class Patch:
         """Checks version, target and signature; changes nothing.
 
         Raises:
-            PatchError: the distribution is absent or its version unsupported, the target is missing (or, with `creates`, taken), or
-                its signature lacks a parameter that the patch relies on.
+            PatchError: the distribution is absent or its version unsupported, the target is missing (or, with
+                `creates`, taken), or its signature lacks a parameter that the patch relies on.
         """
         if self.applied:
             return
@@ -129,7 +130,9 @@ class Patch:
         self.apply()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.revert()
 
     def _key(self, attribute: str) -> tuple[str, str]:
@@ -159,10 +162,10 @@ class Patch:
         if os.environ.get(ALLOW_UNTESTED) == "1":
             return
         raise PatchError(
-            f"{self.distribution} {version} is not supported by patch '{self.name}' (of {self.target}), which is tested with "
+            f"{self.distribution} {version} is not supported by patch '{self.name}' (of {self.target}), which is for "
             f"{self.supported}; nothing was patched. Install a supported version (pip install "
-            f"'{self.distribution}{self.supported}'), or set {ALLOW_UNTESTED}=1 to skip this version check; signatures are "
-            "checked all the same."
+            f"'{self.distribution}{self.supported}'), or set {ALLOW_UNTESTED}=1 to skip this version check; signatures "
+            "are checked all the same."
         )
 
     def _verify_signature(self, upstream: object) -> None:
@@ -175,8 +178,8 @@ class Patch:
 
     def _refusal(self, why: str) -> PatchError:
         return PatchError(
-            f"patch '{self.name}' does not fit {self.distribution} {self._version() or '(not installed)'}: {why}; nothing was "
-            f"patched. Install a version in {self.supported}, or report this version."
+            f"patch '{self.name}' does not fit {self.distribution} {self._version() or '(not installed)'}: {why}; "
+            f"nothing was patched. Install a version in {self.supported}, or report this version."
         )
 
     def _version(self) -> str | None:
@@ -246,5 +249,7 @@ class PatchSet:
         self.apply()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.revert()

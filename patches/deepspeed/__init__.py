@@ -12,10 +12,8 @@ Without the section no call behaves differently.
 from __future__ import annotations
 
 from dsp_plugin.patches.deepspeed import batch, engine, initialize
+from dsp_plugin.patches.deepspeed.versions import DISTRIBUTION, SUPPORTED
 from dsp_plugin.patches.patch import Patch, PatchSet
-
-DISTRIBUTION = "deepspeed"
-SUPPORTED = ">=0.19,<0.20"
 
 PATCHES = PatchSet(
     "sequence parallelism in DeepSpeed",

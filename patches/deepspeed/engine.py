@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator
+import weakref
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,12 +13,14 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from dsp_plugin.config import SequenceParallelConfig
+from dsp_plugin.config import DEEPSPEED_SECTION, SequenceParallelConfig
 from dsp_plugin.groups import Axis, SequenceParallelGroups
 from dsp_plugin.parallelize import parallelize
-from dsp_plugin.patches.deepspeed import random_state
+from dsp_plugin.patches.deepspeed import random_state, recompute
 from dsp_plugin.patches.deepspeed.refusals import refuse_conflicts
 from dsp_plugin.patches.deepspeed.same_sample import SameSampleCheck
+from dsp_plugin.patches.recompute import hold
+from dsp_plugin.patches.transformers import ShardedCausalLM, checked_section, serves
 
 GROUPS = "sequence_parallel_groups"
 CONFIG = "sequence_parallel_config"
@@ -43,17 +46,21 @@ def parallelizing(upstream: Callable[..., None]) -> Callable[..., None]:
         module = given["model"]
         refuse_conflicts(param_dict, module, given.get("mpu"), given.get("mesh_device"))
 
-        groups = SequenceParallelGroups.build(section)
         _unhook(module)
+        hook, section = _route(module, param_dict, section)
+        groups = SequenceParallelGroups.build(section)
         # The check comes first among the hooks, to see the inputs whole.
-        undo = [SameSampleCheck(groups.sp, _device(), always=groups.sp.debug).attach(module).remove]
+        undo = [SameSampleCheck(groups.sp, _device, always=groups.sp.debug).attach(module).remove]
         setattr(module, UNDO, undo)
         buffers = {name for name, _ in module.named_buffers()}
         # torch.nn.Module takes plain attributes before its own __init__; deepspeed_io needs these during upstream's.
         setattr(self, CONFIG, section)
         setattr(self, GROUPS, groups)
         try:
-            undo.append(parallelize(module, config=section, groups=groups).remove)
+            if section.recompute == "keep_attention":
+                # Until another engine takes the module, or the module is gone.
+                undo.append(weakref.finalize(module, hold(recompute.PATCHES)))
+            undo.append(hook(module, config=section, groups=groups).remove)
             upstream(self, *args, **kwargs)
         except BaseException:
             _unhook(module)
@@ -79,6 +86,15 @@ def counting_replicas(upstream: Callable[..., Any]) -> Callable[..., Any]:
             return upstream(self, *args, **kwargs)
 
     return method
+
+
+def _route(
+    module: nn.Module, param_dict: Mapping[str, Any], section: SequenceParallelConfig
+) -> tuple[Callable[..., Any], SequenceParallelConfig]:
+    """What hooks the module, and the section with what the module says of itself."""
+    if serves(module, section):
+        return ShardedCausalLM, checked_section(module, param_dict[DEEPSPEED_SECTION])
+    return parallelize, section
 
 
 @contextmanager

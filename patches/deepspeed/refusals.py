@@ -55,7 +55,7 @@ def _unsupported(config: Config, model: nn.Module) -> Iterator[tuple[str, str, s
     if isinstance(model, PipelineModule):
         yield (
             "PipelineModule",
-            "DeepSpeed's pipeline engine cuts ranks into stages itself, which does not compose with sequence groups yet",
+            "DeepSpeed's pipeline engine cuts ranks into stages, which does not compose with sequence groups yet",
             "Train the layers as one torch.nn.Module (ZeRO 0 to 3)",
         )
     if any(isinstance(module, MoE) for module in model.modules()) or _enabled(config, "expert_parallel"):

@@ -7,7 +7,7 @@ inputs of the first forwards are compared by digest, which costs one small all-g
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from zlib import crc32
 
@@ -30,16 +30,17 @@ class SameSampleCheck:
 
     Args:
         sp: the sequence axis.
-        device: where collectives of this axis take tensors.
-        always: check every forward (debug mode), not only the first `CHECKED_FORWARDS` in training and evaluation.
+        device: gives where collectives of this axis take tensors; asked late, as DeepSpeed sets the rank's device late.
+        always: check every forward (debug mode), not only the first `CHECKED_FORWARDS` in training and as many in
+            evaluation.
     """
 
-    def __init__(self, sp: Axis, device: torch.device, always: bool) -> None:
+    def __init__(self, sp: Axis, device: Callable[[], torch.device], always: bool) -> None:
         self._sp, self._device, self._always = sp, device, always
         self._seen = {True: 0, False: 0}
 
     def attach(self, module: nn.Module) -> RemovableHandle:
-        """Hooks the module. Call before the module is parallelized: the inputs to compare are the ones not yet sharded."""
+        """Hooks the module. Call before the module is parallelized: inputs are compared before they are sharded."""
         return module.register_forward_pre_hook(self._check, with_kwargs=True)
 
     def _check(self, module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
@@ -47,7 +48,7 @@ class SameSampleCheck:
             return
         self._seen[module.training] += 1
         leaves = list(described_leaves(args, kwargs))
-        mine = torch.tensor([len(leaves), combined(leaves)], dtype=torch.int64, device=self._device)
+        mine = torch.tensor([len(leaves), combined(leaves)], dtype=torch.int64, device=self._device())
         theirs = [torch.empty_like(mine) for _ in range(self._sp.size)]
         dist.all_gather(theirs, mine, group=self._sp.group)
         if any(not torch.equal(other, theirs[0]) for other in theirs):

@@ -1,17 +1,19 @@
 """Sequence parallelism in Megatron-core, on its own context-parallel groups and its own zigzag batches.
 
-Megatron's ``context_parallel_size`` is the sequence-parallel size; data parallelism, the distributed optimizer, loss averaging and
-checkpoints then hold unchanged, because they already treat context-parallel ranks as holders of one sequence.
+Megatron's ``context_parallel_size`` is the sequence-parallel size; data parallelism, the distributed optimizer, loss
+averaging and checkpoints then hold unchanged, because they already treat context-parallel ranks as holders of one
+sequence.
 """
 
 from __future__ import annotations
 
 import importlib.util
 
-from dsp_plugin.errors import PatchError
-from dsp_plugin.patches.megatron import attention, norm, parallel_state
+from dsp_plugin.patches.megatron import attention, norm, parallel_state, recompute
 from dsp_plugin.patches.megatron.state import MegatronState, Settings
 from dsp_plugin.patches.patch import PatchSet
+
+from dsp_plugin.errors import PatchError
 
 __all__ = ["MegatronState", "Settings", "install", "installed", "uninstall"]
 
@@ -24,45 +26,48 @@ def install(
     layout: str = "auto",
     kernel: str = "auto",
     debug: bool = False,
+    recompute: str = "full",
 ) -> MegatronState:
-    """Patches Megatron-core so that its context-parallel ranks run `method`. Call it before `initialize_model_parallel`.
+    """Patches Megatron-core so that its context-parallel ranks run `method`; to be called before it is initialized.
 
     Args:
-        method: a method of `dsp_plugin.methods` that serves attention, such as ``"ulysses"``. The size is Megatron's own
-            ``context_parallel_size``; where that is 1, upstream's attention stays as it is.
+        method: a method of `dsp_plugin.methods` that serves attention, such as ``"ulysses"``. The size is Megatron's
+            own ``context_parallel_size``; where that is 1, upstream's attention stays as it is.
         ulysses_size, ring_size: how that size factors; by default as the method implies.
         layout: ``"auto"`` or ``"zigzag"``, the order in which Megatron cuts batches.
         kernel: local attention kernel, see `SequenceParallelConfig`.
         debug: compare ranks before each collective.
+        recompute: ``"full"``, or ``"keep_attention"``: what Megatron recomputes, it recomputes without attention.
 
     Returns:
         What the patches share; calling again with the same settings returns the same object.
 
     Raises:
         SequenceParallelConfigError: the settings are illegal by themselves.
-        PatchError: Megatron-core is absent, its version or a signature is unsupported, it is initialized already, or other settings
-            are installed. Nothing is patched then.
+        PatchError: Megatron-core is absent, its version or a signature is unsupported, it is initialized already, or
+            other settings are installed. Nothing is patched then.
     """
-    settings = Settings(method, ulysses_size, ring_size, layout, kernel, debug)
+    settings = Settings(method, ulysses_size, ring_size, layout, kernel, debug, recompute)
     settings.check()
     if importlib.util.find_spec("megatron") is None or importlib.util.find_spec("megatron.core") is None:
         raise PatchError(
-            f"--sp-method {method} needs Megatron-core, which is not installed. Install it: pip install 'dsp-plugin[megatron]'."
+            f"--sp-method {method} needs Megatron-core, which is not installed. Install it: "
+            "pip install 'dsp-plugin[megatron]'."
         )
     existing = installed()
     if existing is not None:
         if existing.settings != settings:
             raise PatchError(
-                f"Megatron-core is already patched with {existing.settings}, asked for {settings}. One process has one method: "
-                "call dsp_plugin.patches.megatron.uninstall() first."
+                f"Megatron-core is already patched with {existing.settings}, asked for {settings}. One process has one "
+                "method: call dsp_plugin.patches.megatron.uninstall() first."
             )
         return existing
     from megatron.core import parallel_state as upstream
 
     if upstream.model_parallel_is_initialized():
         raise PatchError(
-            "Megatron-core's model-parallel groups exist already, without the plugin's. Start the script with "
-            "`python -m dsp_plugin.launch`, or call dsp_plugin.patches.megatron.install before initialize_model_parallel."
+            "Megatron-core's model-parallel groups exist already, without the plugin's. Start the script "
+            "with `python -m dsp_plugin.launch`, or call dsp_plugin.patches.megatron.install before it makes them."
         )
     state = MegatronState(settings)
     _patches(state).apply()
@@ -88,5 +93,5 @@ def uninstall() -> None:
 def _patches(state: MegatronState) -> PatchSet:
     return PatchSet(
         "sequence parallelism in Megatron-core",
-        (*parallel_state.patches(state), *attention.patches(state), *norm.patches()),
+        (*parallel_state.patches(state), *attention.patches(state), *norm.patches(), *recompute.patches(state)),
     )

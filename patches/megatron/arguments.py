@@ -1,7 +1,7 @@
-"""The ``--sp-*`` flags: one table for the launcher, which takes them off the command line, and for Megatron's own parser.
+"""The ``--sp-*`` flags: one table for the launcher, which takes them off the command line, and for Megatron's parser.
 
-The launcher serves every script, also those with a parser of their own. Scripts that use `megatron.training` show the flags in
-``--help`` as well and find their values in Megatron's args.
+The launcher serves every script, also those with a parser of their own. Scripts that use `megatron.training` show the
+flags in ``--help`` as well and find their values in Megatron's args.
 """
 
 from __future__ import annotations
@@ -11,10 +11,11 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-from dsp_plugin.config import KERNEL_CHOICES
-from dsp_plugin.methods import METHODS
+from dsp_plugin.patches.megatron.state import servable
 from dsp_plugin.patches.megatron.versions import DISTRIBUTION, SUPPORTED
 from dsp_plugin.patches.patch import Patch
+
+from dsp_plugin.config import KERNEL_CHOICES
 
 
 def add_flags(parser: argparse.ArgumentParser, defaults: argparse.Namespace | None = None) -> argparse.ArgumentParser:
@@ -27,23 +28,25 @@ def add_flags(parser: argparse.ArgumentParser, defaults: argparse.Namespace | No
     Returns:
         The parser.
     """
-    methods = ", ".join(name for name, method in METHODS.items() if method.attention is not None)
     group = parser.add_argument_group(
         "sequence parallelism (dsp_plugin)", "The sequence-parallel size is --context-parallel-size."
     )
-    group.add_argument("--sp-method", help=f"how context-parallel ranks share attention: {methods}")
-    group.add_argument("--sp-ulysses-size", type=int, help="ranks that exchange heads; by default what the method implies")
+    group.add_argument("--sp-method", help=f"how context-parallel ranks share attention: {', '.join(servable())}")
+    group.add_argument(
+        "--sp-ulysses-size", type=int, help="ranks that exchange heads; by default what the method implies"
+    )
     group.add_argument("--sp-ring-size", type=int, help="ranks that pass keys and values round; likewise")
     group.add_argument("--sp-layout", help="order of the tokens: auto, or zigzag, which is Megatron's")
     group.add_argument("--sp-kernel", help=f"local attention kernel: {', '.join(KERNEL_CHOICES)}")
     group.add_argument("--sp-debug", action="store_true", help="compare ranks before each collective")
+    group.add_argument("--sp-recompute", help="what recomputation does with attention: full, or keep_attention")
     if defaults is not None:
         parser.set_defaults(**vars(defaults))
     return parser
 
 
 def _mend_help(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """Escapes help texts that argparse cannot format: 0.19.2 has one with a bare percent sign, and its --help fails on it."""
+    """Escapes help texts that argparse cannot format: 0.19.2 has one with a bare percent sign, so its --help fails."""
     formatter = parser._get_formatter()
     for action in parser._actions:
         if action.help is None or action.help is argparse.SUPPRESS:
@@ -56,7 +59,7 @@ def _mend_help(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
 
 
 def patches(flags: argparse.Namespace) -> tuple[Patch, ...]:
-    """Adds the flags to Megatron's parser, which only 0.18 and later ship in the wheel; `flags` are their values."""
+    """Adds the flags to Megatron's parser, which the wheel ships from 0.17 on; `flags` are their values."""
 
     def add_ours(upstream: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(upstream)

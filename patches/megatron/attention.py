@@ -1,7 +1,8 @@
 """Core attention: Megatron's query, key and value shards to a method of ours, whatever layer spec built the model.
 
-Megatron's local `DotProductAttention` is dense and asserts a context-parallel size of 1; Transformer Engine's is not needed. Both are
-replaced where the layer is built, so projections, rotary embeddings, tensor parallelism and recomputation stay Megatron's.
+Megatron's local `DotProductAttention` is dense and asserts a context-parallel size of 1; Transformer Engine's is not
+needed. Both are replaced where the layer is built, so projections, rotary embeddings, tensor parallelism and
+recomputation stay Megatron's.
 """
 
 from __future__ import annotations
@@ -15,15 +16,15 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from dsp_plugin.patches.megatron.state import NATIVE_LAYOUT, MegatronState
+from dsp_plugin.patches.megatron.versions import DISTRIBUTION, SUPPORTED
+from dsp_plugin.patches.patch import Patch
 from torch import Tensor, nn
 
 from dsp_plugin.errors import SequenceParallelConfigError, UnsupportedError
 from dsp_plugin.layout import Layout
 from dsp_plugin.mask import MaskSpec
 from dsp_plugin.methods import METHODS
-from dsp_plugin.patches.megatron.state import NATIVE_LAYOUT, MegatronState
-from dsp_plugin.patches.megatron.versions import DISTRIBUTION, SUPPORTED
-from dsp_plugin.patches.patch import Patch
 
 _SOFTMAX_CORES = ("DotProductAttention", "TEDotProductAttention")
 _CAUSAL = ("causal", "causal_bottom_right", "padding_causal")
@@ -31,7 +32,7 @@ _FULL = ("no_mask", "padding")
 
 
 def patches(state: MegatronState) -> tuple[Patch, ...]:
-    """Wraps the constructors of the self-attention layers. Cross-attention keeps upstream's: its keys are not this sequence."""
+    """Wraps the constructors of self-attention. Cross-attention keeps upstream's: its keys are another sequence."""
     return tuple(
         Patch(
             f"megatron core attention of {layer}",
@@ -53,7 +54,9 @@ def _build_with_ours(state: MegatronState, upstream: Callable[..., None]) -> Cal
         call = signature.bind(*args, **kwargs)
         if call.arguments["config"].context_parallel_size > 1:
             submodules = call.arguments["submodules"]
-            _check_layer(state, call.arguments["config"], submodules.core_attention, call.arguments.get("pg_collection"))
+            _check_layer(
+                state, call.arguments["config"], submodules.core_attention, call.arguments.get("pg_collection")
+            )
             # A class, because that is the one form in which both attention layers build a core attention.
             ours = type("SequenceParallelAttention", (CoreAttention,), {"state": state})
             call.arguments["submodules"] = replace(submodules, core_attention=ours)
@@ -98,7 +101,7 @@ def _check_layer(state: MegatronState, config: Any, core: Any, process_groups: A
         raise UnsupportedError(
             setting="core_attention",
             value=name,
-            why=f"the plugin replaces plain softmax attention ({', '.join(_SOFTMAX_CORES)}), and this computes something else",
+            why=f"the plugin replaces plain softmax attention ({', '.join(_SOFTMAX_CORES)}); this is something else",
             remedy="use a spec with one of these, or drop --sp-method",
         )
     for setting, plain in (("softmax_type", "vanilla"), ("qk_clip", False), ("log_max_attention_logit", False)):
@@ -120,8 +123,8 @@ def _check_layer(state: MegatronState, config: Any, core: Any, process_groups: A
 class CoreAttention(nn.Module):
     """Megatron's core attention on a sequence shard in zigzag order.
 
-    Takes Megatron's build arguments; those that only Transformer Engine uses are ignored. Subclassed once per installation, to carry
-    its `state`.
+    Takes Megatron's build arguments; those that only Transformer Engine uses are ignored. Subclassed once per
+    installation, to carry its `state`.
     """
 
     state: MegatronState
@@ -141,7 +144,8 @@ class CoreAttention(nn.Module):
         super().__init__()
         self.config = config
         self.attn_mask_type = attn_mask_type
-        # apply_query_key_layer_scaling needs nothing: upstream divides the scale by the layer number and multiplies it back in fp32.
+        # apply_query_key_layer_scaling needs nothing: upstream divides the scale by the layer number and multiplies it
+        # back in fp32.
         self.scale = softmax_scale
         self.dropout_p = config.attention_dropout if attention_dropout is None else attention_dropout
         windowed = is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer_number)
@@ -174,7 +178,8 @@ class CoreAttention(nn.Module):
             UnsupportedError: a bias, packed sequences, a key/value cache or a mask of other structure.
         """
         groups, config = self.state.groups, self.state.config
-        assert groups is not None and config is not None, "model parallelism was destroyed under a living model"
+        assert groups is not None, "model parallelism was destroyed under a living model"
+        assert config is not None
         _refuse_inputs(query, key, attention_bias, packed_seq_params)
         layout = Layout(NATIVE_LAYOUT, query.shape[0] * groups.sp.size, groups.sp.size)
         kind = (attn_mask_type or self.attn_mask_type).name
@@ -202,8 +207,8 @@ class CoreAttention(nn.Module):
             raise UnsupportedError(
                 setting="attn_mask_type",
                 value=kind,
-                why=f"masks are {', '.join(_CAUSAL + _FULL)}; any other is a dense tensor that would be as long as the square of "
-                "the sequence",
+                why=f"masks are {', '.join(_CAUSAL + _FULL)}; any other is a dense tensor, the square of the "
+                "sequence in size",
                 remedy="use one of these, with window_size for sliding windows",
             )
         causal = kind in _CAUSAL
@@ -216,8 +221,8 @@ class CoreAttention(nn.Module):
     def _draw_seed(self, device: torch.device) -> int:
         """A seed from Megatron's generator for model-parallel regions: new on each call and replayed by recomputation.
 
-        That generator has the same state on all context-parallel ranks and another on each tensor-parallel rank, which is
-        what one mask over all heads takes.
+        That generator has the same state on all context-parallel ranks and another on each tensor-parallel rank, which
+        is what one mask over all heads takes.
         """
         from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
@@ -262,7 +267,7 @@ def _refuse_inputs(query: Tensor, key: Tensor, attention_bias: Tensor | None, pa
 
 
 def _check_mask(attention_mask: Tensor, causal: bool, layout: Layout, state: MegatronState) -> None:
-    """Raises on every sequence rank unless the dense mask equals the structured one; one flag travels, once per mask."""
+    """Raises on every sequence rank unless the dense mask equals the structured one; one flag travels per mask."""
     assert state.groups is not None
     axis, device = state.groups.sp, attention_mask.device
     columns = torch.arange(layout.length, device=device)
@@ -277,7 +282,7 @@ def _check_mask(attention_mask: Tensor, causal: bool, layout: Layout, state: Meg
         raise UnsupportedError(
             setting="attention_mask",
             value=tuple(attention_mask.shape),
-            why=f"it hides other tokens than {'a causal mask' if causal else 'none'} over {layout.length} tokens, as with "
-            "--reset-attention-mask or padded batches, and only structured masks are sharded",
+            why=f"it hides other tokens than {'a causal mask' if causal else 'none'} over {layout.length} tokens, as "
+            "with --reset-attention-mask or padded batches, and only structured masks are sharded",
             remedy="drop --reset-attention-mask, or --create-attention-mask-in-dataloader where the mask is not needed",
         )

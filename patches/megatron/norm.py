@@ -1,7 +1,8 @@
 """Norms under ``--sequence-parallel`` where neither Apex nor Transformer Engine is installed.
 
-Megatron's fallback to torch's LayerNorm and RMSNorm refuses tensor-sequence parallelism. All it lacks is the mark on its parameters
-that makes `finalize_model_grads` add up their gradients over the tensor-parallel ranks, each of which saw part of the tokens.
+Megatron's fallback to torch's LayerNorm and RMSNorm refuses tensor-sequence parallelism. All it lacks is the mark on
+its parameters that makes `finalize_model_grads` add up their gradients over the tensor-parallel ranks, each of which
+saw part of the tokens.
 """
 
 from __future__ import annotations

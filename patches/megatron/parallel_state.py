@@ -7,14 +7,18 @@ from __future__ import annotations
 
 import functools
 import inspect
+import logging
 import sys
 from collections.abc import Callable
 from typing import Any
 
-from dsp_plugin.errors import SequenceParallelConfigError
 from dsp_plugin.patches.megatron.state import MegatronState
 from dsp_plugin.patches.megatron.versions import DISTRIBUTION, SUPPORTED
 from dsp_plugin.patches.patch import Patch
+
+from dsp_plugin.errors import SequenceParallelConfigError
+
+logger = logging.getLogger(__name__)
 
 AXES = ("ulysses", "ring", "dsp", "lasp")
 _MODULE = "megatron.core.parallel_state"
@@ -29,8 +33,12 @@ def registered_state() -> MegatronState | None:
 def patches(state: MegatronState) -> tuple[Patch, ...]:
     """The state itself, its making and unmaking, and three functions for each axis."""
 
-    def patch(name: str, make: Callable[[Any], object], parameters: tuple[str, ...] = (), creates: bool = False) -> Patch:
-        return Patch(f"megatron groups: {name}", f"{_MODULE}:{name}", DISTRIBUTION, SUPPORTED, make, parameters, creates)
+    def patch(
+        name: str, make: Callable[[Any], object], parameters: tuple[str, ...] = (), creates: bool = False
+    ) -> Patch:
+        return Patch(
+            f"megatron groups: {name}", f"{_MODULE}:{name}", DISTRIBUTION, SUPPORTED, make, parameters, creates
+        )
 
     accessors = [
         patch(f"get_{axis}_parallel_{what}", functools.partial(_accessor, state, axis, what), creates=True)
@@ -77,6 +85,8 @@ def _initialize(state: MegatronState, upstream: Callable[..., None]) -> Callable
                     remedy="drop --hierarchical-context-parallel-sizes, or make them agree",
                 )
             sizes["hierarchical_context_parallel_sizes"] = ours
+        else:
+            logger.warning("--sp-method %s has nothing to do: context_parallel_size is 1", config.method)
         upstream(*call.args, **call.kwargs)
         state.adopt(config, sys.modules[_MODULE])
 

@@ -15,9 +15,15 @@ from torch.distributed import ProcessGroup
 from dsp_plugin.config import SequenceParallelConfig
 from dsp_plugin.errors import SequenceParallelConfigError
 from dsp_plugin.groups import Axis, SequenceParallelGroups
+from dsp_plugin.layout import LayoutKind
 from dsp_plugin.methods import METHODS
 
-NATIVE_LAYOUT = "zigzag"
+NATIVE_LAYOUT: LayoutKind = "zigzag"
+
+
+def servable() -> list[str]:
+    """The methods that Megatron's attention layers can run: softmax attention over tokens in Megatron's order."""
+    return [name for name, method in METHODS.items() if method.kind == "softmax" and NATIVE_LAYOUT in method.layouts]
 
 
 @dataclass(frozen=True)
@@ -30,6 +36,7 @@ class Settings:
     layout: str = "auto"
     kernel: str = "auto"
     debug: bool = False
+    recompute: str = "full"
 
     def config(self, size: int) -> SequenceParallelConfig:
         """The whole configuration for `size` context-parallel ranks.
@@ -40,13 +47,20 @@ class Settings:
         flags = {f"sp_{name}": value for name, value in dataclasses.asdict(self).items()}
         config = SequenceParallelConfig.from_megatron(SimpleNamespace(**flags, context_parallel_size=size))
         assert config is not None
-        if METHODS[config.method].attention is None:
-            softmax = [name for name, method in METHODS.items() if method.attention is not None]
+        if METHODS[config.method].kind != "softmax":
             raise SequenceParallelConfigError(
                 setting="--sp-method",
                 value=config.method,
                 why="Megatron's layers shard inside attention, and this method does not compute attention",
-                remedy=f"use one of {', '.join(softmax)}",
+                remedy=f"use one of {', '.join(servable())}",
+            )
+        if config.method not in servable():
+            raise SequenceParallelConfigError(
+                setting="--sp-method",
+                value=config.method,
+                why=f"it takes tokens in {' or '.join(METHODS[config.method].layouts)} order, and Megatron's are in "
+                f"{NATIVE_LAYOUT} order",
+                remedy=f"use one of {', '.join(servable())}",
             )
         if config.layout_for(NATIVE_LAYOUT) != NATIVE_LAYOUT:
             raise SequenceParallelConfigError(
@@ -72,7 +86,8 @@ class MegatronState:
 
     Attributes:
         settings: the user's flags.
-        config: set by `initialize_model_parallel`, None before it and after `destroy_model_parallel`; likewise `groups`.
+        config: set by `initialize_model_parallel`, None before it and after `destroy_model_parallel`; likewise
+            `groups`.
         groups: the axes that methods communicate on.
         process_groups: the group behind each registered axis, also where it has one rank.
         checked_mask: the last attention mask that was found to say no more than the mask type.
@@ -92,7 +107,10 @@ class MegatronState:
         """
         config = self.settings.config(context_parallel_size)
         if dist.is_initialized():
-            config.check_world(dist.get_world_size(), **other_sizes)
+            try:
+                config.check_world(dist.get_world_size(), **other_sizes)
+            except SequenceParallelConfigError as error:
+                raise SequenceParallelConfigError(f"Megatron sizes (size is context_parallel_size): {error}") from None
         return config
 
     def adopt(self, config: SequenceParallelConfig, upstream: Any) -> None:
@@ -100,8 +118,8 @@ class MegatronState:
 
         Args:
             config: from `configure`.
-            upstream: `megatron.core.parallel_state`, initialized; for more than one context-parallel rank with hierarchical sizes
-                ``[ulysses_size, ring_size]``.
+            upstream: `megatron.core.parallel_state`, initialized; for more than one context-parallel rank with
+                hierarchical sizes ``[ulysses_size, ring_size]``.
         """
         sequence = upstream.get_context_parallel_group()
         ulysses, ring = sequence, sequence

@@ -8,13 +8,12 @@ from typing import Any
 
 import pytest
 
-deepspeed = pytest.importorskip("deepspeed")
-
-from deepspeed.runtime.config import DeepSpeedConfig
-from deepspeed.runtime.engine import DeepSpeedEngine
-
 from dsp_plugin.errors import PatchError
 from dsp_plugin.patches import deepspeed as patches
+
+deepspeed = pytest.importorskip("deepspeed")
+DeepSpeedConfig = pytest.importorskip("deepspeed.runtime.config").DeepSpeedConfig
+DeepSpeedEngine = pytest.importorskip("deepspeed.runtime.engine").DeepSpeedEngine
 
 
 def targets() -> dict[str, Any]:

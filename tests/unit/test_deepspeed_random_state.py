@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from torch import Tensor, nn
 
+from dsp_plugin.patches.deepspeed.random_state import ForwardSeed
+
 pytest.importorskip("deepspeed")
 
-from dsp_plugin.patches.deepspeed.random_state import ForwardSeed
+
+class Engine:
+    """What is asked of an engine."""
+
+    def __init__(self, micro_steps: int) -> None:
+        self.micro_steps = micro_steps
 
 
 class Draws(nn.Module):
@@ -23,10 +28,10 @@ class Draws(nn.Module):
         return drawn
 
 
-def peer(outer_seed: int, replica: int = 0, micro_steps: int = 0) -> tuple[Draws, SimpleNamespace]:
+def peer(outer_seed: int, replica: int = 0, micro_steps: int = 0) -> tuple[Draws, Engine]:
     """A hooked module and its engine, in a process whose generator is at `outer_seed`."""
     torch.manual_seed(outer_seed)
-    engine = SimpleNamespace(micro_steps=micro_steps)
+    engine = Engine(micro_steps)
     module = Draws()
     ForwardSeed(seed=7, replica=replica, engine=engine).attach(module)
     return module, engine

@@ -1,0 +1,104 @@
+"""Runs of real Megatron-core on CPU and gloo, each a torchrun of its own, and what it means that two are equal."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+ROOT = Path(__file__).parents[3]
+CORE_SCRIPT = ROOT / "launch" / "pretrain_gpt_core.py"
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a training run left behind."""
+
+    losses: list[float]
+    gradients: dict[str, Tensor]
+    output: str
+
+
+def torchrun(ranks: int, *argv: str, timeout: float = 150.0, check: bool = True) -> subprocess.CompletedProcess[str]:
+    """`torchrun --nproc-per-node ranks` in a process group of its own.
+
+    Raises:
+        AssertionError: it took longer than `timeout` seconds, with the stacks of all ranks; or with `check`, it failed.
+    """
+    environment = {
+        **{name: value for name, value in os.environ.items() if not name.startswith("DSP_PLUGIN_")},
+        "OMP_NUM_THREADS": "1",
+        "PYTHONFAULTHANDLER": "1",
+        "PYTHONWARNINGS": "ignore",
+    }
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), *argv]
+    process = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        output, _ = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        # Faulthandler prints a rank's stacks on SIGABRT; torchrun passes the ranks' output on.
+        os.killpg(process.pid, signal.SIGABRT)
+        try:
+            output, _ = process.communicate(timeout=10)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            output, _ = process.communicate()
+        raise AssertionError(f"{' '.join(command)} hung for {timeout:g} s:\n{output[-20000:]}") from None
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    if check:
+        assert process.returncode == 0, f"{' '.join(command)} failed:\n{output[-20000:]}"
+    return subprocess.CompletedProcess(command, process.returncode, output, "")
+
+
+def train(folder: Path, ranks: int, *argv: str, plugin: bool = True) -> Run:
+    """Trains the core-only script for 3 steps, with Ulysses unless `argv` says else, or with stock Megatron."""
+    folder.mkdir(parents=True, exist_ok=True)
+    metrics, gradients = folder / "metrics.json", folder / "gradients.pt"
+    method = ["--sp-method", "ulysses"] if plugin and "--sp-method" not in argv else []
+    done = torchrun(
+        ranks,
+        "-m",
+        "dsp_plugin.launch",
+        "--cpu",
+        str(CORE_SCRIPT),
+        *argv,
+        *method,
+        "--metrics-out",
+        str(metrics),
+        "--dump-grads",
+        str(gradients),
+    )
+    return Run(json.loads(metrics.read_text())["losses"], torch.load(gradients), done.stdout)
+
+
+def assert_parity(run: Run, reference: Run) -> None:
+    """Losses within 1e-6 and every first-step gradient within 1e-5, relative."""
+    assert len(run.losses) == len(reference.losses) == 3
+    assert reference.losses[-1] < reference.losses[0], "the reference does not learn, so equal losses would say little"
+    for step, (ours, theirs) in enumerate(zip(run.losses, reference.losses, strict=True)):
+        assert abs(ours - theirs) <= 1e-6 * abs(theirs), f"step {step}: loss {ours} is not {theirs}"
+    assert run.gradients.keys() == reference.gradients.keys()
+    for name, theirs in reference.gradients.items():
+        ours = run.gradients[name]
+        assert ours.shape == theirs.shape, name
+        assert theirs.norm() > 0, name
+        error = ((ours.double() - theirs.double()).norm() / theirs.double().norm()).item()
+        assert error <= 1e-5, f"gradient of {name}: relative error {error:.2e}"

@@ -1,0 +1,74 @@
+"""`megatron.training.pretrain`, whose command line, data, log and validation are Megatron's own."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+
+import pytest
+from megatron_runs import ROOT, torchrun
+
+pytestmark = [
+    pytest.mark.timeout(400),
+    pytest.mark.skipif(
+        importlib.util.find_spec("megatron") is not None and importlib.util.find_spec("megatron.training") is None,
+        reason="this megatron-core is core only; its wheel ships megatron.training from 0.17 on",
+    ),
+]
+SCRIPT = str(ROOT / "launch" / "pretrain_gpt.py")
+ARGUMENTS = (ROOT / "configs" / "megatron" / "gpt_tiny_cpu.args").read_text().split()
+
+
+def logged(ranks: int, *argv: str) -> list[tuple[str, str]]:
+    """Loss and gradient norm of each iteration, as Megatron prints them."""
+    done = torchrun(ranks, "-m", "dsp_plugin.launch", "--cpu", SCRIPT, *ARGUMENTS, *argv)
+    lines = re.findall(r"lm loss: (\S+) .*?grad norm: (\S+) ", done.stdout)
+    assert len(lines) == 3, done.stdout[-5000:]
+    return lines
+
+
+@pytest.fixture(scope="module")
+def stock() -> list[tuple[str, str]]:
+    lines = logged(1)
+    assert float(lines[-1][0]) < float(lines[0][0])
+    return lines
+
+
+@pytest.mark.parametrize(
+    ("ranks", "arguments"),
+    [
+        (2, "--context-parallel-size 2 --sp-method ulysses"),
+        (4, "--tensor-model-parallel-size 2 --sequence-parallel --context-parallel-size 2 --sp-method ulysses"),
+    ],
+    ids=["cp2", "tp2 x cp2, sequence parallel"],
+)
+def test_logs_the_losses_of_stock_megatron(ranks: int, arguments: str, stock: list[tuple[str, str]]) -> None:
+    for (loss, norm), (stock_loss, stock_norm) in zip(logged(ranks, *arguments.split()), stock, strict=True):
+        # Seven and four printed digits, the last of which may round differently.
+        assert float(loss) == pytest.approx(float(stock_loss), rel=1e-6)
+        assert float(norm) == pytest.approx(float(stock_norm), abs=1.1e-3)
+
+
+def test_help_and_args_have_the_flags() -> None:
+    done = torchrun(1, "-m", "dsp_plugin.launch", "--cpu", SCRIPT, "--help")
+    flags = ("--sp-method", "--sp-ulysses-size", "--sp-ring-size", "--sp-layout", "--sp-kernel", "--sp-debug")
+    assert all(flag in done.stdout for flag in flags)
+    assert "--context-parallel-size" in done.stdout
+
+
+def test_context_parallelism_without_a_method_is_upstreams() -> None:
+    done = torchrun(
+        2, "-m", "dsp_plugin.launch", "--cpu", SCRIPT, *ARGUMENTS, "--context-parallel-size", "2", check=False
+    )
+    assert done.returncode != 0
+    assert "Context parallelism is only supported by TEDotProductAttention" in done.stdout
+
+
+def test_document_masks_are_refused_by_name() -> None:
+    # The mock documents are hundreds of tokens long: a sample must be longer to have a border inside.
+    long = "--seq-length 2048 --max-position-embeddings 2048"
+    arguments = f"--context-parallel-size 2 --sp-method ulysses --reset-attention-mask {long}"
+    done = torchrun(2, "-m", "dsp_plugin.launch", "--cpu", SCRIPT, *ARGUMENTS, *arguments.split(), check=False)
+    assert done.returncode != 0
+    assert "attention_mask=" in done.stdout
+    assert "--reset-attention-mask" in done.stdout

@@ -1,0 +1,157 @@
+"""The launcher's command line: what it takes, what it leaves to the script, and what it says when it cannot."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from dsp_plugin.launch.__main__ import Command, main
+
+from dsp_plugin.errors import SequenceParallelConfigError
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def script(tmp_path: Path) -> str:
+    path = tmp_path / "train.py"
+    path.write_text(
+        "import json, sys\n"
+        "import beside\n"
+        "print(json.dumps({'argv': sys.argv, 'name': __name__, 'first': sys.path[0], 'beside': beside.here}))\n"
+    )
+    (tmp_path / "beside.py").write_text("here = True\n")
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "left", "flags", "cpu"),
+    [
+        ([], ["--lr", "1", "data"], ["--lr", "1", "data"], {}, None),
+        (["--cpu"], ["--cpu", "x"], ["--cpu", "x"], {}, "1"),
+        (["--cpu=force"], [], [], {}, "force"),
+        ([], ["--sp-method", "ulysses", "--lr", "1"], ["--lr", "1"], {"sp_method": "ulysses"}, None),
+        ([], ["--lr", "1", "--sp-method=ulysses"], ["--lr", "1"], {"sp_method": "ulysses"}, None),
+        (["--sp-method", "ulysses"], ["--lr", "1"], ["--lr", "1"], {"sp_method": "ulysses"}, None),
+        (["--sp-debug", "--cpu"], ["a"], ["a"], {"sp_debug": True}, "1"),
+        ([], ["a", "--sp-ulysses-size", "2", "b"], ["a", "b"], {"sp_ulysses_size": 2}, None),
+        ([], ["a", "--", "--sp-own", "3", "--sp-method"], ["a", "--sp-own", "3", "--sp-method"], {}, None),
+        ([], ["--sparse", "--spam=1", "-s"], ["--sparse", "--spam=1", "-s"], {}, None),
+    ],
+)
+def test_splits_the_command_line(
+    before: list[str], after: list[str], left: list[str], flags: dict[str, object], cpu: str | None, script: str
+) -> None:
+    command = Command.parse([*before, script, *after])
+    assert (command.script, list(command.arguments), command.cpu) == (script, left, cpu)
+    assert {name: value for name, value in vars(command.flags).items() if value not in (None, False)} == flags
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        ([], ["no script", "SCRIPT"]),
+        (["--cpu"], ["no script"]),
+        (["no/such.py"], ["no script at 'no/such.py'"]),
+        (["--gpu", "SCRIPT"], ["'--gpu'", "--cpu", "SCRIPT --gpu"]),
+        (["SCRIPT", "--sp-metod", "ulysses"], ["--sp-metod", "did you mean --sp-method?", "lone --"]),
+        (["SCRIPT", "--sp_method", "ulysses"], ["--sp_method", "did you mean --sp-method?"]),
+        (["SCRIPT", "--sp-size", "2"], ["--sp-size", "did you mean --sp-", "Known flags"]),
+        (["SCRIPT", "--sp-ulysses-size", "two"], ["--sp-ulysses-size", "two"]),
+        (["SCRIPT", "--sp-method"], ["--sp-method", "expected one argument"]),
+    ],
+)
+def test_mistakes_are_named(argv: list[str], words: list[str], script: str) -> None:
+    with pytest.raises(SequenceParallelConfigError) as error:
+        Command.parse([script if argument == "SCRIPT" else argument for argument in argv])
+    assert all(word in str(error.value) for word in words), str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--sp-method", "ulises"], ["ulises", "the nearest is 'ulysses'"]),
+        (["--sp-method", "dsp"], ["--sp-method='dsp'", "does not compute attention", "ulysses"]),
+        (["--sp-method", "ulysses", "--sp-layout", "contiguous"], ["--sp-layout='contiguous'", "zigzag"]),
+        (["--sp-method", "ulysses", "--sp-layout", "spiral"], ["spiral"]),
+        (["--sp-method", "ulysses", "--sp-kernel", "fa9"], ["kernel", "fa9"]),
+        (["--sp-method", "ulysses", "--sp-ring-size", "2"], ["ring_size=2", "ulysses has no ring"]),
+        (["--sp-ulysses-size", "2"], ["--sp-ulysses-size", "without --sp-method"]),
+        (["--sp-debug"], ["--sp-debug", "without --sp-method"]),
+    ],
+)
+def test_illegal_settings_end_with_one_line_and_status_2(
+    flags: list[str],
+    words: list[str],
+    script: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(sys, "argv", list(sys.argv))
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.delenv("DSP_PLUGIN_CPU", raising=False)
+    with pytest.raises(SystemExit) as ended:
+        main([script, *flags])
+    printed = capsys.readouterr()
+    assert ended.value.code == 2
+    assert printed.out == ""
+    assert printed.err.startswith("python -m dsp_plugin.launch: error: ")
+    assert printed.err.count("\n") == 1
+    assert all(word in printed.err for word in words), printed.err
+
+
+def launch(*argv: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    environment = {name: value for name, value in os.environ.items() if name != "DSP_PLUGIN_CPU"}
+    return subprocess.run(
+        [sys.executable, "-m", "dsp_plugin.launch", *argv],
+        cwd=cwd,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def test_script_runs_as_if_alone(script: str, tmp_path_factory: pytest.TempPathFactory) -> None:
+    done = launch(script, "--lr", "1", cwd=tmp_path_factory.mktemp("elsewhere"))
+    assert done.returncode == 0, done.stderr
+    expected = (
+        f'{{"argv": ["{script}", "--lr", "1"], "name": "__main__", "first": "{Path(script).parent}", "beside": true}}'
+    )
+    assert done.stdout.strip() == expected
+
+
+def test_exit_status_and_traceback_are_the_scripts(tmp_path: Path) -> None:
+    path = tmp_path / "fails.py"
+    path.write_text("import sys\nsys.exit(7)\n")
+    assert launch(str(path), cwd=tmp_path).returncode == 7
+    path.write_text("1 / 0\n")
+    done = launch(str(path), cwd=tmp_path)
+    assert done.returncode == 1
+    assert "ZeroDivisionError" in done.stderr
+
+
+def test_help_shows_the_flags(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["--help"])
+    printed = capsys.readouterr().out
+    assert all(flag in printed for flag in ("--cpu", "--sp-method", "--sp-kernel", "--context-parallel-size"))
+
+
+@pytest.mark.parametrize("template", sorted((ROOT / "launch").glob("megatron*.sh")), ids=lambda path: path.name)
+def test_templates_form_a_command_that_the_launcher_accepts(template: Path) -> None:
+    done = subprocess.run(
+        ["bash", str(template), "--train-iters", "5"],
+        env={**os.environ, "TORCHRUN": "echo", "TP": "4", "CP": "2"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    words = done.stdout.split()
+    command = Command.parse(words[words.index("dsp_plugin.launch") + 1 :])
+    assert command.flags.sp_method == "ulysses"
+    assert command.arguments[command.arguments.index("--context-parallel-size") + 1] == "2"
+    assert command.arguments[-2:] == ("--train-iters", "5")
