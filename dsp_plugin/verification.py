@@ -54,15 +54,20 @@ def run_case(case: Case, groups: SequenceParallelGroups) -> CaseResult:
 
 
 def run_cases(cases: Sequence[Case], done: Callable[[], None] = lambda: None) -> list[CaseResult]:
-    """Verify cases of one method and size on this rank of the world, calling ``done`` after each.
+    """Verify cases on this rank of the world, calling ``done`` after each. Every rank is given the same cases.
 
     Raises:
-        SequenceParallelConfigError: the size does not divide the world.
+        SequenceParallelConfigError: a size does not divide the world.
     """
-    groups = SequenceParallelGroups.build(SequenceParallelConfig(method=cases[0].method, size=cases[0].size))
+    built: dict[tuple[int, int], SequenceParallelGroups] = {}
     results = []
     for case in cases:
-        results.append(run_case(case, groups))
+        sizes = {} if case.ulysses_size is None else {"ulysses_size": case.ulysses_size}
+        config = SequenceParallelConfig(method=case.method, size=case.size, **sizes)
+        key = (config.size, config.ulysses_size)
+        if key not in built:
+            built[key] = SequenceParallelGroups.build(config)
+        results.append(run_case(case, built[key]))
         done()
     return results
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,7 +12,6 @@ from torch import Tensor
 from dsp_plugin import kernels
 from dsp_plugin.comm import ledger
 from dsp_plugin.groups import SequenceParallelGroups
-from dsp_plugin.layout import Layout
 from dsp_plugin.methods import METHODS
 from dsp_plugin.verification_cases import Case
 from dsp_plugin.verification_report import RankReport, WireCheck, judge
@@ -23,17 +23,20 @@ def verify(case: Case, groups: SequenceParallelGroups, device: torch.device) -> 
     """Run the method on this rank's shard, and the oracle on the whole, which every rank can make from the seed."""
     method = METHODS[case.method]
     assert method.attention is not None
-    layout, rank = Layout(case.layout, case.length, case.size), groups.sp.rank
+    layout, rank = case.workload().tokens(), groups.sp.rank
     q, k, v, dout = _inputs(case, device)
-    common = {"mask": case.mask, "dropout_p": case.dropout, "dropout_seed": case.seed}
+    common: dict[str, Any] = {"mask": case.mask, "dropout_p": case.dropout, "dropout_seed": case.seed}
 
     def shard(x: Tensor) -> Tensor:
         return layout.shard(x, SEQUENCE_DIM, rank)
 
-    sharded = partial(method.attention, groups=groups, layout=layout, kernel=case.kernel, **common)
+    settings = {name: getattr(case, name) for name in method.settings}
+    sharded = partial(method.attention, groups=groups, layout=layout, **settings, **common)
     with ledger() as log:
         got = _differentiate(sharded, *map(shard, (q, k, v, dout)))
-    oracle = _differentiate(lambda *qkv: kernels.dense_attention(*qkv, **common)[0], *(x.double() for x in (q, k, v, dout)))
+    oracle = _differentiate(
+        lambda *qkv: kernels.dense_attention(*qkv, **common)[0], *(x.double() for x in (q, k, v, dout))
+    )
     unsharded = _differentiate(partial(kernels.attention, kernel=case.kernel, **common), q, k, v, dout)
     distances = judge(got, oracle, unsharded, case.dtype, part=shard)
     formula = method.wire_bytes(case.workload(), rank)
@@ -45,7 +48,12 @@ def verify(case: Case, groups: SequenceParallelGroups, device: torch.device) -> 
 
 def _inputs(case: Case, device: torch.device) -> tuple[Tensor, ...]:
     generator = torch.Generator().manual_seed(case.seed)
-    dims = [(case.heads, case.head_dim), (case.kv_heads, case.head_dim), (case.kv_heads, case.v_dim), (case.heads, case.v_dim)]
+    dims = [
+        (case.heads, case.head_dim),
+        (case.kv_heads, case.head_dim),
+        (case.kv_heads, case.v_dim),
+        (case.heads, case.v_dim),
+    ]
     return tuple(
         torch.randn(case.batch, case.length, *dim, generator=generator, dtype=torch.float64).to(device, case.dtype)
         for dim in dims

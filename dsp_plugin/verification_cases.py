@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate, product
 from math import isqrt, prod
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -47,6 +47,9 @@ class Case:
         grid: for DSP, the sizes of the token dims that it switches between, time first.
         dropout: probability that an attention weight is dropped.
         seed: of inputs, weights and dropout.
+        ulysses_size: for methods that factor P, U of P = U * R.
+        by_document: whether a zigzag layout cuts every document of ``mask`` by itself.
+        ring_gradient_dtype: in which gradients of keys and values travel, for methods that have the choice.
     """
 
     method: str
@@ -64,6 +67,9 @@ class Case:
     grid: tuple[int, ...] | None = None
     dropout: float = 0.0
     seed: int = 0
+    ulysses_size: int | None = None
+    by_document: bool = False
+    ring_gradient_dtype: Literal["fp32", "input"] = "fp32"
 
     @property
     def v_dim(self) -> int:
@@ -89,16 +95,24 @@ class Case:
             layout=self.layout,
             mask=self.mask,
             grid=(self.grid[0], self.grid[1]) if self.grid is not None and len(self.grid) == 2 else None,
+            ulysses_size=self.ulysses_size,
+            documents=self.mask.cu_seqlens if self.by_document else None,
+            ring_gradient_dtype=self.ring_gradient_dtype,
         )
 
     def describe(self) -> str:
         """A name for tables, without method and size."""
-        where = f"L={self.length} {self.layout}" if self.grid is None else f"grid={'x'.join(map(str, self.grid))}"
+        layout = f"{self.layout} by document" if self.by_document else self.layout
+        where = f"L={self.length} {layout}" if self.grid is None else f"grid={'x'.join(map(str, self.grid))}"
         dims = f"{self.head_dim}" if self.value_dim is None else f"{self.head_dim}/{self.value_dim}"
         parts = [self.mask.describe(), where, f"H={self.heads} K={self.kv_heads} B={self.batch} D={dims}"]
         parts.append(str(self.dtype).removeprefix("torch."))
         if self.kernel != "auto":
             parts.append(self.kernel)
+        if self.ulysses_size is not None:
+            parts.append(f"U={self.ulysses_size}")
+        if self.ring_gradient_dtype != "fp32":
+            parts.append(f"gradients travel as {self.ring_gradient_dtype}")
         if self.dropout:
             parts.append(f"dropout={self.dropout}")
         return " ".join(parts)
@@ -110,10 +124,17 @@ def refusal(case: Case, device: torch.device | str = "cpu") -> str | None:
     reasons = []
     if case.layout not in method.layouts:
         reasons.append(f"layout={case.layout!r}: method {case.method} takes {', '.join(method.layouts)}.")
-    if case.heads % case.kv_heads:
+    if case.by_document and (case.layout != "zigzag" or case.mask.cu_seqlens is None):
+        reasons.append(
+            f"by_document cuts the documents of a packed mask in a zigzag layout; the mask is {case.mask.describe()} "
+            f"and the layout {case.layout}."
+        )
+    elif case.heads % case.kv_heads:
         reasons.append(f"heads={case.heads} is not a multiple of kv_heads={case.kv_heads}: fix the head counts.")
     else:
         reasons += method.illegal(case.workload())
+    if case.dropout and method.kind == "switch":
+        reasons.append(f"dropout={case.dropout}: {case.method} never looks inside attention; verify it without.")
     if reasons:
         return " ".join(reasons)
     try:
@@ -144,16 +165,24 @@ def default_cases(method: str, size: int, overrides: Mapping[str, Any] | None = 
     mask = given.pop("mask", None)
     masks = [mask] if mask is not None else list(_DEFAULT_MASKS)
     places = _grids(size, given, mask) if METHODS[method].kind == "switch" else _sequences(method, size, given, mask)
+    by_document = given.pop("by_document", None)
     cases = []
-    for place, layout, mask, (h, k) in product(places, layouts, masks, heads):
-        case = Case(method, size, heads=h, kv_heads=k, layout=layout, **{**given, **place})
+    for place, factors, layout, mask, (h, k) in product(places, _factors(method, size, given), layouts, masks, heads):
+        if len(place.get("grid", ())) > 2 and mask != masks[0]:
+            continue  # The mask runs along time alone; the smaller grid has seen them all.
+        case = Case(method, size, heads=h, kv_heads=k, layout=layout, **{**given, **factors, **place})
         spec = mask if isinstance(mask, MaskSpec) else parse_mask(mask, case.masked_length)
-        cases.append(Case(**{**_fields(case), "mask": spec}))
+        both = layout == "zigzag" and spec.cu_seqlens is not None
+        ways = [by_document] if by_document is not None else [False, True] if both else [False]
+        cases += [replace(case, mask=spec, by_document=way) for way in ways]
     return cases
 
 
-def _fields(case: Case) -> dict[str, Any]:
-    return {name: getattr(case, name) for name in Case.__dataclass_fields__}
+def _factors(method: str, size: int, given: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Every U of P = U * R, for the method that has the choice."""
+    if method != "usp" or "ulysses_size" in given:
+        return [{}]
+    return [{"ulysses_size": inner} for inner in range(1, size + 1) if size % inner == 0]
 
 
 def _head_counts(size: int, heads: int | None, kv_heads: int | None) -> list[tuple[int, int]]:
@@ -216,8 +245,8 @@ def _packed_length(mask: Any) -> int | None:
 def parse_mask(text: str, length: int) -> MaskSpec:
     """Read a mask as the command line takes it.
 
-    ``causal``, ``full``, ``window:LEFT[,RIGHT]`` (RIGHT is 0 when left out), ``packed:L1,L2,...`` (document lengths), or
-    several of them joined by ``+``. ``window`` and ``packed`` alone take sizes that suit ``length``.
+    ``causal``, ``full``, ``window:LEFT[,RIGHT]`` (RIGHT is 0 when left out), ``packed:L1,L2,...`` (document lengths),
+    or several of them joined by ``+``. ``window`` and ``packed`` alone take sizes that suit ``length``.
 
     Raises:
         SequenceParallelConfigError: it does not parse, or the documents do not add up to ``length``.
@@ -250,7 +279,9 @@ _TERMS: dict[str, Callable[[int], tuple[int, ...]]] = {
     "causal": lambda length: (),
     "full": lambda length: (),
     "window": lambda length: (max(length // 4, 1), length // 8),
-    "packed": lambda length: (length // 3, length - length // 3) if length < 4 else (length // 3, 1, length - length // 3 - 1),
+    "packed": lambda length: (
+        (length // 3, length - length // 3) if length < 4 else (length // 3, 1, length - length // 3 - 1)
+    ),
 }
 
 
@@ -265,4 +296,3 @@ def _bad_mask(text: str, why: str) -> SequenceParallelConfigError:
     return SequenceParallelConfigError(
         setting="mask", value=text, why=why, remedy="write for example causal+window:127 or causal+packed:100,28"
     )
-

@@ -63,14 +63,14 @@ class Distance(NamedTuple):
     Attributes:
         largest: largest difference.
         squares: sum of squared differences.
-        count: elements.
+        elements: how many there are.
         limit: on the largest difference over all ranks, or on the root mean square if ``typical``.
     """
 
     name: str
     largest: float
     squares: float
-    count: int
+    elements: int
     limit: float
     typical: bool
 
@@ -143,7 +143,7 @@ class CaseResult:
 def _over_ranks(parts: Sequence[Distance]) -> TensorError:
     first = parts[0]
     if first.typical:
-        error = math.sqrt(sum(part.squares for part in parts) / max(sum(part.count for part in parts), 1))
+        error = math.sqrt(sum(part.squares for part in parts) / max(sum(part.elements for part in parts), 1))
     else:
         error = max((part.largest for part in parts), key=_nan_is_worst)
     return TensorError(first.name, error, first.limit)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from itertools import permutations
+from itertools import pairwise, permutations
 
 import torch
 import torch.distributed as dist
@@ -27,7 +27,7 @@ from dsp_plugin.parallelize import parallelize
 from dsp_plugin.plan import Plan, Stage
 from dsp_plugin.planner.stages import StagePlan
 from dsp_plugin.verification_cases import Case
-from dsp_plugin.verification_report import RankReport, Distance, WireCheck, exact, judge
+from dsp_plugin.verification_report import Distance, RankReport, WireCheck, exact, judge
 
 Attend = Callable[..., Tensor]
 # Inputs by name; the rest are parameters.
@@ -35,10 +35,11 @@ _X, _CONDITION, _ROWS = "x", "condition", "rows"
 
 
 def verify(case: Case, groups: SequenceParallelGroups, device: torch.device) -> RankReport:
-    """Run the stages and the switches on this rank, and the oracle on the whole, which every rank makes from the seed."""
-    assert case.grid is not None and len(case.grid) > 1, "a switch case needs a grid"
+    """Run stages and switches on this rank, and the oracle on the whole, which every rank can make from the seed."""
+    assert case.grid is not None, "a switch case needs a grid"
     distances, wire = _stages(case, groups, device)
-    for pair in permutations(range(len(case.grid) + 1), 2):
+    token_dims = range(1, len(case.grid) + 1)
+    for pair in [*permutations(token_dims, 2), (0, 1), (1, 0)]:
         more_distances, check = _switch(case, groups, device, *pair)
         distances, wire = [*distances, *more_distances], [*wire, check]
     return RankReport(tuple(distances), tuple(wire))
@@ -73,11 +74,9 @@ def _switch(
     return distances, _check(name, axis.rank, log.bytes(phase="forward"), log.bytes(phase="backward"), formula)
 
 
-def _stages(
-    case: Case, groups: SequenceParallelGroups, device: torch.device
-) -> tuple[list[Distance], list[WireCheck]]:
+def _stages(case: Case, groups: SequenceParallelGroups, device: torch.device) -> tuple[list[Distance], list[WireCheck]]:
     """The stack of stages, sharded, against the same stack in fp64 in one process."""
-    flash = partial(kernels.attention, kernel=case.kernel, dropout_p=case.dropout, dropout_seed=case.seed)
+    flash = partial(kernels.attention, kernel=case.kernel)
     model = _AxialStack(case, flash).to(device, case.dtype)
     oracle_model = _AxialStack(case, lambda q, k, v, *, mask: kernels.dense_attention(q, k, v, mask=mask)[0])
     oracle_model.load_state_dict(model.state_dict())
@@ -95,7 +94,8 @@ def _stages(
 
     axis = groups.sp
     # The tokens' own gradient is whole and exact on every rank; all else is what a framework averages.
-    got = {name: x if name in ("out", f"d {_X}") else _mean(x.double(), axis) for name, x in got.items()}
+    averaged = {name: x for name, x in got.items() if name not in ("out", f"d {_X}")}
+    got |= _means(averaged, axis)
     distances = judge(got, oracle, unsharded, case.dtype)
     formula = _formula(case, plan, axis.rank)
     moved = {phase: log.bytes(collective="all_to_all", phase=phase) for phase in ("forward", "backward")}
@@ -119,7 +119,7 @@ def _formula(case: Case, plan: StagePlan, rank: int) -> WireBytes:
     dims = [names.index(row.sharded) for row in plan.rows]
     moves = [
         dsp.switch_bytes(shape, a, b, size=case.size, rank=rank, element_size=case.dtype.itemsize)
-        for a, b in zip(dims, dims[1:], strict=False)
+        for a, b in pairwise(dims)
         if a != b
     ]
     return WireBytes(sum(move.forward for move in moves), sum(move.backward for move in moves))
@@ -176,17 +176,19 @@ def _run(model: nn.Module, inputs: dict[str, Tensor], dout: Tensor) -> dict[str,
     out = model(**leaves)
     out.backward(dout)
     grads = {name: leaf.grad for name, leaf in leaves.items()}
-    grads |= {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None}
+    grads |= {
+        name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None
+    }
     return {"out": out.detach(), **{f"d {name}": grad for name, grad in grads.items() if grad is not None}}
 
 
-def _mean(x: Tensor, axis: Axis) -> Tensor:
-    """The mean over ranks, as a framework takes it of parameter gradients."""
-    if axis.size == 1:
-        return x
-    total = x.clone()
-    dist.all_reduce(total, group=axis.group)
-    return total / axis.size
+def _means(tensors: dict[str, Tensor], axis: Axis) -> dict[str, Tensor]:
+    """The means over ranks, in fp64, as a framework takes them of parameter gradients."""
+    flat = torch.cat([x.double().flatten() for x in tensors.values()]) / axis.size
+    if axis.size > 1:
+        dist.all_reduce(flat, group=axis.group)
+    parts = flat.split([x.numel() for x in tensors.values()])
+    return {name: part.view(x.shape) for (name, x), part in zip(tensors.items(), parts, strict=True)}
 
 
 class _AxialStack(nn.Module):
