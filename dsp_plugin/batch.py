@@ -70,7 +70,7 @@ class BatchSharder:
                 why=f"the sequences have different lengths: {lengths}",
                 remedy="name the sequence dim of each argument, and pass whole sequences",
             )
-        return Layout(self._config.layout_for("contiguous"), next(iter(lengths.values())), self._axis.size)
+        return Layout(self._config.layout_for(), next(iter(lengths.values())), self._axis.size)
 
     def _count_labels(self, values: dict[str, Any]) -> Tensor | None:
         if self._config.loss is None:

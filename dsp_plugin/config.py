@@ -11,6 +11,10 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt, StrictBool, Stri
 from dsp_plugin.errors import SequenceParallelConfigError
 from dsp_plugin.layout import LayoutKind
 from dsp_plugin.methods import METHODS, Workload
+from dsp_plugin.sizes import complete_sizes
+
+# Methods that a plan's stages can use.
+PLANNED = ("dsp", "ulysses")
 
 DEEPSPEED_SECTION = "sequence_parallel"
 
@@ -24,6 +28,7 @@ _MEGATRON_FLAGS = {
     "layout": "sp_layout",
     "kernel": "sp_kernel",
     "debug": "sp_debug",
+    "recompute": "sp_recompute",
 }
 
 # What to write where a value has the wrong type, by setting.
@@ -56,12 +61,20 @@ class SequenceParallelConfig(BaseModel):
     """Everything a user can set.
 
     Attributes:
-        method: ``dsp`` or ``ulysses``.
+        method: a name in `METHODS`.
         size: P, ranks that share one sequence. Given by ``ulysses_size`` * ``ring_size`` when left out.
-        ulysses_size: U; defaults to what ``method`` and ``size`` imply.
+        ulysses_size: U; defaults to what ``method`` and ``size`` imply; for usp, to the most that heads and node allow.
         ring_size: R; likewise.
-        layout: token order; ``auto`` takes the framework's own, which is zigzag on Megatron-core, else contiguous.
+        layout: token order; ``auto`` takes the framework's own where it has one, zigzag on Megatron-core, else what the
+            method does best.
         kernel: local attention kernel; ``auto`` takes the fastest that serves the tensors.
+        recompute: what activation checkpointing does with attention: ``full`` runs it again, ``keep_attention`` keeps
+            what its backward pass needs.
+        ulysses_order: on a U x R group, ``adjacent`` puts Ulysses ranks side by side, so that the all-to-all stays in
+            a node and the ring crosses nodes; ``strided`` the other way round.
+        ring_gradient_dtype: in which gradients of keys and values travel: ``fp32``, or that of the inputs.
+        heads: query heads on one tensor-parallel rank, for usp to choose ulysses_size by; frameworks that know fill it
+            in.
         debug: ranks compare op, shapes and dtypes before each collective; also ``DSP_PLUGIN_DEBUG=1``.
         plan: ``package.module:name`` of a `Plan` for the model; needed where the model is not one we know.
         attention: globs over module names: the modules whose `scaled_dot_product_attention` spans the sequence.
@@ -81,6 +94,10 @@ class SequenceParallelConfig(BaseModel):
     layout: LayoutName = "auto"
     kernel: KernelName = "auto"
     debug: StrictBool = False
+    recompute: Literal["full", "keep_attention"] = "full"
+    ulysses_order: Literal["adjacent", "strided"] = "adjacent"
+    ring_gradient_dtype: Literal["fp32", "input"] = "fp32"
+    heads: PositiveInt | None = None
     plan: str | None = Field(default=None, pattern=r"^[\w.]+:[\w.]+$")
     attention: tuple[str, ...] = ()
     batch: dict[str, StrictInt] = Field(default_factory=dict)
@@ -166,39 +183,17 @@ class SequenceParallelConfig(BaseModel):
             return settings
         _check_method(settings.get("method"))
         size, ulysses, ring = (settings.get(key) for key in ("size", "ulysses_size", "ring_size"))
-        for key, value in (("size", size), ("ulysses_size", ulysses), ("ring_size", ring)):
+        counts = {key: settings.get(key) for key in ("size", "ulysses_size", "ring_size", "heads")}
+        for key, value in counts.items():
             if value is not None and not _is_count(value):
                 raise SequenceParallelConfigError(
                     setting=key,
                     value=value,
-                    why=f"a number of ranks is an integer of 1 or more, not {type(value).__name__} {value!r}",
+                    why=f"a count is an integer of 1 or more, not {type(value).__name__} {value!r}",
                     remedy="write a number such as 2",
                 )
-        if size is None:
-            if ulysses is None and ring is None:
-                raise SequenceParallelConfigError(
-                    setting="size",
-                    why="missing: how many ranks share one sequence",
-                    remedy="set size to a divisor of the number of GPUs",
-                )
-            size = (ulysses or 1) * (ring or 1)
-        if ring not in (None, 1):
-            raise SequenceParallelConfigError(
-                setting="ring_size",
-                value=ring,
-                why=f"method {settings['method']} has no ring: its {size} ranks are ulysses_size={size} times ring_size=1",
-                remedy="drop ring_size",
-            )
-        ring = 1
-        ulysses = size if ulysses is None else ulysses
-        if ulysses * ring != size:
-            raise SequenceParallelConfigError(
-                setting="size",
-                value=size,
-                why=f"ulysses_size * ring_size = {ulysses} * {ring} = {ulysses * ring}, not {size}",
-                remedy="set size alone, or sizes whose product is size",
-            )
-        return {**settings, "size": size, "ulysses_size": ulysses, "ring_size": ring}
+        sizes = complete_sizes(METHODS[settings["method"]], size, ulysses, ring, settings.get("heads"))
+        return {**settings, "size": sizes.size, "ulysses_size": sizes.ulysses, "ring_size": sizes.ring}
 
     @model_validator(mode="after")
     def _check_combination(self) -> Self:
@@ -215,6 +210,13 @@ class SequenceParallelConfig(BaseModel):
                 value=self.layout,
                 why=f"plan={self.plan!r} shards dims of the activation, each of them in contiguous runs",
                 remedy="drop layout",
+            )
+        if self.plan is not None and self.method not in PLANNED:
+            raise SequenceParallelConfigError(
+                setting="plan",
+                value=self.plan,
+                why=f"inside a plan's stages runs dsp or ulysses, not {self.method}",
+                remedy="use one of these, or shard the batch",
             )
         if self.batch and self.method == "dsp":
             raise SequenceParallelConfigError(
@@ -327,16 +329,21 @@ class SequenceParallelConfig(BaseModel):
                 remedy="choose a divisor of the head counts",
             )
         # Megatron-core repeats key/value heads where there are fewer of them than tensor-parallel ranks.
-        workload = Workload(self.ulysses_size, heads // tp, max(kv_heads // tp, 1), length=length or 1)
+        workload = Workload(
+            self.size, heads // tp, max(kv_heads // tp, 1), length=length or 1, ulysses_size=self.ulysses_size
+        )
         reasons = METHODS[self.method].illegal(workload)
         if reasons:
             raise SequenceParallelConfigError(
                 f"method={self.method!r} with size={self.size}, {shapes}: " + " ".join(reasons)
             )
 
-    def layout_for(self, native: LayoutKind = "contiguous") -> LayoutKind:
-        """The token order to use where the framework's own is ``native``."""
-        return native if self.layout == "auto" else self.layout
+    def layout_for(self, native: LayoutKind | None = None) -> LayoutKind:
+        """The token order to use where the framework's own, if it has one, is ``native``."""
+        if self.layout != "auto":
+            return self.layout
+        legal = METHODS[self.method].layouts
+        return native if native in legal else legal[0]
 
 
 def _check_method(method: Any) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 
-class _Explained(Exception):
+class _Explained(Exception):  # noqa: N818
     """Builds one message from its parts, so that every error names setting, value, arithmetic and remedy."""
 
     def __init__(

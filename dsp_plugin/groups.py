@@ -78,7 +78,7 @@ class SequenceParallelGroups:
 
     @classmethod
     def build(cls, config: SequenceParallelConfig) -> Self:
-        """Cut torch.distributed's world into ``dp x ring x ulysses``, Ulysses ranks adjacent.
+        """Cut torch.distributed's world into ``dp x ring x ulysses``, Ulysses ranks adjacent unless set otherwise.
 
         Every rank of the world must call this; the process groups are created in the same order everywhere.
 
@@ -91,14 +91,17 @@ class SequenceParallelGroups:
         world_size = dist.get_world_size()
         config.check_world(world_size)
         ulysses_size, ring_size = config.ulysses_size, config.ring_size
-        grid = torch.arange(world_size).view(-1, ring_size, ulysses_size)
-        sp = _axis("sp", grid.flatten(1))
+        if config.ulysses_order == "adjacent":
+            grid = torch.arange(world_size).view(-1, ring_size, ulysses_size)
+        else:
+            grid = torch.arange(world_size).view(-1, ulysses_size, ring_size).transpose(1, 2)
+        sp = _axis("sp", torch.arange(world_size).view(-1, config.size))
         # An axis that spans the whole sequence group shares its process group: one communicator, not two.
         return cls.from_axes(
             sp=sp,
             ulysses=sp if ring_size == 1 else _axis("ulysses", grid.flatten(0, 1)),
             ring=sp if ulysses_size == 1 < ring_size else _axis("ring", grid.transpose(1, 2).flatten(0, 1)),
-            dp=_axis("dp", grid.flatten(1).t()),
+            dp=_axis("dp", torch.arange(world_size).view(-1, config.size).t()),
             debug=config.debug,
         )
 

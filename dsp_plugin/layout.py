@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Literal, get_args
 
 import torch
@@ -32,6 +32,22 @@ def _consecutive(sizes: Sequence[int]) -> tuple[range, ...]:
     return tuple(range(stop - size, stop) for size, stop in zip(sizes, accumulate(sizes), strict=True))
 
 
+def _zigzag(borders: Sequence[int], size: int) -> list[tuple[range, ...]]:
+    """Runs r and 2P-1-r of every document, by rank r."""
+    runs_by_rank: list[list[range]] = [[] for _ in range(size)]
+    longer = 0
+    for start, stop in pairwise(borders):
+        whole, extra = divmod(stop - start, 2 * size)
+        at = start
+        for index in range(2 * size):
+            # The first of the longer runs is where the document before left off dealing.
+            end = at + whole + ((index - longer) % (2 * size) < extra)
+            runs_by_rank[min(index, 2 * size - 1 - index)].append(range(at, end))
+            at = end
+        longer = (longer + extra) % (2 * size)
+    return [tuple(runs) for runs in runs_by_rank]
+
+
 @dataclass(frozen=True)
 class Layout:
     """The placement of one sequence of ``length`` tokens on ``size`` ranks.
@@ -43,14 +59,20 @@ class Layout:
     Lengths need not divide; runs differ by at most one token. ``explicit_sizes`` overrides the sizes of contiguous runs
     (tokens that are the product of a sharded dim and a whole one come in such sizes).
 
+    ``documents``, borders ``(0, ..., length)`` as in `MaskSpec.cu_seqlens`, makes zigzag cut every document by itself:
+    rank r holds runs r and 2P-1-r of each, so causal work is balanced whatever the lengths. Which runs are a token
+    longer rotates from document to document, so that tokens in all still differ by at most one between ranks; the
+    pairs of a causal document of l tokens differ by less than 2l. With one document it is plain zigzag.
+
     Raises:
-        SequenceParallelConfigError: unknown kind, a size below 1, or explicit sizes that do not add up.
+        SequenceParallelConfigError: unknown kind, a size below 1, or sizes or documents that do not add up.
     """
 
     kind: LayoutKind
     length: int
     size: int
     explicit_sizes: tuple[int, ...] | None = None
+    documents: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         if self.kind not in LAYOUTS:
@@ -71,9 +93,30 @@ class Layout:
             raise SequenceParallelConfigError(
                 setting="layout",
                 value=f"{self.kind}(length={self.length}, size={self.size}, explicit_sizes={sizes})",
-                why=f"explicit sizes are those of {self.size} contiguous runs of {self.length} tokens in all; these are "
-                f"{len(sizes)} with {sum(sizes)} tokens",
+                why=f"explicit sizes are those of {self.size} contiguous runs of {self.length} tokens in all; these "
+                f"are {len(sizes)} with {sum(sizes)} tokens",
                 remedy="use Layout.of_sizes",
+            )
+        self._check_documents()
+
+    def _check_documents(self) -> None:
+        if self.documents is None:
+            return
+        borders = tuple(int(border) for border in self.documents)
+        object.__setattr__(self, "documents", borders)
+        if self.kind != "zigzag":
+            raise SequenceParallelConfigError(
+                setting="documents",
+                value=borders,
+                why=f"only zigzag cuts every document by itself, and the layout is {self.kind}",
+                remedy="choose layout zigzag, or leave documents to the mask",
+            )
+        if borders[:1] != (0,) or borders[-1] != self.length or any(b < a for a, b in pairwise(borders)):
+            raise SequenceParallelConfigError(
+                setting="documents",
+                value=borders,
+                why=f"document borders start at 0, never decrease, and end at the sequence length, {self.length}",
+                remedy="pass (0, end of document 1, ..., sequence length)",
             )
 
     @classmethod
@@ -87,11 +130,11 @@ class Layout:
 
     @cached_property
     def _spans(self) -> tuple[tuple[range, ...], ...]:
+        runs_by_rank: list[tuple[range, ...]]
         if self.kind == "striped":
-            runs_by_rank: list[tuple[range, ...]] = [(range(rank, self.length, self.size),) for rank in range(self.size)]
+            runs_by_rank = [(range(rank, self.length, self.size),) for rank in range(self.size)]
         elif self.kind == "zigzag":
-            runs = shard_ranges(self.length, 2 * self.size)
-            runs_by_rank = [(runs[rank], runs[2 * self.size - 1 - rank]) for rank in range(self.size)]
+            runs_by_rank = _zigzag((0, self.length) if self.documents is None else self.documents, self.size)
         elif self.explicit_sizes is not None:
             runs_by_rank = [(run,) for run in _consecutive(self.explicit_sizes)]
         else:

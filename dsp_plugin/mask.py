@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 from dsp_plugin.errors import SequenceParallelConfigError
 
@@ -42,7 +43,7 @@ class MaskSpec:
         if self.cu_seqlens is not None:
             borders = tuple(int(border) for border in self.cu_seqlens)
             object.__setattr__(self, "cu_seqlens", borders)
-            if len(borders) < 2 or borders[0] != 0 or any(b < a for a, b in zip(borders, borders[1:], strict=False)):
+            if len(borders) < 2 or borders[0] != 0 or any(b < a for a, b in pairwise(borders)):
                 raise SequenceParallelConfigError(
                     setting="cu_seqlens",
                     value=borders,
@@ -72,8 +73,7 @@ class MaskSpec:
                 why=f"the last border is {self.cu_seqlens[-1]} but the sequence has {length} tokens",
                 remedy="give borders in global positions of the whole sequence, not of a shard",
             )
-        borders = self.cu_seqlens
-        return tuple(range(a, b) for a, b in zip(borders, borders[1:], strict=False) if b > a)
+        return tuple(range(a, b) for a, b in pairwise(self.cu_seqlens) if b > a)
 
     def describe(self) -> str:
         """A short name for tables: ``causal``, ``full``, ``causal+window(7, 0)+packed(3)``."""

@@ -150,7 +150,7 @@ def _global_output(
         raise SequenceParallelConfigError(
             setting="gather_output",
             value=dim,
-            why=f"the output {tuple(output.shape)} does not hold this rank's {expected} of {layout.length} tokens there",
+            why=f"the output {tuple(output.shape)} has not this rank's {expected} of {layout.length} tokens there",
             remedy="give the sequence dim of the tensor that forward returns (first)",
         )
     return gather(output, dim % output.dim(), layout, axis=groups.sp, method=method)

@@ -1,10 +1,11 @@
-"""The plan route: between a model's first stage and its last the tokens are sharded, on the dim that the planner chose."""
+"""The plan route: tokens are sharded between a model's first stage and its last, on dims that the planner chose."""
 
 from __future__ import annotations
 
 import inspect
 import itertools
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from math import prod
@@ -105,15 +106,23 @@ class ShardedRegion:
         self._last_run = index
 
     def _after_all(self, module: nn.Module, args: tuple, output: Any) -> None:
-        if torch._C._current_graph_task_id() == -1:
-            last, self._last_run = self._last_run, None
-            if last is not None and last + 1 != len(self._placed):
-                raise SequenceParallelConfigError(
-                    setting="plan.stages",
-                    value=self._placed[last + 1].name,
-                    why="forward ended without it, so the tokens were never made whole again",
-                    remedy="plan only modules that every forward pass runs",
-                )
+        if torch._C._current_graph_task_id() != -1:
+            return
+        last, self._last_run = self._last_run, None
+        if last is None:
+            return
+        if last + 1 != len(self._placed):
+            raise SequenceParallelConfigError(
+                setting="plan.stages",
+                value=self._placed[last + 1].name,
+                why="forward ended without it, so the tokens were never made whole again",
+                remedy="plan only modules that every forward pass runs",
+            )
+        assert self.stage_plan is not None
+        # Not at the last stage's output: inside a reentrant checkpoint that has no gradient yet.
+        with suppress(SequenceParallelConfigError):
+            leading, _ = first_tensor(output)
+            when_backward_starts(leading, partial(self._recall, self._sizes, self.stage_plan))
 
     def _enter(self, x: Tensor) -> None:
         """Take the sizes of whole tokens, and the plan for them: the same on every rank."""
@@ -152,9 +161,7 @@ class ShardedRegion:
         sharded = self.stage_plan.rows[-1].sharded
         x, rebuild = first_tensor(output)
         dim = self._dims.index(sharded)
-        whole = dsp.gather(x, dim, length=self._sizes[sharded], groups=self._groups)
-        when_backward_starts(whole, partial(self._recall, self._sizes, self.stage_plan))
-        return rebuild(whole)
+        return rebuild(dsp.gather(x, dim, length=self._sizes[sharded], groups=self._groups))
 
     def _recall(self, sizes: dict[str, int], stage_plan: StagePlan) -> None:
         self._sizes, self.stage_plan = sizes, stage_plan

@@ -118,7 +118,7 @@ class AttentionRoute:
                 why="heads of query and key differ and enable_gqa is not set",
                 remedy="pass enable_gqa=True, as torch itself demands",
             )
-        q, k, v = (_autocast(x).transpose(1, 2) for x in (query, key, value))
+        q, k, v = (autocast(x).transpose(1, 2) for x in (query, key, value))
         out = self._attention(
             q,
             k,
@@ -134,7 +134,7 @@ class AttentionRoute:
         return out.transpose(1, 2)
 
 
-def _autocast(x: Tensor) -> Tensor:
+def autocast(x: Tensor) -> Tensor:
     """``x`` in the dtype that torch's own call would compute in: rotary embeddings often leave q and k in fp32."""
     if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
         return x.to(torch.get_autocast_dtype(x.device.type))

@@ -10,6 +10,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -21,7 +22,7 @@ import torch.distributed as dist
 Result = TypeVar("Result")
 
 
-class RankFailure(RuntimeError):
+class RankFailure(RuntimeError):  # noqa: N818
     """A rank raised, died or hung; the message has the traceback, or the stacks, of every rank concerned.
 
     Attributes:
@@ -55,19 +56,23 @@ def spawn(worker: Callable[..., Result], size: int, *args: Any, timeout: float =
         context.set_forkserver_preload(["torch", "dsp_plugin"])
     with tempfile.TemporaryDirectory() as folder:
         ranks = []
-        for rank in range(size):
-            ours, theirs = context.Pipe(duplex=False)
-            process = context.Process(
-                target=_run_rank, args=(worker, rank, size, args, folder, timeout, theirs), daemon=True
-            )
-            process.start()
-            theirs.close()
-            ranks.append((process, ours))
+        outcomes: dict[int, tuple[str, Any, str]] = {}
         try:
+            for rank in range(size):
+                ours, theirs = context.Pipe()
+                process = context.Process(
+                    target=_run_rank, args=(worker, rank, size, args, folder, timeout, theirs), daemon=True
+                )
+                process.start()
+                theirs.close()
+                ranks.append((process, ours))
             outcomes = _collect([ours for _, ours in ranks], timeout)
         finally:
-            for process, _ in ranks:
-                process.join(timeout=2.0)
+            for _, ours in ranks:
+                ours.close()
+            for rank, (process, _) in enumerate(ranks):
+                # Only a rank that has reported is about to end by itself.
+                process.join(timeout=2.0 if rank in outcomes else 0.0)
                 if process.is_alive():
                     process.kill()
                     process.join()
@@ -99,10 +104,16 @@ def _run_rank(
         outcome = ("error", error, traceback.format_exc())
     try:
         payload = pickle.dumps(outcome)
-    except Exception:
-        payload = pickle.dumps((outcome[0], RuntimeError(str(outcome[1])), outcome[2]))
+        pickle.loads(payload)  # Exceptions whose arguments are not those of their class fail only here.
+    except Exception as why:
+        kind, value, shown = outcome
+        stand_in = RuntimeError(f"rank {rank}: {kind} {type(value).__name__} cannot be pickled: {value} ({why})")
+        payload = pickle.dumps(("error", stand_in, shown or f"{stand_in}\n"))
     answer.send_bytes(payload)
-    answer.close()
+    # A rank that ends takes its connections with it, and ranks still at work would report that instead of their own
+    # result or mistake. The parent hangs up when it has heard from all.
+    with suppress(EOFError, OSError):
+        answer.recv_bytes()
     faulthandler.cancel_dump_traceback_later()
     if outcome[0] == "result":
         dist.destroy_process_group()

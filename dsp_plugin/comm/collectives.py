@@ -2,8 +2,8 @@
 
 The gradient contract: the global loss is the mean over ranks of their local losses, and parameter gradients are the
 mean over ranks. Inside a sharded region gradients are thus P times the partial sum, which is what DeepSpeed and
-Megatron-core expect, since both average over a group that contains the sequence ranks. `split`, `gather` and `replicate`
-are the borders of such a region and carry the factor; everything else is its own exact adjoint.
+Megatron-core expect, since both average over a group that contains the sequence ranks. `split`, `gather` and
+`replicate` are the borders of such a region and carry the factor; everything else is its own exact adjoint.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dsp_plugin.comm.wire import Hop, Sender, collect, exchange
+from dsp_plugin.comm.wire import Sender, Transfers, collect, exchange
 from dsp_plugin.groups import Axis
 from dsp_plugin.layout import Layout, run_of, shard_ranges
 
@@ -331,9 +331,15 @@ class _RingHop(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, shift: int, receive_shape: tuple[int, ...], sender: Sender) -> Tensor:
         ctx.shape, ctx.shift, ctx.sender = x.shape, shift, sender.backward()
-        return Hop(x.contiguous().view(-1), prod(receive_shape), shift, sender).wait().view(receive_shape)
+        return _hopped(x, shift, receive_shape, sender)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        hop = Hop(grad.contiguous().view(-1), ctx.shape.numel(), -ctx.shift, ctx.sender)
-        return hop.wait().view(ctx.shape), None, None, None
+        return _hopped(grad, -ctx.shift, ctx.shape, ctx.sender), None, None, None
+
+
+def _hopped(x: Tensor, shift: int, receive_shape: Sequence[int], sender: Sender) -> Tensor:
+    axis = sender.axis
+    to, origin = (axis.rank + shift) % axis.size, (axis.rank - shift) % axis.size
+    sends = {to: x.contiguous().view(-1)}
+    return Transfers(sends, {origin: prod(receive_shape)}, x, "ring_hop", sender).wait()[origin].view(*receive_shape)

@@ -6,7 +6,7 @@ Functions move raw buffers and know nothing of autograd. Data moves as bytes, so
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +16,10 @@ from torch import Tensor
 from dsp_plugin.comm.agreement import Shapes, agree
 from dsp_plugin.comm.ledger import Phase, record
 from dsp_plugin.groups import Axis
+
+
+# torch 2.13 renamed it and warns at the old name.
+_all_gather_single = dist.all_gather_single if hasattr(dist, "all_gather_single") else dist.all_gather_into_tensor
 
 
 @dataclass(frozen=True)
@@ -88,7 +92,7 @@ def collect(buffer: Tensor, counts: Sequence[int], sender: Sender, whole_shapes:
     _enter("all_gather", buffer.dtype, sends, receives, sender, whole_shapes)
     if len(set(counts)) == 1:
         gathered = buffer.new_empty(sum(counts))
-        dist.all_gather_into_tensor(gathered.view(torch.uint8), buffer.view(torch.uint8), group=axis.group)
+        _all_gather_single(gathered.view(torch.uint8), buffer.view(torch.uint8), group=axis.group)
         return list(gathered.split(list(counts)))
     parts = [buffer if peer == axis.rank else buffer.new_empty(count) for peer, count in enumerate(counts)]
     transfers = [(peer, buffer, parts[peer]) for peer in range(axis.size) if peer != axis.rank]
@@ -96,23 +100,34 @@ def collect(buffer: Tensor, counts: Sequence[int], sender: Sender, whole_shapes:
     return parts
 
 
-class Hop:
-    """A transfer to one neighbour on the axis, and from the other, in flight from construction until `wait`."""
+class Transfers:
+    """Point-to-point transfers of one round, in flight from construction until `wait`.
 
-    def __init__(self, buffer: Tensor, receive_count: int, shift: int, sender: Sender) -> None:
+    Every rank of the axis takes part in every round, also one with nothing to send: backends match the operations of a
+    pair in order, and debug mode compares all ranks.
+
+    Args:
+        sends: flat buffers by the rank on the axis that each goes to; none to this rank. They must stay unwritten until
+            `wait` returns.
+        receives: elements by the rank on the axis that they come from.
+        like: a tensor of the dtype and device of all buffers.
+        collective: the name for the ledger.
+    """
+
+    def __init__(
+        self, sends: Mapping[int, Tensor], receives: Mapping[int, int], like: Tensor, collective: str, sender: Sender
+    ) -> None:
         axis = sender.axis
-        assert buffer.dim() == 1 and shift % axis.size != 0, "a hop goes to another rank"
-        to, origin = (axis.rank + shift) % axis.size, (axis.rank - shift) % axis.size
-        sends = [buffer.numel() if peer == to else 0 for peer in range(axis.size)]
-        receives = [receive_count if peer == origin else 0 for peer in range(axis.size)]
-        _enter("ring_hop", buffer.dtype, sends, receives, sender)
-        # The sent buffer must stay alive and unwritten until the transfer is over.
-        self._sent = buffer
-        self._received = buffer.new_empty(receive_count)
-        self._works = _post([(to, buffer)], [(origin, self._received)], axis)
+        assert axis.rank not in sends
+        assert axis.rank not in receives
+        send_counts = [sends[peer].numel() if peer in sends else 0 for peer in range(axis.size)]
+        _enter(collective, like.dtype, send_counts, [receives.get(peer, 0) for peer in range(axis.size)], sender)
+        self._sent = dict(sends)
+        self._received = {peer: like.new_empty(count) for peer, count in receives.items()}
+        self._works = _post(list(self._sent.items()), list(self._received.items()), axis)
 
-    def wait(self) -> Tensor:
-        """The received flat buffer; returns once both directions are done."""
+    def wait(self) -> dict[int, Tensor]:
+        """What arrived, flat, by sender; returns once everything sent and received is done."""
         _wait(self._works)
         return self._received
 

@@ -1,8 +1,8 @@
-"""DSP's planner: which dim to shard in every stage, as a shortest path over sharded dims (arXiv 2403.10266, section 3.3).
+"""DSP's planner: which dim to shard in every stage, as a shortest path over dims (arXiv 2403.10266, section 3.3).
 
 A stage is free to run with a dim sharded that it does not compute along. A stage that computes along the sharded dim
-needs Ulysses inside, and pays for it. Moving the sharding between stages costs a switch. The path with the fewest bytes,
-forward and backward, wins; one that leaves ranks without work loses to one that does not.
+needs Ulysses inside, and pays for it. Moving the sharding between stages costs a switch. The path with the fewest
+bytes, forward and backward, wins; one that leaves ranks without work loses to one that does not.
 """
 
 from __future__ import annotations

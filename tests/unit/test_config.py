@@ -1,0 +1,289 @@
+"""The config: what each source gives, and a table of wrong settings with what each error must say.
+
+Wrong inputs, for which ranks are needed, are in `tests/distributed/test_errors.py`.
+"""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from dsp_plugin import SequenceParallelConfig, SequenceParallelConfigError
+from dsp_plugin.config import KERNEL_CHOICES, LAYOUT_CHOICES
+from dsp_plugin.kernels.table import KERNELS
+from dsp_plugin.methods import METHODS
+
+Config = SequenceParallelConfig
+KNOWN = f"one of {', '.join(METHODS)}"
+BATCH = {"batch": {"input_ids": 1, "labels": 1}, "attention": ["layers.*.attn"]}
+
+
+def ulysses(**further: Any) -> Config:
+    return Config(**{"method": "ulysses", "size": 2, **further})
+
+
+def dsp(**further: Any) -> Config:
+    return Config(**{"method": "dsp", "size": 2, **further})
+
+
+def deepspeed(section: Any, **further: Any) -> Any:
+    return Config.from_deepspeed({"train_batch_size": 8, "sequence_parallel": section, **further})
+
+
+def megatron(**flags: Any) -> Any:
+    return Config.from_megatron(Namespace(**flags))
+
+
+# Name: (what a user wrote, what the error must contain: setting, value, arithmetic or reason, remedy).
+WRONG_CONFIGS: dict[str, tuple[Callable[[], Any], list[str]]] = {
+    "no method": (lambda: Config(size=2), ["method: missing", KNOWN]),
+    "misspelt method": (
+        lambda: Config(method="ulises", size=2),
+        ["method='ulises'", "no such method", "nearest is 'ulysses'", f"Set it to {KNOWN}"],
+    ),
+    "method of another type": (lambda: Config(method=["ulysses"], size=2), ["method=['ulysses']", "no such method"]),
+    "no size": (lambda: Config(method="dsp"), ["size: missing", "how many ranks", "divisor of the number of GPUs"]),
+    "size zero": (lambda: ulysses(size=0), ["size=0", "integer of 1 or more", "such as 2"]),
+    "size negative": (lambda: ulysses(size=-2), ["size=-2", "1 or more", "such as 2"]),
+    "size as text": (lambda: ulysses(size="4"), ["size='4'", "not str '4'", "such as 2"]),
+    "size as truth": (lambda: ulysses(size=True), ["size=True", "not bool", "such as 2"]),
+    "size fractional": (lambda: ulysses(size=2.5), ["size=2.5", "not float", "such as 2"]),
+    "ulysses size as text": (lambda: ulysses(ulysses_size="2"), ["ulysses_size='2'", "not str", "such as 2"]),
+    "ring size zero": (lambda: ulysses(ring_size=0), ["ring_size=0", "1 or more"]),
+    "sizes that do not multiply": (
+        lambda: ulysses(size=4, ulysses_size=2),
+        ["size=4", "2 * 1 = 2, not 4", "Set size alone"],
+    ),
+    "a ring for ulysses": (
+        lambda: ulysses(size=4, ring_size=2),
+        ["ring_size=2", "ulysses has no ring", "ulysses_size 4 * ring_size 1", "Drop ring_size"],
+    ),
+    "a ring for dsp": (lambda: dsp(size=4, ring_size=4), ["ring_size=4", "dsp has no ring", "Drop ring_size"]),
+    "unknown layout": (lambda: ulysses(layout="zig-zag"), ["layout='zig-zag'", "striped", "mean 'zigzag'?"]),
+    "layout of another method": (
+        lambda: dsp(layout="zigzag"),
+        ["layout='zigzag'", "dsp takes contiguous", 'or to "auto"'],
+    ),
+    "layout beside a plan": (
+        lambda: ulysses(plan="my.plans:plan", layout="striped"),
+        ["layout='striped'", "plan='my.plans:plan'", "contiguous runs", "Drop layout"],
+    ),
+    "unknown kernel": (lambda: ulysses(kernel="fa4"), ["kernel='fa4'", "cuda_flash", "mean 'fa3'?"]),
+    "debug as text": (lambda: ulysses(debug="yes"), ["debug='yes'", "boolean", "Write true or false"]),
+    "plan without a colon": (lambda: dsp(plan="my.plans.plan"), ["plan='my.plans.plan'", "package.module:name"]),
+    "unknown key": (
+        lambda: ulysses(layuot="auto"),
+        ["unknown key 'layuot'", "mean 'layout'?", "Known keys: method, size"],
+    ),
+    "unknown key of loss": (
+        lambda: ulysses(**BATCH, loss={"label": "labels"}),
+        ["unknown key 'loss.label'", "mean 'loss.labels'?", "Known keys: labels, ignore_index"],
+    ),
+    "key that is no text": (
+        lambda: Config.parse({"method": "dsp", "size": 2, 3: 4}, source="here"),
+        ["here: unknown key '3'", "Known keys: method"],
+    ),
+    "attention as text": (
+        lambda: ulysses(attention="attn"),
+        ["attention='attn'", "tuple", "list of module-name globs"],
+    ),
+    "batch as list": (lambda: ulysses(batch=["input_ids"]), ["batch=['input_ids']", "dictionary", '{"input_ids": 1']),
+    "batch dim as text": (
+        lambda: ulysses(batch={"input_ids": "1"}, attention=["attn"]),
+        ["batch.input_ids='1'", "integer", "sequence dims"],
+    ),
+    "batch with dsp": (
+        lambda: dsp(**BATCH, gather_output=1),
+        ["batch={'input_ids': 1, 'labels': 1}", "DSP shards the activation", "Drop batch, or use method ulysses"],
+    ),
+    "batch and plan": (
+        lambda: ulysses(**BATCH, gather_output=1, plan="a:b"),
+        ["batch={", "plan='a:b'", "shard twice", "Keep one of plan and batch"],
+    ),
+    "batch without attention": (
+        lambda: ulysses(batch={"input_ids": 1}, gather_output=1),
+        ["attention=[]", "['input_ids']", "no module is named", '"attention": ['],
+    ),
+    "attention without batch": (
+        lambda: ulysses(attention=["attn"]),
+        ["attention=['attn']", "no forward argument is sharded", '"batch": {'],
+    ),
+    "neither loss nor output": (
+        lambda: ulysses(**BATCH),
+        ["loss: neither of loss and gather_output", '"gather_output": 1'],
+    ),
+    "loss and output": (
+        lambda: ulysses(**BATCH, loss={}, gather_output=1),
+        ["loss={'labels': 'labels', 'ignore_index': -100}", "both of loss and gather_output", "if forward returns"],
+    ),
+    "loss without batch": (lambda: ulysses(loss={}), ["loss={'labels'", "no forward argument is sharded", '"batch"']),
+    "output without batch": (
+        lambda: ulysses(gather_output=1),
+        ["gather_output=1", "nothing to contract or gather", "drop this setting"],
+    ),
+    "output dim as text": (lambda: ulysses(**BATCH, gather_output="1"), ["gather_output='1'", "integer", "such as 1"]),
+    "positions without batch": (
+        lambda: ulysses(positions="position_ids"),
+        ["positions='position_ids'", "positions are whole already", '"batch"'],
+    ),
+    "positions as number": (lambda: ulysses(**BATCH, loss={}, positions=3), ["positions=3", "string", "null if"]),
+    "labels that are not sharded": (
+        lambda: ulysses(**BATCH, loss={"labels": "targets"}),
+        ["loss.labels='targets'", "['input_ids', 'labels']", 'Add "targets" to batch'],
+    ),
+    "loss as text": (lambda: ulysses(**BATCH, loss="labels"), ["loss='labels'", "dictionary", '{"labels": "labels"']),
+    "ignore_index as text": (
+        lambda: ulysses(**BATCH, loss={"ignore_index": "-100"}),
+        ["loss.ignore_index='-100'", "integer", '"ignore_index": -100'],
+    ),
+    "section that is none": (
+        lambda: deepspeed(4),
+        ['DeepSpeed config "sequence_parallel"=4', "got int", '{"method": "ulysses", "size": 4}'],
+    ),
+    "section as list": (lambda: deepspeed(["ulysses", 4]), ["=['ulysses', 4]", "got list", '"method": "ulysses"']),
+    "section as truth": (lambda: deepspeed(True), ["=True", "got bool", "Write {"]),
+    "empty section": (lambda: deepspeed({}), ['DeepSpeed config "sequence_parallel": method: missing', KNOWN]),
+    "wrong key in section": (
+        lambda: deepspeed({"method": "ulysses", "sise": 4}),
+        ["DeepSpeed config \"sequence_parallel\": unknown key 'sise'", "mean 'size'?"],
+    ),
+    "misspelt section": (
+        lambda: Config.from_deepspeed({"sequence-parallel": {"method": "ulysses", "size": 2}}),
+        ["DeepSpeed config 'sequence-parallel'={'method'", "nobody reads", 'Call it "sequence_parallel"'],
+    ),
+    "flags without a method": (
+        lambda: megatron(sp_method=None, sp_layout="zigzag", sp_debug=True, context_parallel_size=2),
+        ["--sp-layout, --sp-debug", "without --sp-method", f"Add --sp-method, {KNOWN}"],
+    ),
+    "flags that do not multiply": (
+        lambda: megatron(sp_method="ulysses", sp_ulysses_size=2, context_parallel_size=4),
+        ["Megatron flags", "--context-parallel-size", "size=4", "2 * 1 = 2, not 4"],
+    ),
+    "misspelt method flag": (lambda: megatron(sp_method="ulyses"), ["Megatron flags", "method='ulyses'", "'ulysses'"]),
+    "world that does not divide": (
+        lambda: ulysses(size=3).check_world(8),
+        ["size=3", "size = 3 = 3 does not divide the 8 ranks", "multiple of 3 ranks"],
+    ),
+    "world with tensor parallelism": (
+        lambda: ulysses(size=2).check_world(8, tensor_parallel_size=3, pipeline_parallel_size=1),
+        ["size * tensor_parallel_size * pipeline_parallel_size = 2 * 3 * 1 = 6 does not divide the 8", "divides 8"],
+    ),
+    "world smaller than the group": (lambda: dsp(size=4).check_world(2), ["4 does not divide the 2 ranks"]),
+    "fewer heads than ranks": (
+        lambda: ulysses(size=4).check_model(heads=3),
+        ["method='ulysses' with size=4", "heads=3 < ulysses_size=4", "set a size of 3 or less"],
+    ),
+    "fewer heads than ranks after tensor parallelism": (
+        lambda: ulysses(size=4).check_model(heads=8, tensor_parallel_size=4),
+        ["heads=8, kv_heads=8, tensor_parallel_size=4", "heads=2 < ulysses_size=4", "lower the tensor-parallel size"],
+    ),
+    "heads that tensor parallelism cannot split": (
+        lambda: ulysses().check_model(heads=6, tensor_parallel_size=4),
+        ["tensor_parallel_size=4", "6 query heads", "6 / 4 leaves 2", "divisor of the head counts"],
+    ),
+    "kv heads that tensor parallelism cannot split": (
+        lambda: ulysses().check_model(heads=12, kv_heads=6, tensor_parallel_size=4),
+        ["tensor_parallel_size=4", "6 key/value heads", "6 / 4 leaves 2", "divisor"],
+    ),
+    "heads that kv heads do not divide": (
+        lambda: ulysses().check_model(heads=6, kv_heads=4),
+        ["heads=6 is not a multiple of kv_heads=4", "fix the model's head counts"],
+    ),
+    "no heads": (lambda: ulysses().check_model(heads=0), ["heads=0, kv_heads=0", "1 or more", "Correct the model"]),
+    "no tensor-parallel rank": (
+        lambda: ulysses().check_model(heads=4, tensor_parallel_size=0),
+        ["tensor_parallel_size=0", "1 or more"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_CONFIGS)
+def test_wrong_settings_say_what_is_set_why_it_cannot_be_and_what_to_do(name):
+    make, parts = WRONG_CONFIGS[name]
+    with pytest.raises(SequenceParallelConfigError) as refused:
+        make()
+    message = str(refused.value)
+    for part in parts:
+        assert part in message, message
+    assert message.endswith((".", "?"))
+    assert ".." not in message
+    assert "?." not in message
+
+
+def test_more_than_forty_wrong_settings():
+    assert len(WRONG_CONFIGS) >= 40
+
+
+@pytest.mark.parametrize(
+    ("given", "sizes"),
+    [
+        ({"size": 4}, (4, 4, 1)),
+        ({"ulysses_size": 4}, (4, 4, 1)),
+        ({"size": 4, "ulysses_size": 4, "ring_size": 1}, (4, 4, 1)),
+        ({"ring_size": 1}, (1, 1, 1)),
+    ],
+)
+@pytest.mark.parametrize("method", ["ulysses", "dsp"])
+def test_sizes_follow_from_each_other(method, given, sizes):
+    config = Config(method=method, **given)
+    assert (config.size, config.ulysses_size, config.ring_size) == sizes
+
+
+def test_the_same_settings_from_every_source_are_the_same_config():
+    expected = Config(method="ulysses", size=4, layout="zigzag", kernel="math", debug=True)
+    section = {"method": "ulysses", "size": 4, "layout": "zigzag", "kernel": "math", "debug": True}
+    assert deepspeed(section) == expected
+    assert Config.parse(section, source="test") == expected
+    flags = {"sp_method": "ulysses", "sp_layout": "zigzag", "sp_kernel": "math", "sp_debug": True}
+    assert megatron(**flags, context_parallel_size=4) == expected
+    assert megatron(**flags, sp_ulysses_size=None, sp_ring_size=1, context_parallel_size=4) == expected
+
+
+def test_absent_settings_mean_no_sequence_parallelism():
+    assert Config.from_deepspeed({"train_batch_size": 8}) is None
+    assert Config.from_deepspeed({"train_batch_size": 8, "sequence_parallel": None}) is None
+    # DeepSpeed's own keys that start alike are not ours to judge.
+    assert Config.from_deepspeed({"sequence_parallel_size": 2, "data_parallel_size": 4}) is None
+    assert megatron(context_parallel_size=2) is None
+    assert megatron(sp_method=None, sp_debug=False, context_parallel_size=2) is None
+    assert megatron(sp_method="ulysses").size == 1
+
+
+def test_legal_combinations():
+    assert ulysses(**BATCH, loss={}).loss.ignore_index == -100
+    assert ulysses(**BATCH, gather_output=-2, positions=None).gather_output == -2
+    assert ulysses(plan="my.plans:Plans.video", layout="contiguous").plan == "my.plans:Plans.video"
+    assert dsp(positions=None).positions is None
+    assert ulysses(layout="striped").layout_for("zigzag") == "striped"
+    assert ulysses().layout_for("zigzag") == "zigzag"
+    assert ulysses().layout_for() == "contiguous"
+
+
+def test_check_world_returns_the_data_parallel_size():
+    assert ulysses(size=2).check_world(8) == 4
+    assert ulysses(size=2).check_world(8, tensor_parallel_size=2, pipeline_parallel_size=2) == 1
+
+
+def test_check_model_accepts_what_the_methods_serve():
+    ulysses(size=4).check_model(heads=7, kv_heads=1, length=5)
+    ulysses(size=3).check_model(heads=8, kv_heads=2, tensor_parallel_size=2)
+    # Fewer key/value heads than tensor-parallel ranks: Megatron repeats them.
+    ulysses(size=2).check_model(heads=8, kv_heads=2, tensor_parallel_size=4)
+    # DSP does not look at heads.
+    dsp(size=8).check_model(heads=1)
+
+
+def test_a_config_is_a_value_and_cannot_be_changed():
+    assert ulysses() == ulysses()
+    with pytest.raises(ValueError, match="frozen"):
+        ulysses().size = 4
+
+
+def test_choices_are_those_of_the_tables():
+    assert ("auto", *KERNELS) == KERNEL_CHOICES
+    assert LAYOUT_CHOICES == ("auto", "contiguous", "zigzag", "striped")
+    for kernel in KERNEL_CHOICES:
+        assert ulysses(kernel=kernel).kernel == kernel

@@ -1,0 +1,116 @@
+"""Plans: globs over module names, and every plan that cannot be meant refused with its reason."""
+
+from __future__ import annotations
+
+import pytest
+from torch import nn
+
+from dsp_plugin import Plan, SequenceParallelConfigError, Stage
+from dsp_plugin.models.video_dit import VideoDiT
+from dsp_plugin.plan import matching_modules, outermost, resolve_plan
+
+SPACE, TIME = Stage("blocks.*.space", ("s",)), Stage("blocks.*.time", ("t",))
+
+
+class Layer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.space, self.time = nn.Linear(2, 2), nn.Sequential(nn.Linear(2, 2))
+
+
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Layer() for _ in range(11))
+
+
+@pytest.mark.parametrize(
+    ("pattern", "names"),
+    [
+        ("blocks.*.space", [f"blocks.{i}.space" for i in range(11)]),
+        ("blocks.1.*", ["blocks.1.space", "blocks.1.time"]),
+        ("blocks.1*.time", ["blocks.1.time", "blocks.10.time"]),
+        ("blocks.10", ["blocks.10"]),
+        ("**.time.0", [f"blocks.{i}.time.0" for i in range(11)]),
+        ("blocks.0.**", ["blocks.0.space", "blocks.0.time", "blocks.0.time.0"]),
+    ],
+)
+def test_globs_match_names_in_model_order(pattern, names):
+    assert list(matching_modules(Model(), pattern, "attention")) == names
+
+
+def test_a_dot_is_a_dot_and_a_star_stops_at_it():
+    assert list(matching_modules(Model(), "blocks.*", "attention")) == [f"blocks.{i}" for i in range(11)]
+    with pytest.raises(SequenceParallelConfigError, match="matches no module"):
+        matching_modules(Model(), "blocks*space", "attention")
+    with pytest.raises(SequenceParallelConfigError) as refused:
+        matching_modules(Model(), "blocks.*.spice", "attention")
+    for part in ("attention='blocks.*.spice'", "no module of Model", "blocks.0.space", ", ...", "named_modules()"):
+        assert part in str(refused.value)
+
+
+def test_outermost_drops_what_is_inside_another():
+    found = matching_modules(Model(), "blocks.0.**", "attention")
+    assert list(outermost(found)) == ["blocks.0.space", "blocks.0.time"]
+    assert list(outermost({"a.b": nn.Identity(), "a.bc": nn.Identity()})) == ["a.b", "a.bc"]
+
+
+@pytest.mark.parametrize(
+    ("make", "parts"),
+    [
+        (lambda: Plan("b t", (TIME,)), ["plan.tokens='b t'", "features last", 'Write "b t s c"']),
+        (lambda: Plan("b t t c", (TIME,)), ["plan.tokens='b t t c'", "distinct name"]),
+        (lambda: Plan("b t s c", ()), ["plan.stages=()", "at least one stage"]),
+        (lambda: Plan("b t c", (SPACE,)), ["'blocks.*.space' computes_along", "['s']", "['b', 't']", "plan.tokens"]),
+        (lambda: Plan("b t s c", (Stage("x", ("c",)),)), ["computes_along=('c',)", "['b', 't', 's']"]),
+        (
+            lambda: Plan("b t s c", (Stage("x", ("s",), attention="attn"),)),
+            ["'x' heads", "attention='attn'", "heads=..."],
+        ),
+        (
+            lambda: Plan("b t s c", (Stage("x", ("s",), follows={"rope": "d"}),)),
+            ["'x' follows={'rope': 'd'}", "['b', 't', 's']", "never be cut"],
+        ),
+    ],
+)
+def test_impossible_plans_are_refused(make, parts):
+    with pytest.raises(SequenceParallelConfigError) as refused:
+        make()
+    for part in parts:
+        assert part in str(refused.value)
+
+
+def test_the_plan_of_a_known_model_is_found_inside_a_wrapper():
+    model = VideoDiT(width=16, heads=2, depth=1)
+    root, plan = resolve_plan(nn.Sequential(nn.Identity(), model), None)
+    assert root is model
+    assert [stage.computes_along for stage in plan.stages] == [("s",), ("t",)]
+
+
+for_reference = Plan("b t s c", (SPACE, TIME))
+
+
+def plan_of(module: nn.Module) -> Plan:
+    return Plan("b t s c", (SPACE,)) if isinstance(module, Model) else for_reference
+
+
+def test_references_lead_to_plans_and_to_functions_that_make_them():
+    model = Model()
+    assert resolve_plan(model, f"{__name__}:for_reference") == (model, for_reference)
+    assert resolve_plan(model, f"{__name__}:plan_of") == (model, Plan("b t s c", (SPACE,)))
+
+
+@pytest.mark.parametrize(
+    ("reference", "parts"),
+    [
+        ("no_such_package.plans:mine", ["plan='no_such_package.plans:mine'", "No module named", "package.module:name"]),
+        (f"{__name__}:missing", ["cannot be imported", "missing"]),
+        (f"{__name__}:SPACE", ["is a Stage, not a dsp_plugin.Plan", "Name a Plan"]),
+        (None, ["no plan is known for", "Model", "VideoDiT", "Write a Plan"]),
+    ],
+)
+def test_references_that_lead_nowhere_are_refused(reference, parts):
+    with pytest.raises(SequenceParallelConfigError) as refused:
+        resolve_plan(Model(), reference)
+    for part in parts:
+        assert part in str(refused.value)
