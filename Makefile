@@ -7,7 +7,7 @@ PYTHON312 ?= $(shell for python in python3.12 $$HOME/.pyenv/versions/3.12*/bin/p
 VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 EXTRAS := deepspeed,megatron,demo,test
 
-.PHONY: demo test test-newest matrix lint clean
+.PHONY: demo test test-newest matrix bench lint clean
 
 demo: .venv/installed
 	.venv/bin/dsp-plugin demo
@@ -23,10 +23,14 @@ matrix: .venv/installed .venv312/installed
 	.venv/bin/python -m pytest --matrix
 	.venv312/bin/python -m pytest --matrix
 
+# Ratios measured side by side on this machine, written to benchmarks/results/. Ten minutes on two quiet cores.
+bench: .venv/installed
+	.venv/bin/python -m benchmarks
+
 lint: .venv/installed
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
-	.venv/bin/mypy
+	.venv/bin/mypy dsp_plugin patches launch benchmarks
 
 .venv/installed: setup.cfg pyproject.toml configs/constraints/py$(VERSION).txt
 	$(PYTHON) -m venv .venv

@@ -29,6 +29,9 @@ _MEGATRON_FLAGS = {
     "kernel": "sp_kernel",
     "debug": "sp_debug",
     "recompute": "sp_recompute",
+    "ulysses_order": "sp_ulysses_order",
+    "ring_gradient_dtype": "sp_ring_gradient_dtype",
+    "heads": "sp_heads",
 }
 
 # What to write where a value has the wrong type, by setting.
@@ -388,9 +391,7 @@ def _first_problem(error: ValidationError) -> SequenceParallelConfigError:
         why, remedy = f"known are {', '.join(choices)}", f"did you mean {nearest!r}?"
     else:
         why, remedy = problem["msg"][0].lower() + problem["msg"][1:], _EXAMPLES.get(setting, "correct the value")
-    return SequenceParallelConfigError(
-        setting=".".join(map(str, problem["loc"])), value=value, why=why, remedy=remedy
-    )
+    return SequenceParallelConfigError(setting=".".join(map(str, problem["loc"])), value=value, why=why, remedy=remedy)
 
 
 LAYOUT_CHOICES: tuple[str, ...] = get_args(LayoutName)

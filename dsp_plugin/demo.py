@@ -1,4 +1,4 @@
-"""The main job on one machine: real DeepSpeed with DSP, real Megatron-core with TP x PP x Ulysses, each next to its unsharded run.
+"""The main job on one machine: DeepSpeed with DSP, Megatron-core with TP x PP x Ulysses, each beside its unsharded run.
 
 Every job is a user's script in its own processes, started as a user would start it. This file only compares what they
 wrote down.
@@ -164,8 +164,11 @@ def _run_jobs(output: Path, video: Video, text: Text, console: Console) -> None:
         (
             f"video DiT, DeepSpeed ZeRO-2, DSP on {video.sequence_ranks} ranks",
             video.sequence_ranks,
-            [*launcher, str(output / "video" / "report"), *video_script, *records("video", "sharded")]
-            + ["--samples-out", str(output / "video" / "samples.png")],
+            [
+                *(*launcher, str(output / "video" / "report")),
+                *(*video_script, *records("video", "sharded")),
+                *("--samples-out", str(output / "video" / "samples.png")),
+            ],
             on_cpu,
         ),
         (
@@ -177,8 +180,10 @@ def _run_jobs(output: Path, video: Video, text: Text, console: Console) -> None:
         (
             f"GPT, Megatron-core, TP{text.tensor} x PP{text.pipeline} x Ulysses {text.sequence}",
             text.tensor * text.pipeline * text.sequence,
-            [*launcher, str(output / "gpt" / "report"), *cpu_flag, *text_script, *records("gpt", "sharded")]
-            + text.parallel_flags(),
+            [
+                *(*launcher, str(output / "gpt" / "report"), *cpu_flag),
+                *(*text_script, *records("gpt", "sharded"), *text.parallel_flags()),
+            ],
             {},
         ),
     ]
@@ -309,7 +314,8 @@ def _compare_losses(name: str, folder: Path, console: Console) -> bool:
 
 def _compare_bytes(phase: str, sent: int, expected: int, console: Console) -> bool:
     verdict = "equal" if sent == expected else "NOT EQUAL"
-    console.print(f"  {phase} bytes, all ranks, whole run: ledger {sent:,}, formula {expected:,}: {verdict}", soft_wrap=True)
+    figures = f"ledger {sent:,}, formula {expected:,}: {verdict}"
+    console.print(f"  {phase} bytes, all ranks, whole run: {figures}", soft_wrap=True)
     return sent == expected
 
 

@@ -106,9 +106,7 @@ class SequenceParallelGroups:
         )
 
     @classmethod
-    def from_axes(
-        cls, *, sp: Axis, ulysses: Axis, ring: Axis, dp: Axis, debug: bool = False
-    ) -> Self:
+    def from_axes(cls, *, sp: Axis, ulysses: Axis, ring: Axis, dp: Axis, debug: bool = False) -> Self:
         """Groups over axes that a framework already made, such as Megatron-core's context-parallel groups.
 
         ``ulysses`` or ``ring`` may be ``sp`` itself, where the other has one rank.

@@ -19,6 +19,7 @@ from dsp_plugin.layout import Layout
 from dsp_plugin.outputs import first_tensor, when_backward_starts
 from dsp_plugin.plan import Plan, matching_modules, outermost, resolve_plan
 from dsp_plugin.planner.stages import StagePlan
+from dsp_plugin.randomness import RegionSeed, RegionVisit
 from dsp_plugin.region import ShardedRegion
 from dsp_plugin.routing import AttentionRoute
 
@@ -100,17 +101,29 @@ def _shard_batch(
     found = [matching_modules(module, pattern, "attention") for pattern in config.attention]
     layout_now: Layout | None = None
     count_now: Tensor | None = None
+    visit: RegionVisit | None = None
+    seed_now: RegionSeed | None = None
 
-    def recall(layout: Layout | None) -> None:
-        nonlocal layout_now
-        layout_now = layout
+    def recall(layout: Layout | None, seed: RegionSeed | None) -> None:
+        nonlocal layout_now, seed_now
+        layout_now, seed_now = layout, seed
+
+    def leave() -> None:
+        nonlocal visit
+        entered, visit = visit, None
+        if entered is not None:
+            entered.leave()
 
     def before(_: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-        nonlocal layout_now, count_now
+        nonlocal layout_now, count_now, visit, seed_now
         args, kwargs, layout_now, count_now = sharder.shard(args, kwargs)
+        leave()
+        visit = RegionVisit(groups.sp) if module.training and groups.sp.size > 1 else None
+        seed_now = visit.seed if visit is not None else None
         return args, kwargs
 
     def after(_: nn.Module, args: tuple, output: Any) -> Any:
+        leave()
         assert layout_now is not None
         first, rebuild = first_tensor(output)
         if config.loss is not None:
@@ -119,13 +132,14 @@ def _shard_batch(
         else:
             assert config.gather_output is not None
             whole = _global_output(first, config.gather_output, layout_now, config.method, groups)
-        when_backward_starts(whole, partial(recall, layout_now))
+        when_backward_starts(whole, partial(recall, layout_now, seed_now))
         return rebuild(whole)
 
     undo.append(module.register_forward_pre_hook(before, with_kwargs=True).remove)
     undo.append(module.register_forward_hook(after).remove)
     for name, part in outermost({name: part for modules in found for name, part in modules.items()}).items():
-        undo.append(AttentionRoute(name, config.method, config.kernel, groups, lambda: layout_now).install(part))
+        route = AttentionRoute(name, config.method, config.kernel, groups, lambda: layout_now, lambda: seed_now)
+        undo.append(route.install(part))
 
 
 def _global_loss(local_mean: Tensor, count: Tensor, groups: SequenceParallelGroups) -> Tensor:
@@ -142,9 +156,7 @@ def _global_loss(local_mean: Tensor, count: Tensor, groups: SequenceParallelGrou
     return loss.contract(local_sum.reshape(()), count, groups.sp).reshape(local_mean.shape).to(local_mean.dtype)
 
 
-def _global_output(
-    output: Tensor, dim: int, layout: Layout, method: str, groups: SequenceParallelGroups
-) -> Tensor:
+def _global_output(output: Tensor, dim: int, layout: Layout, method: str, groups: SequenceParallelGroups) -> Tensor:
     expected = layout.sizes[groups.sp.rank]
     if not -output.dim() <= dim < output.dim() or output.shape[dim] != expected:
         raise SequenceParallelConfigError(

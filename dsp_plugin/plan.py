@@ -1,12 +1,12 @@
 """How a model's forward pass divides into stages: what a user declares so that an unmodified model can be sharded.
 
-    Plan(
-        tokens="b t s c",
-        stages=(
-            Stage("blocks.*.space", computes_along=("s",), follows={"rope": "s d"}, attention="attn", heads=16),
-            Stage("blocks.*.time", computes_along=("t",), follows={"rope": "t d"}, attention="attn", heads=16),
-        ),
-    )
+Plan(
+    tokens="b t s c",
+    stages=(
+        Stage("blocks.*.space", computes_along=("s",), follows={"rope": "s d"}, attention="attn", heads=16),
+        Stage("blocks.*.time", computes_along=("t",), follows={"rope": "t d"}, attention="attn", heads=16),
+    ),
+)
 """
 
 from __future__ import annotations
@@ -67,7 +67,9 @@ class Plan:
         names = self.tokens.split()
         if len(names) != len(set(names)) or len(names) < 3:
             raise SequenceParallelConfigError(
-                setting="plan.tokens", value=self.tokens, why="expected a distinct name for each dim, features last",
+                setting="plan.tokens",
+                value=self.tokens,
+                why="expected a distinct name for each dim, features last",
                 remedy='write "b t s c"',
             )
         for stage in self.stages:
@@ -95,7 +97,9 @@ class Plan:
                     )
         if not self.stages:
             raise SequenceParallelConfigError(
-                setting="plan.stages", value=self.stages, why="a plan needs at least one stage",
+                setting="plan.stages",
+                value=self.stages,
+                why="a plan needs at least one stage",
                 remedy="name the modules that mix tokens",
             )
 
@@ -138,13 +142,17 @@ def _load(module: nn.Module, reference: str) -> Plan:
             found = getattr(found, name)
     except (ImportError, AttributeError) as error:
         raise SequenceParallelConfigError(
-            setting="plan", value=reference, why=f"cannot be imported: {error}",
+            setting="plan",
+            value=reference,
+            why=f"cannot be imported: {error}",
             remedy="write it as package.module:name, importable where training runs",
         ) from error
     plan = found(module) if callable(found) else found
     if not isinstance(plan, Plan):
         raise SequenceParallelConfigError(
-            setting="plan", value=reference, why=f"is a {type(plan).__name__}, not a dsp_plugin.Plan",
+            setting="plan",
+            value=reference,
+            why=f"is a {type(plan).__name__}, not a dsp_plugin.Plan",
             remedy="name a Plan, or a function that takes the model and returns one",
         )
     return plan
@@ -174,7 +182,5 @@ def matching_modules(root: nn.Module, pattern: str, setting: str) -> dict[str, n
 def outermost(modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
     """Those of ``modules`` that are not inside another of them."""
     return {
-        name: module
-        for name, module in modules.items()
-        if not any(name.startswith(f"{other}.") for other in modules)
+        name: module for name, module in modules.items() if not any(name.startswith(f"{other}.") for other in modules)
     }

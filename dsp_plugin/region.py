@@ -22,6 +22,7 @@ from dsp_plugin.methods import dsp
 from dsp_plugin.outputs import first_tensor, when_backward_starts
 from dsp_plugin.plan import Plan, Stage, matching_modules, outermost
 from dsp_plugin.planner.stages import Activation, AttentionShape, StagePlan, StageSpec, plan_stages
+from dsp_plugin.randomness import RegionSeed, RegionVisit
 from dsp_plugin.routing import AttentionRoute
 
 
@@ -34,11 +35,17 @@ class _Placed:
     stage: Stage
 
 
+@dataclass(frozen=True)
+class _Pass:
+    """One forward pass: the sizes of its dims, where they are sharded, and its seeds while training."""
+
+    sizes: dict[str, int]
+    stage_plan: StagePlan
+    seed: RegionSeed | None
+
+
 class ShardedRegion:
     """The stretch of a model between the first stage and the last, where tokens are sharded.
-
-    Attributes:
-        stage_plan: the plan of the running forward pass, or the last; None before the first.
 
     Raises:
         SequenceParallelConfigError: the plan does not fit the model.
@@ -51,10 +58,20 @@ class ShardedRegion:
         self._dims = plan.tokens.split()
         self._placed = _place(root, plan)
         self._root = root
-        self._sizes: dict[str, int] = {}
         self._plans: dict[tuple[int, ...], StagePlan] = {}
         self._last_run: int | None = None
-        self.stage_plan: StagePlan | None = None
+        self._pass: _Pass | None = None
+        self._visit: RegionVisit | None = None
+
+    @property
+    def stage_plan(self) -> StagePlan | None:
+        """The plan of the running forward pass, or the last; None before the first."""
+        return self._pass.stage_plan if self._pass is not None else None
+
+    @property
+    def _now(self) -> _Pass:
+        assert self._pass is not None
+        return self._pass
 
     def install(self, undo: list[Callable[[], None]]) -> None:
         """Hook the stages, adding to ``undo`` what takes each hook off."""
@@ -64,7 +81,12 @@ class ShardedRegion:
                 parts = matching_modules(placed.module, placed.stage.attention, f"plan attention of {placed.name}")
                 for name, part in outermost(parts).items():
                     route = AttentionRoute(
-                        f"{placed.name}.{name}", "ulysses", self._config.kernel, self._groups, self._layout_of(index)
+                        f"{placed.name}.{name}",
+                        "ulysses",
+                        self._config.kernel,
+                        self._groups,
+                        self._layout_of(index),
+                        lambda: self._now.seed,
                     )
                     undo.append(route.install(part))
         undo.append(self._placed[-1].module.register_forward_hook(self._after_last).remove)
@@ -78,9 +100,8 @@ class ShardedRegion:
             arguments = _Arguments(placed, args, kwargs)
             x = arguments.tokens()
             if index == 0:
-                self._enter(x)
-            assert self.stage_plan is not None
-            sharded = self.stage_plan.rows[index].sharded
+                self._enter(x, module.training)
+            sharded = self._now.stage_plan.rows[index].sharded
             arguments.set(placed.stage.tokens, self._move(x, index, sharded))
             for argument, pattern in placed.stage.follows.items():
                 value = arguments.get(argument)
@@ -91,8 +112,8 @@ class ShardedRegion:
         return hook
 
     def _check_order(self, index: int) -> None:
-        if torch._C._current_graph_task_id() != -1:
-            return  # Recomputing for the backward pass, in whatever order that needs.
+        if _recomputing():
+            return  # In whatever order the backward pass needs.
         expected = 0 if self._last_run is None else self._last_run + 1
         if index not in (0, expected):
             names = [placed.name for placed in self._placed]
@@ -106,7 +127,7 @@ class ShardedRegion:
         self._last_run = index
 
     def _after_all(self, module: nn.Module, args: tuple, output: Any) -> None:
-        if torch._C._current_graph_task_id() != -1:
+        if _recomputing():
             return
         last, self._last_run = self._last_run, None
         if last is None:
@@ -118,14 +139,17 @@ class ShardedRegion:
                 why="forward ended without it, so the tokens were never made whole again",
                 remedy="plan only modules that every forward pass runs",
             )
-        assert self.stage_plan is not None
         # Not at the last stage's output: inside a reentrant checkpoint that has no gradient yet.
         with suppress(SequenceParallelConfigError):
             leading, _ = first_tensor(output)
-            when_backward_starts(leading, partial(self._recall, self._sizes, self.stage_plan))
+            when_backward_starts(leading, partial(self._recall, self._now))
 
-    def _enter(self, x: Tensor) -> None:
+    def _enter(self, x: Tensor, training: bool) -> None:
         """Take the sizes of whole tokens, and the plan for them: the same on every rank."""
+        if _recomputing():
+            if self._now.seed is not None:
+                self._now.seed.apply()
+            return
         if x.dim() != len(self._dims):
             raise SequenceParallelConfigError(
                 setting="plan.tokens",
@@ -133,41 +157,49 @@ class ShardedRegion:
                 why=f"names {len(self._dims)} dims, but {self._placed[0].name} was given tokens {tuple(x.shape)}",
                 remedy="name every dim of the activation in memory order",
             )
-        self._sizes = dict(zip(self._dims, x.shape, strict=True))
+        sizes = dict(zip(self._dims, x.shape, strict=True))
         key = (*x.shape, x.element_size())
         if key not in self._plans:
             features = x.shape[-1]
             activation = Activation(
-                {dim: self._sizes[dim] for dim in self._dims[:-1]}, features, x.element_size(), self._plan.batch_dim
+                {dim: sizes[dim] for dim in self._dims[:-1]}, features, x.element_size(), self._plan.batch_dim
             )
             specs = [_spec(placed, features) for placed in self._placed]
             switching = self._config.method == "dsp"
             self._plans[key] = plan_stages(activation, specs, self._groups.sp.size, switching=switching)
-        self.stage_plan = self._plans[key]
+        self._leave()
+        if training and self._groups.sp.size > 1:
+            self._visit = RegionVisit(self._groups.sp)
+        self._pass = _Pass(sizes, self._plans[key], self._visit.seed if self._visit is not None else None)
+
+    def _leave(self) -> None:
+        visit, self._visit = self._visit, None
+        if visit is not None:
+            visit.leave()
 
     def _move(self, x: Tensor, index: int, sharded: str) -> Tensor:
         """Bring the tokens to where this stage has them sharded."""
-        assert self.stage_plan is not None
         to_dim = self._dims.index(sharded)
         if index == 0:
             return dsp.split(x, to_dim, groups=self._groups)
-        before = self.stage_plan.rows[index - 1].sharded
+        before = self._now.stage_plan.rows[index - 1].sharded
         if before == sharded:
             return x
-        return dsp.switch(x, self._dims.index(before), to_dim, length=self._sizes[before], groups=self._groups)
+        return dsp.switch(x, self._dims.index(before), to_dim, length=self._now.sizes[before], groups=self._groups)
 
     def _after_last(self, module: nn.Module, args: tuple, output: Any) -> Any:
-        assert self.stage_plan is not None
-        sharded = self.stage_plan.rows[-1].sharded
+        if not _recomputing():
+            self._leave()
+        sharded = self._now.stage_plan.rows[-1].sharded
         x, rebuild = first_tensor(output)
         dim = self._dims.index(sharded)
-        return rebuild(dsp.gather(x, dim, length=self._sizes[sharded], groups=self._groups))
+        return rebuild(dsp.gather(x, dim, length=self._now.sizes[sharded], groups=self._groups))
 
-    def _recall(self, sizes: dict[str, int], stage_plan: StagePlan) -> None:
-        self._sizes, self.stage_plan = sizes, stage_plan
+    def _recall(self, earlier: _Pass) -> None:
+        self._pass = earlier
 
     def _own_part(self, placed: _Placed, argument: int | str, value: Any, pattern: str, sharded: str) -> Tensor:
-        names, length = pattern.split(), self._sizes[sharded]
+        names, length = pattern.split(), self._now.sizes[sharded]
         shape = tuple(value.shape) if isinstance(value, Tensor) else ()
         if len(shape) != len(names) or shape[names.index(sharded)] != length:
             raise SequenceParallelConfigError(
@@ -183,14 +215,13 @@ class ShardedRegion:
         stage = self._placed[index].stage
 
         def layout_now() -> Layout | None:
-            assert self.stage_plan is not None
-            row = self.stage_plan.rows[index]
+            row, sizes = self._now.stage_plan.rows[index], self._now.sizes
             if row.inside == "local":
                 return None
-            length, size = self._sizes[row.sharded], self._groups.sp.size
+            length, size = sizes[row.sharded], self._groups.sp.size
             if len(stage.computes_along) == 1:
                 return Layout("contiguous", length, size)
-            others = prod(self._sizes[dim] for dim in stage.computes_along if dim != row.sharded)
+            others = prod(sizes[dim] for dim in stage.computes_along if dim != row.sharded)
             return Layout.of_sizes([others * local for local in shard_sizes(length, size)])
 
         return layout_now
@@ -241,6 +272,11 @@ class _Arguments:
             )
         position = argument if isinstance(argument, int) else self._names.index(argument)
         return position if position < len(self.args) else self._names[position]
+
+
+def _recomputing() -> bool:
+    """Whether a backward pass is running: what runs then is a checkpointed stretch, again."""
+    return bool(torch._C._current_graph_task_id() != -1)
 
 
 def _parameter_names(module: nn.Module) -> list[str]:

@@ -16,6 +16,7 @@ from dsp_plugin.groups import SequenceParallelGroups
 from dsp_plugin.layout import Layout
 from dsp_plugin.mask import MaskSpec
 from dsp_plugin.methods import METHODS
+from dsp_plugin.randomness import RegionSeed
 
 LayoutNow = Callable[[], Layout | None]
 
@@ -26,11 +27,19 @@ class AttentionRoute:
     Args:
         name: of the module, for errors.
         layout_now: the placement of the sequence in the running forward pass; None while it is whole.
+        seed_now: the seeds of that pass; None outside training.
     """
 
     def __init__(
-        self, name: str, method: str, kernel: str, groups: SequenceParallelGroups, layout_now: LayoutNow
+        self,
+        name: str,
+        method: str,
+        kernel: str,
+        groups: SequenceParallelGroups,
+        layout_now: LayoutNow,
+        seed_now: Callable[[], RegionSeed | None],
     ) -> None:
+        self._seed_now = seed_now
         self._name, self._kernel, self._groups, self._layout_now = name, kernel, groups, layout_now
         attention = METHODS[method].attention
         assert attention is not None, f"{method} replaces no attention"
@@ -128,10 +137,20 @@ class AttentionRoute:
             mask=MaskSpec(causal=is_causal),
             scale=scale,
             dropout_p=dropout_p,
-            dropout_seed=_draw_seed() if dropout_p else None,
+            dropout_seed=self._dropout_seed() if dropout_p else None,
             kernel=self._kernel,
         )
         return out.transpose(1, 2)
+
+    def _dropout_seed(self) -> int:
+        seed = self._seed_now()
+        if seed is None:
+            raise UnsupportedError(
+                setting=f"dropout_p of {self._name}",
+                why="its attention drops weights outside of training",
+                remedy="pass dropout_p=0.0 unless self.training",
+            )
+        return seed.of_attention(self._name)
 
 
 def autocast(x: Tensor) -> Tensor:
@@ -139,11 +158,6 @@ def autocast(x: Tensor) -> Tensor:
     if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
         return x.to(torch.get_autocast_dtype(x.device.type))
     return x
-
-
-def _draw_seed() -> int:
-    """From torch's CPU generator, whose state activation checkpointing restores before it recomputes."""
-    return int(torch.randint(2**62, (), device="cpu"))
 
 
 class _RoutedForward:

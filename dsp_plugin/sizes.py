@@ -17,9 +17,7 @@ class Sizes(NamedTuple):
     ring: int
 
 
-def complete_sizes(
-    method: Method, size: int | None, ulysses: int | None, ring: int | None, heads: int | None
-) -> Sizes:
+def complete_sizes(method: Method, size: int | None, ulysses: int | None, ring: int | None, heads: int | None) -> Sizes:
     """The sizes that follow from those given.
 
     Args:

@@ -113,9 +113,7 @@ def _route(tensors: Sequence[Tensor], routes: Sequence[Route], sender: Sender) -
         slots = packed.split([prod(shape) for shape in shapes])
         for (x, route, runs), shape, slot in zip(pieces, shapes, slots, strict=True):
             _fill(slot.view(shape), x, route.scatter_dim, runs)
-    whole = [
-        _with(x.shape, route.gather_dim, _length(route.gather)) for x, route in zip(tensors, routes, strict=True)
-    ]
+    whole = [_with(x.shape, route.gather_dim, _length(route.gather)) for x, route in zip(tensors, routes, strict=True)]
     received = exchange(packed, send_counts, receive_counts, sender, whole)
 
     blocks = [

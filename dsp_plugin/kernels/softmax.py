@@ -6,7 +6,9 @@ fp64 for fp64 inputs or the reference kernel; -inf with out 0 where a query sees
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import groupby
 from typing import Any, Literal, overload
 
 import torch
@@ -137,7 +139,12 @@ def block_forward(
     """
     assert q.shape[1] == len(q_positions)
     assert k.shape[1] == len(k_positions)
-    k, v = _per_query_head(k, call.q_per_kv), _per_query_head(v, call.q_per_kv)
+    if call.q_per_kv is not None and q.shape[2]:
+        parts = [
+            block_forward(even, q[:, :, heads], k[:, :, kv], v[:, :, kv], q_positions, k_positions)
+            for even, heads, kv in _even_calls(call)
+        ]
+        return torch.cat([out for out, _ in parts], 2), torch.cat([lse for _, lse in parts], 1)
     dropout = call.dropout(q_positions, k_positions)
 
     def attend(block: Block) -> tuple[Tensor, Tensor]:
@@ -180,7 +187,21 @@ def block_backward(
         ``(dq, dk, dv)`` like q, k and v. Summing dq over blocks of keys, and dk and dv over blocks of queries, gives
         the gradients of the whole.
     """
-    k_heads, v_heads = _per_query_head(k, call.q_per_kv), _per_query_head(v, call.q_per_kv)
+    if call.q_per_kv is not None and q.shape[2]:
+        dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        for even, heads, kv in _even_calls(call):
+            dq[:, :, heads], dk[:, :, kv], dv[:, :, kv] = block_backward(
+                even,
+                dout[:, :, heads],
+                q[:, :, heads],
+                k[:, :, kv],
+                v[:, :, kv],
+                out[:, :, heads],
+                lse[:, heads],
+                q_positions,
+                k_positions,
+            )
+        return dq, dk, dv
     dropout = call.dropout(q_positions, k_positions)
 
     def differentiate(block: Block) -> tuple[Tensor, Tensor, Tensor]:
@@ -188,8 +209,8 @@ def block_backward(
         return call.kernel.backward(
             dout[:, block.q],
             q[:, block.q],
-            k_heads[:, block.k],
-            v_heads[:, block.k],
+            k[:, block.k],
+            v[:, block.k],
             out[:, block.q],
             lse[:, :, block.q],
             block.band,
@@ -202,10 +223,10 @@ def block_backward(
         if _covers_all(found, q, k):
             dq, dk, dv = differentiate(found[0])
         else:
-            dq, dk, dv = (torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in (q, k_heads, v_heads))
+            dq, dk, dv = (torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
             for block in found:
                 dq[:, block.q], dk[:, block.k], dv[:, block.k] = differentiate(block)
-    return dq, _per_kv_head(dk, call.q_per_kv), _per_kv_head(dv, call.q_per_kv)
+    return dq, dk, dv
 
 
 def _blocks(call: AttentionCall, q: Tensor, q_positions: range, k_positions: range) -> tuple[Block, ...]:
@@ -216,20 +237,19 @@ def _covers_all(found: tuple[Block, ...], q: Tensor, k: Tensor) -> bool:
     return len(found) == 1 and (found[0].rows, found[0].cols) == (q.shape[1], k.shape[1])
 
 
-def _per_query_head(x: Tensor, q_per_kv: tuple[int, ...] | None) -> Tensor:
-    """``[B, m, K, D]`` with each kv head repeated for the query heads it serves, where they are uneven."""
-    if q_per_kv is None:
-        return x
-    return x.repeat_interleave(torch.tensor(q_per_kv, device=x.device), dim=2, output_size=sum(q_per_kv))
+def _even_calls(call: AttentionCall) -> Iterator[tuple[AttentionCall, slice, slice]]:
+    """The call cut into ones whose kv heads serve equally many query heads, with the query and kv heads of each.
 
-
-def _per_kv_head(grad: Tensor, q_per_kv: tuple[int, ...] | None) -> Tensor:
-    """The adjoint of `_per_query_head`, summed in fp32 at least and in a fixed order."""
-    if q_per_kv is None:
-        return grad
-    dtype = torch.promote_types(grad.dtype, torch.float32)
-    shares = [heads.sum(2, dtype=dtype) for heads in grad.split(q_per_kv, dim=2)]
-    return torch.stack(shares, 2).to(grad.dtype)
+    Kernels share heads evenly. Repeating kv heads instead costs memory, and a rounding of dk and dv per query head.
+    """
+    assert call.q_per_kv is not None
+    first_q = first_kv = 0
+    for served, run in groupby(call.q_per_kv):
+        kv = slice(first_kv, first_kv + len(list(run)))
+        heads = slice(first_q, first_q + served * (kv.stop - kv.start))
+        if served:
+            yield replace(call, q_per_kv=None, head_offset=call.head_offset + first_q), heads, kv
+        first_q, first_kv = heads.stop, kv.stop
 
 
 class _Attention(torch.autograd.Function):

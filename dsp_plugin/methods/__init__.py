@@ -1,8 +1,35 @@
 """The table of methods. Adding one is one file and one line here."""
 
-from dsp_plugin.methods import dsp, ulysses
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from dsp_plugin.methods import dsp, lightseq, ring, ulysses, usp
 from dsp_plugin.methods.method import Method, WireBytes, Workload
+from dsp_plugin.recompute import on_tape
 
-METHODS: dict[str, Method] = {method.name: method for method in (dsp.METHOD, ulysses.METHOD)}
+if TYPE_CHECKING:
+    from dsp_plugin.config import SequenceParallelConfig
 
-__all__ = ["METHODS", "Method", "WireBytes", "Workload"]
+_ALL = (dsp.METHOD, ulysses.METHOD, ring.METHOD, usp.METHOD, lightseq.METHOD)
+
+# Every attention answers from the tape of a checkpointed stretch, if there is one.
+METHODS: dict[str, Method] = {
+    method.name: replace(method, attention=on_tape(method.attention) if method.attention is not None else None)
+    for method in _ALL
+}
+
+
+def attention_of(config: SequenceParallelConfig) -> Callable[..., Tensor]:
+    """The attention of the configured method, with the settings that it takes from the configuration filled in."""
+    method = METHODS[config.method]
+    assert method.attention is not None, f"{method.name} replaces no attention"
+    return partial(method.attention, **{name: getattr(config, name) for name in method.settings})
+
+
+__all__ = ["METHODS", "Method", "WireBytes", "Workload", "attention_of"]

@@ -31,13 +31,15 @@ def switch(x: Tensor, from_dim: int, to_dim: int, *, length: int, groups: Sequen
         Whole along ``from_dim``, local along ``to_dim``.
 
     Raises:
-        SequenceParallelConfigError: the dims are the same, or ``x`` is not the shard of ``length`` that this rank holds.
+        SequenceParallelConfigError: the dims are the same, or ``x`` is not this rank's shard of ``length``.
     """
     axis = groups.dsp
-    from_dim, to_dim = from_dim % x.dim(), to_dim % x.dim()
+    from_dim, to_dim = _dim(x, from_dim, "switch from_dim"), _dim(x, to_dim, "switch to_dim")
     if from_dim == to_dim:
         raise SequenceParallelConfigError(
-            setting="switch", value=f"{from_dim} -> {to_dim}", why="a switch goes between two different dims",
+            setting="switch",
+            value=f"{from_dim} -> {to_dim}",
+            why="a switch goes between two different dims",
             remedy="drop the switch where the next stage can keep the sharded dim",
         )
     _check_local(x, from_dim, length, axis.size, axis.rank)
@@ -48,7 +50,8 @@ def switch(x: Tensor, from_dim: int, to_dim: int, *, length: int, groups: Sequen
 
 def split(x: Tensor, dim: int, *, groups: SequenceParallelGroups) -> Tensor:
     """Start of a sharded region: this rank's part of ``x``, which every rank holds whole. See `comm.split`."""
-    return collectives.split(x, dim, Layout("contiguous", x.shape[dim], groups.dsp.size), axis=groups.dsp, method="dsp")
+    axis, dim = groups.dsp, _dim(x, dim, "split dim")
+    return collectives.split(x, dim, Layout("contiguous", x.shape[dim], axis.size), axis=axis, method="dsp")
 
 
 def gather(x: Tensor, dim: int, *, length: int, groups: SequenceParallelGroups) -> Tensor:
@@ -57,9 +60,20 @@ def gather(x: Tensor, dim: int, *, length: int, groups: SequenceParallelGroups) 
     Args:
         length: size of ``dim`` over all ranks.
     """
-    axis = groups.dsp
-    _check_local(x, dim % x.dim(), length, axis.size, axis.rank)
+    axis, dim = groups.dsp, _dim(x, dim, "gather dim")
+    _check_local(x, dim, length, axis.size, axis.rank)
     return collectives.gather(x, dim, Layout("contiguous", length, axis.size), axis=axis, method="dsp")
+
+
+def _dim(x: Tensor, dim: int, setting: str) -> int:
+    if not -x.dim() <= dim < x.dim():
+        raise SequenceParallelConfigError(
+            setting=setting,
+            value=dim,
+            why=f"a tensor {tuple(x.shape)} has dims 0 to {x.dim() - 1}",
+            remedy="count dims from 0, or back from -1",
+        )
+    return dim % x.dim()
 
 
 def _check_local(x: Tensor, dim: int, length: int, size: int, rank: int) -> None:
@@ -68,8 +82,8 @@ def _check_local(x: Tensor, dim: int, length: int, size: int, rank: int) -> None
         raise SequenceParallelConfigError(
             setting="length",
             value=length,
-            why=f"dim {dim} of a tensor {tuple(x.shape)} is taken to be sharded over {size} ranks, of which rank {rank} "
-            f"holds {expected} of {length} entries, not {x.shape[dim]}",
+            why=f"dim {dim} of a tensor {tuple(x.shape)} is taken to be sharded over {size} ranks, of which rank "
+            f"{rank} holds {expected} of {length} entries, not {x.shape[dim]}",
             remedy="give the size that the sharded dim has over all ranks, and the dim that is sharded now",
         )
 
@@ -108,6 +122,7 @@ METHOD = Method(
     name="dsp",
     kind="switch",
     paper="arXiv 2403.10266",
+    axes=("ulysses",),
     layouts=("contiguous",),
     illegal=illegal,
     wire_bytes=wire_bytes,

@@ -23,6 +23,9 @@ class Workload:
         head_dim: D, of queries and keys.
         value_dim: of values; ``head_dim`` when None.
         element_size: e, bytes.
+        ulysses_size: for USP, U of P = U * R.
+        documents: borders of the documents that zigzag cuts one by one, see `Layout`.
+        ring_gradient_dtype: in which gradients of keys and values travel on a ring, ``fp32`` or ``input``.
         grid: for DSP, the sizes of the two dims that it switches between; their product is ``length``.
     """
 
@@ -37,6 +40,14 @@ class Workload:
     layout: LayoutKind = "contiguous"
     mask: MaskSpec = field(default_factory=MaskSpec)
     grid: tuple[int, int] | None = None
+    ulysses_size: int | None = None
+    documents: tuple[int, ...] | None = None
+    ring_gradient_dtype: Literal["fp32", "input"] = "fp32"
+
+    @property
+    def gradient_size(self) -> int:
+        """Bytes per element of the gradients of keys and values that travel on a ring."""
+        return self.element_size if self.ring_gradient_dtype == "input" else max(self.element_size, 4)
 
     @property
     def v_dim(self) -> int:
@@ -45,7 +56,7 @@ class Workload:
 
     def tokens(self) -> Layout:
         """The placement of the sequence on the ranks."""
-        return Layout(self.layout, self.length, self.size)
+        return Layout(self.layout, self.length, self.size, documents=self.documents)
 
 
 class WireBytes(NamedTuple):
@@ -62,16 +73,20 @@ class Method:
     Attributes:
         name: as the user writes it.
         kind: ``softmax`` and ``linear`` methods replace an attention call; a ``switch`` method moves the sharded dim.
-        layouts: token orders it accepts.
+        axes: those of the U x R grid that it spreads over.
+        layouts: token orders it accepts, the best first.
         illegal: why it cannot serve a workload, one sentence each with the arithmetic and a remedy; empty if it can.
         wire_bytes: bytes leaving ``rank``, from the formula.
         attention: the call, for softmax methods.
+        settings: of `SequenceParallelConfig`, those that ``attention`` takes as keywords of the same names.
     """
 
     name: str
     kind: Literal["softmax", "linear", "switch"]
     paper: str
+    axes: tuple[Literal["ulysses", "ring"], ...]
     layouts: tuple[LayoutKind, ...]
     illegal: Callable[[Workload], list[str]]
     wire_bytes: Callable[[Workload, int], WireBytes]
     attention: Callable[..., Tensor] | None = None
+    settings: tuple[str, ...] = ()

@@ -18,13 +18,14 @@ from torch import Tensor
 
 from dsp_plugin.comm.collectives import Route, all_to_all
 from dsp_plugin.errors import SequenceParallelConfigError
-from dsp_plugin.groups import SequenceParallelGroups
+from dsp_plugin.groups import Axis, SequenceParallelGroups
 from dsp_plugin.kernels import softmax
 from dsp_plugin.layout import Layout, shard_ranges
 from dsp_plugin.mask import MaskSpec
+from dsp_plugin.methods.inputs import SEQUENCE_DIM, check_shards
 from dsp_plugin.methods.method import Method, WireBytes, Workload
 
-SEQUENCE_DIM, HEAD_DIM = 1, 2
+HEAD_DIM = 2
 
 
 @dataclass(frozen=True)
@@ -58,9 +59,7 @@ class HeadPartition:
     def queries_per_key(self, rank: int) -> tuple[int, ...]:
         """How many of the rank's query heads each of its key/value heads serves."""
         group, mine = self.heads // self.kv_heads, self.queries[rank]
-        return tuple(
-            min(mine.stop, (kv + 1) * group) - max(mine.start, kv * group) for kv in self.keys[rank]
-        )
+        return tuple(min(mine.stop, (kv + 1) * group) - max(mine.start, kv * group) for kv in self.keys[rank])
 
     def _along_groups(self) -> tuple[range, ...]:
         group = self.heads // self.kv_heads
@@ -115,8 +114,7 @@ def attention(
     """
     axis = groups.ulysses
     heads, kv_heads = q.shape[HEAD_DIM], k.shape[HEAD_DIM]
-    assert layout.size == axis.size, (layout, axis)
-    _check_shapes(q, k, v, layout, axis.rank)
+    check_shards(q, k, v, layout, axis)
     reasons = illegal(Workload(axis.size, heads, kv_heads, layout.length, layout=layout.kind, mask=mask))
     if reasons:
         raise SequenceParallelConfigError("ulysses cannot serve this attention: " + " ".join(reasons))
@@ -125,11 +123,9 @@ def attention(
     mask.documents(layout.length)
     softmax.prepare(q, k, v, mask=mask, dropout_p=dropout_p, dropout_seed=dropout_seed, kernel=kernel)
 
-    part = head_partition(heads, kv_heads, axis.size)
     tokens = tuple(layout.spans(rank) for rank in range(axis.size))
-    by_query = Route(HEAD_DIM, SEQUENCE_DIM, tuple((run,) for run in part.queries), tokens)
-    by_key = Route(HEAD_DIM, SEQUENCE_DIM, tuple((run,) for run in part.keys), tokens)
-    q, k, v = all_to_all((q, k, v), (by_query, by_key, by_key), axis=axis, method="ulysses")
+    heads_to_ranks = HeadExchange(axis, "ulysses", head_partition(heads, kv_heads, axis.size), tokens)
+    q, k, v = heads_to_ranks.scatter(q, k, v)
     out = softmax.attention(
         q,
         k,
@@ -138,39 +134,53 @@ def attention(
         scale=scale,
         dropout_p=dropout_p,
         dropout_seed=dropout_seed,
-        head_offset=part.queries[axis.rank].start,
-        q_per_kv=part.queries_per_key(axis.rank),
+        head_offset=heads_to_ranks.head_offset,
+        q_per_kv=heads_to_ranks.q_per_kv,
         kernel=kernel,
     )
-    (out,) = all_to_all((out,), (by_query.inverse(),), axis=axis, method="ulysses")
-    return out
+    return heads_to_ranks.gather(out)
 
 
-def _check_shapes(q: Tensor, k: Tensor, v: Tensor, layout: Layout, rank: int) -> None:
-    shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
-    if q.dim() != 4 or k.dim() != 4 or v.dim() != 4 or q.shape[:2] != k.shape[:2] or k.shape[:3] != v.shape[:3]:
-        raise SequenceParallelConfigError(
-            setting="attention inputs",
-            value=shapes,
-            why="expected q [B, n, H, D], k [B, n, K, D], v [B, n, K, Dv] with equal B, n and K",
-            remedy="cross-attention to a replicated sequence needs no sequence parallelism: call it directly",
-        )
-    if len({q.dtype, k.dtype, v.dtype}) > 1:
-        raise SequenceParallelConfigError(
-            setting="attention inputs",
-            value=f"q {q.dtype}, k {k.dtype}, v {v.dtype}",
-            why="q, k and v travel in one buffer and must share a dtype",
-            remedy="cast them to the compute dtype first",
-        )
-    expected = layout.sizes[rank]
-    if q.shape[SEQUENCE_DIM] != expected:
-        raise SequenceParallelConfigError(
-            setting="sequence length",
-            value=q.shape[SEQUENCE_DIM],
-            why=f"of {layout.length} tokens in the {layout.kind} layout over {layout.size} ranks, rank {rank} holds "
-            f"{expected}, but its tensors are {shapes}",
-            remedy="shard the batch with the same layout and length that the attention is given",
-        )
+@dataclass(frozen=True)
+class HeadExchange:
+    """The two all-to-alls around an attention whose ranks hold all tokens of some heads.
+
+    Attributes:
+        axis: the ranks that exchange.
+        method: for the ledger.
+        part: which heads each rank gets.
+        tokens: for every rank, where its local tokens stand among the gathered ones.
+    """
+
+    axis: Axis
+    method: str
+    part: HeadPartition
+    tokens: tuple[tuple[range, ...], ...]
+
+    def scatter(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """``[B, n, all heads, D]`` to ``[B, gathered tokens, own heads, D]``, in one collective."""
+        by_key = self._route(self.part.keys)
+        routes = (self._route(self.part.queries), by_key, by_key)
+        q, k, v = all_to_all((q, k, v), routes, axis=self.axis, method=self.method)
+        return q, k, v
+
+    def gather(self, out: Tensor) -> Tensor:
+        """``[B, gathered tokens, own heads, Dv]`` back to ``[B, n, all heads, Dv]``."""
+        route = self._route(self.part.queries).inverse()
+        return all_to_all((out,), (route,), axis=self.axis, method=self.method)[0]
+
+    @property
+    def head_offset(self) -> int:
+        """The first query head of this rank."""
+        return self.part.queries[self.axis.rank].start
+
+    @property
+    def q_per_kv(self) -> tuple[int, ...]:
+        """How many of this rank's query heads each of its key/value heads serves."""
+        return self.part.queries_per_key(self.axis.rank)
+
+    def _route(self, heads: tuple[range, ...]) -> Route:
+        return Route(HEAD_DIM, SEQUENCE_DIM, tuple((run,) for run in heads), self.tokens)
 
 
 def illegal(workload: Workload) -> list[str]:
@@ -209,8 +219,10 @@ METHOD = Method(
     name="ulysses",
     kind="softmax",
     paper="arXiv 2309.14509",
+    axes=("ulysses",),
     layouts=("contiguous", "zigzag", "striped"),
     illegal=illegal,
     wire_bytes=wire_bytes,
     attention=attention,
+    settings=("kernel",),
 )

@@ -146,9 +146,7 @@ def plan_stages(
         {dim: _cost(wire, activation.sizes[dim] < size) for dim, wire in choices.items() if not isinstance(wire, str)}
         for choices in inside
     ]
-    moves = {
-        (a, b): _cost(_switch(activation, a, b, size)) for a in dims for b in dims if a == b or switching
-    }
+    moves = {(a, b): _cost(_switch(activation, a, b, size)) for a in dims for b in dims if a == b or switching}
     enter = {dim: _cost(_enter(activation, dim, size)) for dim in dims}
     leave = {dim: _cost(_leave(activation, dim, size)) if gather else _Cost(0, 0) for dim in dims}
     arrive = _sweep(costs, moves, enter)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 
@@ -26,8 +28,18 @@ def _with(shape: list[int], dim: int, length: int) -> list[int]:
     return [*shape[:dim], length, *shape[dim + 1 :]]
 
 
-def _all_to_all(size: int, scatter_dim: int, gather_dim: int, kind: str) -> None:
+def _each(size: int, claim: Callable[..., None], cases: list[tuple]) -> None:
+    """Check a claim case by case in one world, and say which case failed."""
     axis = sp_axis(size)
+    for case in cases:
+        try:
+            claim(axis, *case)
+        except AssertionError as error:
+            raise AssertionError(f"{claim.__name__}{case}: {error}") from error
+
+
+def _all_to_all(axis: Axis, scatter_dim: int, gather_dim: int, kind: str) -> None:
+    size = axis.size
     shape = [5, 7, 6, 4]
     layout = Layout(kind, shape[gather_dim], size)
     runs = tuple((run,) for run in shard_ranges(shape[scatter_dim], size))
@@ -58,15 +70,14 @@ def _all_to_all(size: int, scatter_dim: int, gather_dim: int, kind: str) -> None
     assert log.calls(method="test") == (0 if size == 1 else 2)
 
 
-@pytest.mark.parametrize("kind", LAYOUTS)
-@pytest.mark.parametrize(("scatter_dim", "gather_dim"), [(2, 1), (1, 2), (0, 3), (3, 0), (0, 1)])
 @pytest.mark.parametrize("size", SIZES)
-def test_all_to_all_moves_exact_uneven_parts_and_their_gradients(size, scatter_dim, gather_dim, kind):
-    spawn(_all_to_all, size, size, scatter_dim, gather_dim, kind)
+def test_all_to_all_moves_exact_uneven_parts_and_their_gradients(size):
+    dims = [(2, 1), (1, 2), (0, 3), (3, 0), (0, 1)]
+    spawn(_each, size, size, _all_to_all, [(*pair, kind) for pair in dims for kind in LAYOUTS])
 
 
-def _gather_and_reduce(size: int, length: int, kind: str) -> None:
-    axis = sp_axis(size)
+def _gather_and_reduce(axis: Axis, length: int, kind: str) -> None:
+    size = axis.size
     layout = Layout(kind, length, size)
     x = random(2, length, 3, seed=1)
     grads = [random(2, length, 3, seed=10 + rank) for rank in range(size)]
@@ -89,16 +100,14 @@ def _gather_and_reduce(size: int, length: int, kind: str) -> None:
     torch.testing.assert_close(summand.grad, x)
 
 
-@pytest.mark.parametrize("kind", LAYOUTS)
-@pytest.mark.parametrize("length", [8, 7, 2])
 @pytest.mark.parametrize("size", SIZES)
-def test_all_gather_and_reduce_scatter_are_each_others_gradient(size, length, kind):
-    spawn(_gather_and_reduce, size, size, length, kind)
+def test_all_gather_and_reduce_scatter_are_each_others_gradient(size):
+    spawn(_each, size, size, _gather_and_reduce, [(length, kind) for length in (8, 7, 2) for kind in LAYOUTS])
 
 
-def _region(size: int) -> None:
+def _region(axis: Axis) -> None:
     """A model with a replicated head and tail, a sharded middle, and a replicated condition used in the middle."""
-    axis = sp_axis(size)
+    size = axis.size
     layout = Layout("contiguous", 7, size)
 
     def loss_of(x, condition, weights, enter, leave, share):
@@ -138,11 +147,11 @@ def _region(size: int) -> None:
 
 @pytest.mark.parametrize("size", SIZES)
 def test_mean_over_ranks_of_gradients_is_exact_before_inside_and_after_a_sharded_region(size):
-    spawn(_region, size, size)
+    spawn(_each, size, size, _region, [()])
 
 
-def _hop(size: int, shift: int) -> None:
-    axis = sp_axis(size)
+def _hop(axis: Axis, shift: int) -> None:
+    size = axis.size
     shards = [random(rank + 1, 2, seed=rank) for rank in range(size)]
     grads = [random(rank + 1, 2, seed=10 + rank) for rank in range(size)]
     origin = (axis.rank - shift) % size
@@ -157,7 +166,6 @@ def _hop(size: int, shift: int) -> None:
         assert log.bytes(phase="backward") == shards[origin].numel() * 8
 
 
-@pytest.mark.parametrize("shift", [1, -1, 2])
 @pytest.mark.parametrize("size", SIZES)
-def test_ring_hop_carries_uneven_shards_and_returns_their_gradients(size, shift):
-    spawn(_hop, size, size, shift)
+def test_ring_hop_carries_uneven_shards_and_returns_their_gradients(size):
+    spawn(_each, size, size, _hop, [(shift,) for shift in (1, -1, 2)])

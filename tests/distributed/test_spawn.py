@@ -90,9 +90,9 @@ def _hang_on(rank: int) -> None:
 def test_a_hanging_rank_is_shown_by_its_stack_and_killed():
     start = time.monotonic()
     with pytest.raises(RankFailure) as failure:
-        spawn(_hang_on, 2, 1, timeout=2.0)
-    assert time.monotonic() - start < 15
-    assert "rank 1 still running, limit 2 s" in str(failure.value)
+        spawn(_hang_on, 2, 1, timeout=4.0)
+    assert time.monotonic() - start < 20
+    assert "rank 1 still running, limit 4 s" in str(failure.value)
     assert "_hang_on" in str(failure.value)
     assert "rank 0" not in str(failure.value)
     assert failure.value.errors == {}

@@ -1,0 +1,58 @@
+"""What every softmax method asks of the tensors it is handed."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from dsp_plugin.errors import SequenceParallelConfigError
+from dsp_plugin.groups import Axis
+from dsp_plugin.kernels.merge import accumulation_dtype
+from dsp_plugin.layout import Layout
+
+SEQUENCE_DIM = 1
+
+GradientDtype = Literal["fp32", "input"]
+
+
+def gradient_dtype(setting: GradientDtype, dtype: torch.dtype) -> torch.dtype:
+    """In which gradients of keys and values of ``dtype`` travel; ``fp32`` is fp64 for fp64 inputs."""
+    return dtype if setting == "input" else accumulation_dtype(dtype)
+
+
+def check_shards(q: Tensor, k: Tensor, v: Tensor, layout: Layout, axis: Axis) -> None:
+    """Refuse q, k and v that are not the shards of this rank under ``layout``, alike on every rank.
+
+    Raises:
+        SequenceParallelConfigError: shapes or dtypes do not fit each other or the layout.
+    """
+    assert layout.size == axis.size, (layout, axis)
+    rank = axis.rank
+    shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
+    if not q.dim() == k.dim() == v.dim() == 4 or not (
+        q.shape[:2] == k.shape[:2] and k.shape[:3] == v.shape[:3] and q.shape[3] == k.shape[3]
+    ):
+        raise SequenceParallelConfigError(
+            setting="attention inputs",
+            value=shapes,
+            why="expected q [B, n, H, D], k [B, n, K, D], v [B, n, K, Dv] with equal B, n and K",
+            remedy="cross-attention to a replicated sequence needs no sequence parallelism: call it directly",
+        )
+    if len({q.dtype, k.dtype, v.dtype}) > 1:
+        raise SequenceParallelConfigError(
+            setting="attention inputs",
+            value=f"q {q.dtype}, k {k.dtype}, v {v.dtype}",
+            why="q, k and v travel in one buffer and must share a dtype",
+            remedy="cast them to the compute dtype first",
+        )
+    expected = layout.sizes[rank]
+    if q.shape[SEQUENCE_DIM] != expected:
+        raise SequenceParallelConfigError(
+            setting="sequence length",
+            value=q.shape[SEQUENCE_DIM],
+            why=f"of {layout.length} tokens in the {layout.kind} layout over {layout.size} ranks, rank {rank} holds "
+            f"{expected}, but its tensors are {shapes}",
+            remedy="shard the batch with the same layout and length that the attention is given",
+        )
