@@ -386,7 +386,7 @@ def _first_problem(error: ValidationError) -> SequenceParallelConfigError:
         return cause
     setting, value = str(problem["loc"][0]), problem["input"]
     if problem["type"] == "literal_error":
-        choices = LAYOUT_CHOICES if setting == "layout" else KERNEL_CHOICES
+        choices = get_args(SequenceParallelConfig.model_fields[setting].annotation)
         nearest = get_close_matches(str(value), choices, n=1, cutoff=0.0)[0]
         why, remedy = f"known are {', '.join(choices)}", f"did you mean {nearest!r}?"
     else:

@@ -41,6 +41,9 @@ class Math(Kernel):
     ) -> str | None:
         return None if dtype.is_floating_point else f"attention needs a floating point dtype, got {dtype}"
 
+    def result_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        return accumulation_dtype(dtype)
+
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, band: Band, *, scale: float, dropout: Dropout | None
     ) -> tuple[Tensor, Tensor]:
@@ -59,7 +62,7 @@ class Math(Kernel):
                 _by_position(tile_out, heads),
                 tile_lse.reshape(q.shape[0], heads, tile.rows),
             )
-        return out.to(q.dtype), lse
+        return out, lse
 
     def backward(
         self,
@@ -96,7 +99,7 @@ class Math(Kernel):
             dscores = dprobabilities.sub_(rows(delta)).mul_(probabilities).mul_(scale)
             dq[:, tile.q] += _by_position(dscores @ _by_kv_head(k[:, tile.k]), heads)
             dk[:, tile.k] += (dscores.mT @ _by_kv_head(q[:, tile.q], kv_heads)).transpose(1, 2)
-        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
+        return dq, dk, dv
 
     def _tiles(self, q: Tensor, k: Tensor, band: Band) -> list[Block]:
         block = trim(q.shape[1], k.shape[1], band)

@@ -41,11 +41,15 @@ class Kernel(ABC):
         """The dtype of the lse for inputs of ``dtype``."""
         return accumulation_dtype(dtype)
 
+    def result_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """The dtype of out and of gradients for inputs of ``dtype``: a wider one where the kernel has it anyway."""
+        return dtype
+
     @abstractmethod
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, band: Band, *, scale: float, dropout: Dropout | None
     ) -> tuple[Tensor, Tensor]:
-        """Returns ``(out, lse)``; out has the dtype of q."""
+        """Returns ``(out, lse)``; out in `result_dtype`."""
 
     @abstractmethod
     def backward(
@@ -61,7 +65,7 @@ class Kernel(ABC):
         scale: float,
         dropout: Dropout | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns ``(dq, dk, dv)`` in the dtypes of q, k, v.
+        """Returns ``(dq, dk, dv)`` in `result_dtype`.
 
         ``out`` and ``lse`` may belong to attention over more keys than this block's: the result is then this block's
         share of the gradients, which is what ring attention sums over blocks.

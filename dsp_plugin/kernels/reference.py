@@ -7,6 +7,7 @@ from torch import Tensor
 
 from dsp_plugin.kernels.dropout import Dropout
 from dsp_plugin.kernels.kernel import Kernel
+from dsp_plugin.kernels.merge import accumulation_dtype
 from dsp_plugin.mask import Band, MaskSpec
 
 
@@ -102,6 +103,9 @@ class Reference(Kernel):
     def lse_dtype(self, dtype: torch.dtype) -> torch.dtype:
         return torch.float64
 
+    def result_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        return accumulation_dtype(dtype)
+
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, band: Band, *, scale: float, dropout: Dropout | None
     ) -> tuple[Tensor, Tensor]:
@@ -111,7 +115,7 @@ class Reference(Kernel):
         if dropout is not None:
             probabilities = probabilities * dropout.keep(q.shape[0], q.shape[2], q.device) * dropout.scale
         out = torch.einsum("bhij,bjhd->bihd", probabilities, values)
-        return out.to(q.dtype), lse
+        return out.to(self.result_dtype(q.dtype)), lse
 
     def backward(
         self,
@@ -140,7 +144,8 @@ class Reference(Kernel):
         dv = torch.einsum("bhij,bihd->bjhd", dropped, dout.double())
         groups = (k.shape[2], q.shape[2] // k.shape[2])
         dk, dv = dk.unflatten(2, groups).sum(3), dv.unflatten(2, groups).sum(3)
-        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
+        dtype = self.result_dtype(q.dtype)
+        return dq.to(dtype), dk.to(dtype), dv.to(dtype)
 
 
 def _scores(q: Tensor, k: Tensor, v: Tensor, band: Band, scale: float) -> tuple[Tensor, Tensor, Tensor]:

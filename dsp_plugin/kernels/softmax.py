@@ -135,7 +135,8 @@ def block_forward(
         q_positions, k_positions: their global positions, in order; both contiguous, or strided alike.
 
     Returns:
-        ``(out, lse)``, to be merged with those of other keys by `dsp_plugin.kernels.merge.merge_`.
+        ``(out, lse)``, to be merged with those of other keys by `dsp_plugin.kernels.merge.merge_`; ``out`` is in the
+        kernel's `result_dtype`, so that a kernel that has it in fp32 loses nothing before it is merged.
     """
     assert q.shape[1] == len(q_positions)
     assert k.shape[1] == len(k_positions)
@@ -162,7 +163,7 @@ def block_forward(
     with torch.autocast(q.device.type, enabled=False):
         if _covers_all(found, q, k):
             return attend(found[0])
-        out = torch.zeros(*q.shape[:3], v.shape[-1], dtype=q.dtype, device=q.device)
+        out = torch.zeros(*q.shape[:3], v.shape[-1], dtype=call.kernel.result_dtype(q.dtype), device=q.device)
         lse_shape = (q.shape[0], q.shape[2], q.shape[1])
         lse = torch.full(lse_shape, -torch.inf, dtype=call.kernel.lse_dtype(q.dtype), device=q.device)
         for block in found:
@@ -184,11 +185,11 @@ def block_backward(
     """This block's share of the gradients, given the ``out`` and ``lse`` of attention to *all* keys.
 
     Returns:
-        ``(dq, dk, dv)`` like q, k and v. Summing dq over blocks of keys, and dk and dv over blocks of queries, gives
-        the gradients of the whole.
+        ``(dq, dk, dv)``, shaped like q, k and v, in the kernel's `result_dtype`. Summing dq over blocks of keys, and
+        dk and dv over blocks of queries, gives the gradients of the whole.
     """
     if call.q_per_kv is not None and q.shape[2]:
-        dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        dq, dk, dv = _zeros(call, q, k, v)
         for even, heads, kv in _even_calls(call):
             dq[:, :, heads], dk[:, :, kv], dv[:, :, kv] = block_backward(
                 even,
@@ -223,10 +224,14 @@ def block_backward(
         if _covers_all(found, q, k):
             dq, dk, dv = differentiate(found[0])
         else:
-            dq, dk, dv = (torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+            dq, dk, dv = _zeros(call, q, k, v)
             for block in found:
                 dq[:, block.q], dk[:, block.k], dv[:, block.k] = differentiate(block)
     return dq, dk, dv
+
+
+def _zeros(call: AttentionCall, *like: Tensor) -> list[Tensor]:
+    return [torch.zeros(x.shape, dtype=call.kernel.result_dtype(x.dtype), device=x.device) for x in like]
 
 
 def _blocks(call: AttentionCall, q: Tensor, q_positions: range, k_positions: range) -> tuple[Block, ...]:
@@ -256,6 +261,7 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> tuple[Tensor, Tensor]:
         out, lse = block_forward(call, q, k, v, range(q.shape[1]), range(k.shape[1]))
+        out = out.to(q.dtype)
         ctx.call = call
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.mark_non_differentiable(lse)
@@ -267,7 +273,8 @@ class _Attention(torch.autograd.Function):
     def backward(ctx: Any, dout: Tensor, _dlse: None) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse = ctx.saved_tensors
         runs = range(q.shape[1]), range(k.shape[1])
-        return (*block_backward(ctx.call, dout, q, k, v, out, lse, *runs), None)
+        dq, dk, dv = block_backward(ctx.call, dout, q, k, v, out, lse, *runs)
+        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None
 
 
 @overload

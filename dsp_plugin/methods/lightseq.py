@@ -132,7 +132,7 @@ class _LightSeq(torch.autograd.Function):
             (their_q,), (their_k, their_v) = queries, keys
             partial, partial_lse = block_forward(call, their_q, their_k, their_v, q_run, k_run)
             # Tokens in dim 1, as in every bundle.
-            return (partial, partial_lse.to(lse.dtype).transpose(1, 2)), ()
+            return (partial, partial_lse.transpose(1, 2)), ()
 
         def add(results: Bundle) -> None:
             partial, partial_lse = results
@@ -157,7 +157,7 @@ class _LightSeq(torch.autograd.Function):
             gradients = block_backward(
                 ctx.call, their_dout, their_q, their_k, their_v, their_out, their_lse.transpose(1, 2), q_run, k_run
             )
-            of_q, *of_keys = (gradient.to(travel) for gradient in gradients)
+            of_q, *of_keys = gradients
             return (of_q,), tuple(of_keys)
 
         queries = _Side((q, dout, out, lse.transpose(1, 2)), (Form(q.shape, travel),), lambda got: _add_to((dq,), got))
@@ -176,7 +176,7 @@ class _Side:
 
     Attributes:
         inputs: what a block needs of this side; every tensor has its tokens in dim 1.
-        results: what a block returns to this side.
+        results: what a block returns to this side, as it travels.
         add: takes one block's results.
     """
 
@@ -210,7 +210,8 @@ def _run(schedule: Schedule, sender: Sender, queries: _Side, keys: _Side, comput
                 if owner == rank:
                     side.add(result)
                 elif result:
-                    results[owner] = result
+                    forms = zip(result, side.results, strict=True)
+                    results[owner] = tuple(x.to(form.dtype) for x, form in forms)
         if step > 0:
             _take_back(schedule, step - 1, rank, queries, keys, returning)
             returning = _give_back(schedule, step, sender, queries, keys, results)

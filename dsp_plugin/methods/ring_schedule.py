@@ -148,11 +148,9 @@ class RingSchedule:
         return found
 
     def _reads(self, shift: int) -> NDArray[np.bool_]:
-        """``[pieces, distances]``: whether the rank at a distance holds a piece; home, at distance 0, always does."""
+        """``[pieces, distances]``: whether the rank at a distance reads a piece; at home all do, as tokens see themselves."""
         ranks = (self._pieces.rank[:, None] + shift * np.arange(self.size)[None, :]) % self.size
-        found = np.take_along_axis(self._read_by, ranks, axis=1)
-        found[:, 0] = True
-        return found
+        return np.take_along_axis(self._read_by, ranks, axis=1)
 
     def _tokens_that_jump(self, shift: int) -> int:
         reads = self._reads(shift)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -19,7 +18,6 @@ from dsp_plugin.parallelize import parallelize
 from dsp_plugin.patches.deepspeed import random_state, recompute
 from dsp_plugin.patches.deepspeed.refusals import refuse_conflicts
 from dsp_plugin.patches.deepspeed.same_sample import SameSampleCheck
-from dsp_plugin.patches.recompute import hold
 from dsp_plugin.patches.transformers import ShardedCausalLM, checked_section, serves
 
 GROUPS = "sequence_parallel_groups"
@@ -58,8 +56,7 @@ def parallelizing(upstream: Callable[..., None]) -> Callable[..., None]:
         setattr(self, GROUPS, groups)
         try:
             if section.recompute == "keep_attention":
-                # Until another engine takes the module, or the module is gone.
-                undo.append(weakref.finalize(module, hold(recompute.PATCHES)))
+                undo.append(recompute.keep_for(self, module))
             undo.append(hook(module, config=section, groups=groups).remove)
             upstream(self, *args, **kwargs)
         except BaseException:
