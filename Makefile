@@ -5,7 +5,7 @@ PYTHON ?= python3
 PYTHON312 ?= $(shell for python in python3.12 $$HOME/.pyenv/versions/3.12*/bin/python3.12; do \
 	"$$python" -c 'import venv' 2>/dev/null && { echo "$$python"; break; }; done)
 VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
-EXTRAS := deepspeed,megatron,demo,test
+EXTRAS := deepspeed,megatron,hf,demo,test
 
 .PHONY: demo test test-newest matrix bench lint clean
 

@@ -23,13 +23,13 @@ from pathlib import Path
 from typing import NoReturn
 
 import torch
+
+from dsp_plugin.errors import PatchError, SequenceParallelConfigError, UnsupportedError
 from dsp_plugin.launch.report import report
 from dsp_plugin.patches import cpu, megatron
 from dsp_plugin.patches.autoload import after_import
 from dsp_plugin.patches.megatron import arguments
 from dsp_plugin.patches.patch import PatchSet
-
-from dsp_plugin.errors import PatchError, SequenceParallelConfigError, UnsupportedError
 
 PROGRAM = "python -m dsp_plugin.launch"
 
@@ -129,7 +129,7 @@ def prepare(command: Command) -> None:
     flags = command.flags
     if flags.sp_method is not None:
         given = {name.removeprefix("sp_"): value for name, value in vars(flags).items() if value is not None}
-        megatron.install(**given)
+        megatron.install(**given, heads=arguments.heads_per_rank(command.arguments))
         if mode is None and not torch.cuda.is_available() and os.environ.get("RANK", "0") == "0":
             print(
                 f"{PROGRAM}: no CUDA device here; --cpu runs Megatron-core on CPU and gloo", file=sys.stderr, flush=True

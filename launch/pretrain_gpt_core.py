@@ -27,7 +27,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.models.gpt import GPTModel
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec, get_gpt_mtp_block_spec
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer import TransformerConfig
@@ -55,7 +55,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=1234)
     parser.add_argument("--attention-dropout", type=float, default=0.0)
     parser.add_argument("--window-size", type=int, nargs=2, metavar=("LEFT", "RIGHT"))
-    parser.add_argument("--recompute-core-attention", action="store_true")
+    parser.add_argument("--recompute-granularity", choices=("full", "selective"))
+    parser.add_argument("--mtp-num-layers", type=int, help="multi-token prediction: further tokens to predict")
     parser.add_argument("--bf16", action="store_true")
     parser.add_argument("--untie-embeddings-and-output-weights", action="store_true")
     parser.add_argument(
@@ -151,7 +152,10 @@ def model_config(args: argparse.Namespace) -> TransformerConfig:
         hidden_dropout=0.0,
         attention_dropout=args.attention_dropout,
         window_size=None if args.window_size is None else tuple(args.window_size),
-        recompute_granularity="selective" if args.recompute_core_attention else None,
+        recompute_granularity=args.recompute_granularity,
+        recompute_method="uniform" if args.recompute_granularity == "full" else None,
+        recompute_num_layers=1 if args.recompute_granularity == "full" else None,
+        mtp_num_layers=args.mtp_num_layers,
         tensor_model_parallel_size=args.tensor_model_parallel_size,
         pipeline_model_parallel_size=args.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=args.virtual_pipeline_model_parallel_size,
@@ -173,18 +177,20 @@ def model_config(args: argparse.Namespace) -> TransformerConfig:
 def build_model(args: argparse.Namespace, config: TransformerConfig) -> list[DistributedDataParallel]:
     """This rank's model chunks (one, or one for each virtual pipeline stage), in Megatron's data parallel wrapper."""
     virtual = args.virtual_pipeline_model_parallel_size
+    layer = get_gpt_layer_local_spec()
     chunks = []
     for stage in [None] if virtual is None else range(virtual):
         place = {"ignore_virtual": virtual is None, "vp_stage": stage}
         model = GPTModel(
             config,
-            get_gpt_layer_local_spec(),
+            layer,
             vocab_size=VOCABULARY,
             max_sequence_length=args.seq_length,
             pre_process=parallel_state.is_pipeline_first_stage(**place),
             post_process=parallel_state.is_pipeline_last_stage(**place),
             share_embeddings_and_output_weights=not args.untie_embeddings_and_output_weights,
             position_embedding_type="rope",
+            mtp_block_spec=None if args.mtp_num_layers is None else get_gpt_mtp_block_spec(config, layer, False),
             vp_stage=stage,
         )
         initialize_weights(model, args.seed)

@@ -1,4 +1,4 @@
-"""Sequence parallelism in Megatron-core, on its own context-parallel groups and its own zigzag batches.
+"""Sequence parallelism in Megatron-core, on its own context-parallel groups.
 
 Megatron's ``context_parallel_size`` is the sequence-parallel size; data parallelism, the distributed optimizer, loss
 averaging and checkpoints then hold unchanged, because they already treat context-parallel ranks as holders of one
@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import importlib.util
 
+from dsp_plugin.errors import PatchError
 from dsp_plugin.patches.megatron import attention, norm, parallel_state, recompute
+from dsp_plugin.patches.megatron import layout as token_order
 from dsp_plugin.patches.megatron.state import MegatronState, Settings
 from dsp_plugin.patches.patch import PatchSet
-
-from dsp_plugin.errors import PatchError
 
 __all__ = ["MegatronState", "Settings", "install", "installed", "uninstall"]
 
@@ -27,6 +27,9 @@ def install(
     kernel: str = "auto",
     debug: bool = False,
     recompute: str = "full",
+    ulysses_order: str = "adjacent",
+    ring_gradient_dtype: str = "fp32",
+    heads: int | None = None,
 ) -> MegatronState:
     """Patches Megatron-core so that its context-parallel ranks run `method`; to be called before it is initialized.
 
@@ -34,10 +37,13 @@ def install(
         method: a method of `dsp_plugin.methods` that serves attention, such as ``"ulysses"``. The size is Megatron's
             own ``context_parallel_size``; where that is 1, upstream's attention stays as it is.
         ulysses_size, ring_size: how that size factors; by default as the method implies.
-        layout: ``"auto"`` or ``"zigzag"``, the order in which Megatron cuts batches.
+        layout: order of the tokens. ``"auto"`` is ``"zigzag"``, as Megatron cuts batches, unless the method takes
+            only ``"contiguous"``.
         kernel: local attention kernel, see `SequenceParallelConfig`.
         debug: compare ranks before each collective.
         recompute: ``"full"``, or ``"keep_attention"``: what Megatron recomputes, it recomputes without attention.
+        ulysses_order, ring_gradient_dtype: see `SequenceParallelConfig`.
+        heads: query heads on one tensor-parallel rank, by which ``"usp"`` chooses sizes that are not given.
 
     Returns:
         What the patches share; calling again with the same settings returns the same object.
@@ -47,7 +53,9 @@ def install(
         PatchError: Megatron-core is absent, its version or a signature is unsupported, it is initialized already, or
             other settings are installed. Nothing is patched then.
     """
-    settings = Settings(method, ulysses_size, ring_size, layout, kernel, debug, recompute)
+    settings = Settings(
+        method, ulysses_size, ring_size, layout, kernel, debug, recompute, ulysses_order, ring_gradient_dtype, heads
+    )
     settings.check()
     if importlib.util.find_spec("megatron") is None or importlib.util.find_spec("megatron.core") is None:
         raise PatchError(
@@ -70,6 +78,7 @@ def install(
             "with `python -m dsp_plugin.launch`, or call dsp_plugin.patches.megatron.install before it makes them."
         )
     state = MegatronState(settings)
+    token_order.refuse_early_importers(state)
     _patches(state).apply()
     return state
 
@@ -93,5 +102,11 @@ def uninstall() -> None:
 def _patches(state: MegatronState) -> PatchSet:
     return PatchSet(
         "sequence parallelism in Megatron-core",
-        (*parallel_state.patches(state), *attention.patches(state), *norm.patches(), *recompute.patches(state)),
+        (
+            *parallel_state.patches(state),
+            *attention.patches(state),
+            *token_order.patches(state),
+            *norm.patches(),
+            *recompute.patches(state),
+        ),
     )

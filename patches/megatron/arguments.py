@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import argparse
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import zip_longest
 from typing import Any
 
+from dsp_plugin.config import KERNEL_CHOICES
 from dsp_plugin.patches.megatron.state import servable
 from dsp_plugin.patches.megatron.versions import DISTRIBUTION, SUPPORTED
 from dsp_plugin.patches.patch import Patch
-
-from dsp_plugin.config import KERNEL_CHOICES
 
 
 def add_flags(parser: argparse.ArgumentParser, defaults: argparse.Namespace | None = None) -> argparse.ArgumentParser:
@@ -36,13 +36,27 @@ def add_flags(parser: argparse.ArgumentParser, defaults: argparse.Namespace | No
         "--sp-ulysses-size", type=int, help="ranks that exchange heads; by default what the method implies"
     )
     group.add_argument("--sp-ring-size", type=int, help="ranks that pass keys and values round; likewise")
-    group.add_argument("--sp-layout", help="order of the tokens: auto, or zigzag, which is Megatron's")
+    group.add_argument("--sp-ulysses-order", help="which ranks exchange heads: adjacent ones, or strided")
+    group.add_argument("--sp-ring-gradient-dtype", help="how gradients travel on the ring: in fp32, or as the input")
+    group.add_argument("--sp-layout", help="order of the tokens: auto, zigzag (Megatron's), or contiguous")
     group.add_argument("--sp-kernel", help=f"local attention kernel: {', '.join(KERNEL_CHOICES)}")
     group.add_argument("--sp-debug", action="store_true", help="compare ranks before each collective")
     group.add_argument("--sp-recompute", help="what recomputation does with attention: full, or keep_attention")
     if defaults is not None:
         parser.set_defaults(**vars(defaults))
     return parser
+
+
+def heads_per_rank(argv: Sequence[str]) -> int | None:
+    """Query heads on one tensor-parallel rank, from a script's arguments in Megatron's names; None where unclear."""
+    values: dict[str, str] = {}
+    for argument, following in zip_longest(argv, argv[1:], fillvalue=""):
+        name, _, value = argument.partition("=")
+        values[name] = value or following
+    heads, ranks = values.get("--num-attention-heads", ""), values.get("--tensor-model-parallel-size", "1")
+    if not (heads.isdecimal() and ranks.isdecimal() and 0 < int(ranks) <= int(heads)):
+        return None
+    return int(heads) // int(ranks)
 
 
 def _mend_help(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:

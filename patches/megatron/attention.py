@@ -16,15 +16,15 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from dsp_plugin.patches.megatron.state import NATIVE_LAYOUT, MegatronState
-from dsp_plugin.patches.megatron.versions import DISTRIBUTION, SUPPORTED
-from dsp_plugin.patches.patch import Patch
 from torch import Tensor, nn
 
 from dsp_plugin.errors import SequenceParallelConfigError, UnsupportedError
 from dsp_plugin.layout import Layout
 from dsp_plugin.mask import MaskSpec
-from dsp_plugin.methods import METHODS
+from dsp_plugin.methods import attention_of
+from dsp_plugin.patches.megatron.state import NATIVE_LAYOUT, MegatronState
+from dsp_plugin.patches.megatron.versions import DISTRIBUTION, SUPPORTED
+from dsp_plugin.patches.patch import Patch
 
 _SOFTMAX_CORES = ("DotProductAttention", "TEDotProductAttention")
 _CAUSAL = ("causal", "causal_bottom_right", "padding_causal")
@@ -121,7 +121,7 @@ def _check_layer(state: MegatronState, config: Any, core: Any, process_groups: A
 
 
 class CoreAttention(nn.Module):
-    """Megatron's core attention on a sequence shard in zigzag order.
+    """Megatron's core attention on a sequence shard, in the order that the method takes.
 
     Takes Megatron's build arguments; those that only Transformer Engine uses are ignored. Subclassed once per
     installation, to carry its `state`.
@@ -181,13 +181,11 @@ class CoreAttention(nn.Module):
         assert groups is not None, "model parallelism was destroyed under a living model"
         assert config is not None
         _refuse_inputs(query, key, attention_bias, packed_seq_params)
-        layout = Layout(NATIVE_LAYOUT, query.shape[0] * groups.sp.size, groups.sp.size)
+        layout = Layout(config.layout_for(NATIVE_LAYOUT), query.shape[0] * groups.sp.size, groups.sp.size)
         kind = (attn_mask_type or self.attn_mask_type).name
         causal = self._causal(kind, attention_mask, layout)
-        attention = METHODS[config.method].attention
-        assert attention is not None
         dropout_p = self.dropout_p if self.training else 0.0
-        out = attention(
+        out = attention_of(config)(
             query.transpose(0, 1),
             key.transpose(0, 1),
             value.transpose(0, 1),

@@ -12,11 +12,10 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from dsp_plugin.patches.megatron.state import MegatronState
+from dsp_plugin.errors import SequenceParallelConfigError
+from dsp_plugin.patches.megatron.state import MegatronState, hierarchy
 from dsp_plugin.patches.megatron.versions import DISTRIBUTION, SUPPORTED
 from dsp_plugin.patches.patch import Patch
-
-from dsp_plugin.errors import SequenceParallelConfigError
 
 logger = logging.getLogger(__name__)
 
@@ -76,12 +75,13 @@ def _initialize(state: MegatronState, upstream: Callable[..., None]) -> Callable
             pipeline_model_parallel_size=sizes["pipeline_model_parallel_size"],
         )
         if config.size > 1:
-            ours, given = [config.ulysses_size, config.ring_size], sizes["hierarchical_context_parallel_sizes"]
+            ours, given = hierarchy(config), sizes["hierarchical_context_parallel_sizes"]
             if given and list(given) != ours:
                 raise SequenceParallelConfigError(
                     setting="hierarchical_context_parallel_sizes",
                     value=list(given),
-                    why=f"the plugin uses Megatron's hierarchical groups as [ulysses_size, ring_size] = {ours}",
+                    why=f"the plugin makes Megatron's hierarchical groups of ulysses_size={config.ulysses_size} and "
+                    f"ring_size={config.ring_size} ranks, {config.ulysses_order}: {ours}",
                     remedy="drop --hierarchical-context-parallel-sizes, or make them agree",
                 )
             sizes["hierarchical_context_parallel_sizes"] = ours

@@ -19,16 +19,26 @@ from dsp_plugin.layout import LayoutKind
 from dsp_plugin.methods import METHODS
 
 NATIVE_LAYOUT: LayoutKind = "zigzag"
+# The orders in which batches and rotary embeddings can be cut: Megatron's own, and the one of patches.megatron.layout.
+LAYOUTS: tuple[LayoutKind, ...] = (NATIVE_LAYOUT, "contiguous")
 
 
 def servable() -> list[str]:
-    """The methods that Megatron's attention layers can run: softmax attention over tokens in Megatron's order."""
-    return [name for name, method in METHODS.items() if method.kind == "softmax" and NATIVE_LAYOUT in method.layouts]
+    """The methods that Megatron's attention layers can run: softmax attention over tokens in an order they can have."""
+    return [
+        name
+        for name, method in METHODS.items()
+        if method.kind == "softmax" and any(layout in method.layouts for layout in LAYOUTS)
+    ]
 
 
 @dataclass(frozen=True)
 class Settings:
-    """The ``--sp-*`` flags. The size is not among them: it is Megatron's ``context_parallel_size``."""
+    """The ``--sp-*`` flags. The size is not among them: it is Megatron's ``context_parallel_size``.
+
+    Attributes:
+        heads: query heads on one tensor-parallel rank, where known before the model is built.
+    """
 
     method: str
     ulysses_size: int | None = None
@@ -37,6 +47,9 @@ class Settings:
     kernel: str = "auto"
     debug: bool = False
     recompute: str = "full"
+    ulysses_order: str = "adjacent"
+    ring_gradient_dtype: str = "fp32"
+    heads: int | None = None
 
     def config(self, size: int) -> SequenceParallelConfig:
         """The whole configuration for `size` context-parallel ranks.
@@ -54,20 +67,12 @@ class Settings:
                 why="Megatron's layers shard inside attention, and this method does not compute attention",
                 remedy=f"use one of {', '.join(servable())}",
             )
-        if config.method not in servable():
-            raise SequenceParallelConfigError(
-                setting="--sp-method",
-                value=config.method,
-                why=f"it takes tokens in {' or '.join(METHODS[config.method].layouts)} order, and Megatron's are in "
-                f"{NATIVE_LAYOUT} order",
-                remedy=f"use one of {', '.join(servable())}",
-            )
-        if config.layout_for(NATIVE_LAYOUT) != NATIVE_LAYOUT:
+        if config.layout_for(NATIVE_LAYOUT) not in LAYOUTS:
             raise SequenceParallelConfigError(
                 setting="--sp-layout",
                 value=config.layout,
-                why=f"Megatron cuts batches and rotary embeddings in {NATIVE_LAYOUT} order",
-                remedy=f"use auto or {NATIVE_LAYOUT}",
+                why=f"Megatron's batches and rotary embeddings come in {' or '.join(LAYOUTS)} order",
+                remedy=f"use auto, {' or '.join(LAYOUTS)}",
             )
         return config
 
@@ -78,6 +83,16 @@ class Settings:
             SequenceParallelConfigError: see `config`.
         """
         self.config((self.ulysses_size or 1) * (self.ring_size or 1))
+
+    def layout_kind(self) -> LayoutKind:
+        """The order of the tokens, which does not depend on the size."""
+        return self.config((self.ulysses_size or 1) * (self.ring_size or 1)).layout_for(NATIVE_LAYOUT)
+
+
+def hierarchy(config: SequenceParallelConfig) -> list[int]:
+    """Megatron's ``hierarchical_context_parallel_sizes``: the axis of neighbouring ranks first."""
+    sizes = [config.ulysses_size, config.ring_size]
+    return sizes if config.ulysses_order == "adjacent" else sizes[::-1]
 
 
 @dataclass
@@ -119,12 +134,13 @@ class MegatronState:
         Args:
             config: from `configure`.
             upstream: `megatron.core.parallel_state`, initialized; for more than one context-parallel rank with
-                hierarchical sizes ``[ulysses_size, ring_size]``.
+                hierarchical sizes `hierarchy(config)`.
         """
         sequence = upstream.get_context_parallel_group()
         ulysses, ring = sequence, sequence
         if config.size > 1:
-            ulysses, ring = upstream.get_hierarchical_context_parallel_groups()
+            near, far = upstream.get_hierarchical_context_parallel_groups()
+            ulysses, ring = (near, far) if config.ulysses_order == "adjacent" else (far, near)
             # One communicator, not two, where a factor spans the whole sequence group.
             ulysses = sequence if config.ring_size == 1 else ulysses
             ring = sequence if config.ulysses_size == 1 else ring

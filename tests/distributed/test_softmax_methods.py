@@ -106,6 +106,7 @@ UNUSUAL: dict[str, dict[str, Any]] = {
     "the math kernel": {"kernel": "math", "mask": "causal+window"},
     "the reference kernel": {"kernel": "reference", "mask": "packed"},
     "heads cut unevenly": {"heads": 10, "kv_heads": 5, "mask": "causal"},
+    "heads cut unevenly in bf16": {"heads": 9, "kv_heads": 3, "dropout": 0.4, "dtype": torch.bfloat16, "length": 73},
     "fewer key heads than ranks": {"heads": 8, "kv_heads": 2, "mask": "causal+packed+window"},
     "gradients in bf16": {"ring_gradient_dtype": "input", "dtype": torch.bfloat16, "mask": "causal"},
     "gradients in bf16, documents": {"ring_gradient_dtype": "input", "dtype": torch.float16, "mask": "causal+packed"},

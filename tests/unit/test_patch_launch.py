@@ -8,9 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from dsp_plugin.launch.__main__ import Command, main
 
 from dsp_plugin.errors import SequenceParallelConfigError
+from dsp_plugin.launch.__main__ import Command, main
+from dsp_plugin.patches.megatron import Settings
+from dsp_plugin.patches.megatron.arguments import heads_per_rank
 
 ROOT = Path(__file__).parents[2]
 
@@ -75,7 +77,8 @@ def test_mistakes_are_named(argv: list[str], words: list[str], script: str) -> N
     [
         (["--sp-method", "ulises"], ["ulises", "the nearest is 'ulysses'"]),
         (["--sp-method", "dsp"], ["--sp-method='dsp'", "does not compute attention", "ulysses"]),
-        (["--sp-method", "ulysses", "--sp-layout", "contiguous"], ["--sp-layout='contiguous'", "zigzag"]),
+        (["--sp-method", "ring", "--sp-layout", "striped"], ["--sp-layout='striped'", "zigzag or contiguous"]),
+        (["--sp-method", "usp", "--sp-ulysses-order", "near"], ["ulysses_order='near'"]),
         (["--sp-method", "ulysses", "--sp-layout", "spiral"], ["spiral"]),
         (["--sp-method", "ulysses", "--sp-kernel", "fa9"], ["kernel", "fa9"]),
         (["--sp-method", "ulysses", "--sp-ring-size", "2"], ["ring_size=2", "ulysses has no ring"]),
@@ -155,3 +158,29 @@ def test_templates_form_a_command_that_the_launcher_accepts(template: Path) -> N
     assert command.flags.sp_method == "ulysses"
     assert command.arguments[command.arguments.index("--context-parallel-size") + 1] == "2"
     assert command.arguments[-2:] == ("--train-iters", "5")
+
+
+@pytest.mark.parametrize(
+    ("argv", "heads"),
+    [
+        (["--num-attention-heads", "8"], 8),
+        (["--num-attention-heads=8", "--lr", "1", "--tensor-model-parallel-size", "4"], 2),
+        (["--tensor-model-parallel-size=3", "--num-attention-heads", "8"], 2),
+        (["--num-attention-heads", "2", "--tensor-model-parallel-size", "4"], None),
+        (["--num-attention-heads"], None),
+        (["--num-attention-heads", "many"], None),
+        (["8"], None),
+        ([], None),
+    ],
+)
+def test_heads_are_read_off_a_megatron_command_line(argv: list[str], heads: int | None) -> None:
+    assert heads_per_rank(argv) == heads
+
+
+@pytest.mark.parametrize(("heads", "sizes"), [(None, (4, 1)), (8, (4, 1)), (2, (2, 2)), (3, (1, 4))])
+def test_usp_takes_no_more_ulysses_ranks_than_heads(
+    heads: int | None, sizes: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    config = Settings("usp", heads=heads).config(4)
+    assert (config.ulysses_size, config.ring_size) == sizes

@@ -68,8 +68,8 @@ def torchrun(ranks: int, *argv: str, timeout: float = 150.0, check: bool = True)
     return subprocess.CompletedProcess(command, process.returncode, output, "")
 
 
-def train(folder: Path, ranks: int, *argv: str, plugin: bool = True) -> Run:
-    """Trains the core-only script for 3 steps, with Ulysses unless `argv` says else, or with stock Megatron."""
+def train(folder: Path, ranks: int, *argv: str, plugin: bool = True, script: Path = CORE_SCRIPT) -> Run:
+    """Trains with the script for 3 steps, with Ulysses unless `argv` says else, or with stock Megatron."""
     folder.mkdir(parents=True, exist_ok=True)
     metrics, gradients = folder / "metrics.json", folder / "gradients.pt"
     method = ["--sp-method", "ulysses"] if plugin and "--sp-method" not in argv else []
@@ -78,7 +78,7 @@ def train(folder: Path, ranks: int, *argv: str, plugin: bool = True) -> Run:
         "-m",
         "dsp_plugin.launch",
         "--cpu",
-        str(CORE_SCRIPT),
+        str(script),
         *argv,
         *method,
         "--metrics-out",

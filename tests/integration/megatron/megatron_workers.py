@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from dsp_plugin.patches import cpu, megatron
-from dsp_plugin.patches.patch import ALLOW_UNTESTED
 from torch import Tensor
 
 from dsp_plugin.layout import Layout
+from dsp_plugin.patches import cpu, megatron
+from dsp_plugin.patches.patch import ALLOW_UNTESTED
 
 BATCH, LENGTH, HEADS, KV_HEADS, HEAD_DIM = 2, 32, 4, 2, 8
 
@@ -85,6 +85,20 @@ def life_of_the_groups() -> dict[str, Any]:
     seen["after initialization"] = message(lambda: megatron.install("ulysses"))
     upstream.destroy_model_parallel()
     return seen
+
+
+def grid_of(order: str) -> tuple[list[int], list[int]]:
+    """The Ulysses and the ring neighbours of this rank, itself included, on a grid of four."""
+    cpu.install()
+    from megatron.core import parallel_state as upstream
+
+    megatron.install("usp", ulysses_size=2, ulysses_order=order)
+    upstream.initialize_model_parallel(context_parallel_size=4)
+    groups = upstream.get_ulysses_parallel_group(), upstream.get_ring_parallel_group()
+    ulysses, ring = (dist.get_process_group_ranks(group) for group in groups)
+    upstream.destroy_model_parallel()
+    megatron.uninstall()
+    return ulysses, ring
 
 
 def refused_initializations() -> dict[str, str]:

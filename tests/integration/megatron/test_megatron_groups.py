@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from megatron_workers import life_of_the_groups, refused_initializations, unsupported_version
+from megatron_workers import grid_of, life_of_the_groups, refused_initializations, unsupported_version
 
 from dsp_plugin.spawn import spawn
 
@@ -47,6 +47,13 @@ def test_uninstall_leaves_megatron_as_it_was(lives: list[dict[str, Any]]) -> Non
     for seen in lives:
         assert seen["restored"]
         assert seen["left"] == []
+
+
+@pytest.mark.parametrize(("order", "near", "far"), [("adjacent", "ulysses", "ring"), ("strided", "ring", "ulysses")])
+def test_usp_axes_lie_near_or_far_as_set(order: str, near: str, far: str) -> None:
+    for rank, (ulysses, ring) in enumerate(spawn(grid_of, 4, order, timeout=100)):
+        first = rank // 2 * 2
+        assert {"ulysses": ulysses, "ring": ring} == {near: [first, first + 1], far: [rank % 2, rank % 2 + 2]}
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""Real Megatron-core with Ulysses trains as one process of stock Megatron does, beside each of its other parallelisms.
+"""Real Megatron-core with each method trains as one process of stock Megatron does, beside its other parallelisms.
 
 fp32, grouped-query attention, rotary embeddings, gradient clipping, tied embeddings, 4 microbatches; after 3 optimizer
 steps.
@@ -7,13 +7,16 @@ steps.
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 
 import pytest
 from megatron_runs import Run, assert_parity, train
 
 TP2, PP2, CP2 = (f"--{axis}-parallel-size 2" for axis in ("tensor-model", "pipeline-model", "context"))
+CP4 = "--context-parallel-size 4"
 VPP2 = "--virtual-pipeline-model-parallel-size 2"
+RING, LIGHTSEQ = "--sp-method ring", "--sp-method lightseq"
 
 COMBINATIONS = {
     "cp2": (2, CP2),
@@ -28,13 +31,40 @@ COMBINATIONS = {
         8,
         f"{TP2} {CP2} {PP2} --sequence-parallel --use-distributed-optimizer",
     ),
-    "cp2, ring": (2, f"{CP2} --sp-method ring"),
-    "cp4, usp": (4, "--context-parallel-size 4 --sp-method usp --sp-ulysses-size 2 --sp-ring-size 2"),
+    "ring: cp4": (4, f"{CP4} {RING}"),
+    "ring: tp2 x cp2, sequence parallel, selective recompute": (
+        4,
+        f"{TP2} {CP2} --sequence-parallel --recompute-granularity selective {RING}",
+    ),
+    "ring: cp2 x pp2, interleaved, full recompute": (4, f"{CP2} {PP2} {VPP2} --recompute-granularity full {RING}"),
+    "ring: cp2 x dp2, distributed optimizer, contiguous": (
+        4,
+        f"{CP2} --use-distributed-optimizer --sp-layout contiguous --sp-ring-gradient-dtype input {RING}",
+    ),
+    "usp: cp4": (4, f"{CP4} --sp-method usp --sp-ulysses-size 2 --sp-ring-size 2"),
+    "usp: cp4, strided, contiguous, sliding window": (
+        4,
+        f"{CP4} --sp-method usp --sp-ulysses-size 2 --sp-ulysses-order strided --sp-layout contiguous "
+        "--window-size 16 0",
+    ),
+    "lightseq: cp4": (4, f"{CP4} {LIGHTSEQ}"),
+    "lightseq: tp2 x cp2, full recompute that keeps attention": (
+        4,
+        f"{TP2} {CP2} --recompute-granularity full --sp-recompute keep_attention {LIGHTSEQ}",
+    ),
+    "lightseq: cp2 x pp2, interleaved, uneven loss mask, per-token loss": (
+        4,
+        f"{CP2} {PP2} {VPP2} --mask-newlines --calculate-per-token-loss {LIGHTSEQ}",
+    ),
+    "lightseq: cp2 x dp2, distributed optimizer, selective recompute": (
+        4,
+        f"{CP2} --use-distributed-optimizer --recompute-granularity selective {LIGHTSEQ}",
+    ),
     "cp2, uneven loss mask, per-token loss": (2, f"{CP2} --mask-newlines --calculate-per-token-loss"),
     "cp2, sliding window": (2, f"{CP2} --window-size 16 0"),
-    "cp2, recomputed attention, untied embeddings": (
+    "cp2, selective recompute, untied embeddings": (
         2,
-        f"{CP2} --recompute-core-attention --untie-embeddings-and-output-weights",
+        f"{CP2} --recompute-granularity selective --untie-embeddings-and-output-weights",
     ),
 }
 MODEL_FLAGS = {
@@ -42,6 +72,8 @@ MODEL_FLAGS = {
     "--mask-newlines": 0,
     "--calculate-per-token-loss": 0,
     "--window-size": 2,
+    "--mtp-num-layers": 1,
+    "--bf16": 0,
     "--untie-embeddings-and-output-weights": 0,
 }
 
@@ -68,6 +100,29 @@ def test_trains_like_one_process_of_stock_megatron(
 def test_dropout_does_not_depend_on_the_sharding(reference: Callable[..., Run], tmp_path: Path) -> None:
     dropped = ("--attention-dropout", "0.3")
     two = train(tmp_path / "two", 2, "--context-parallel-size", "2", *dropped)
-    four = train(tmp_path / "four", 4, "--context-parallel-size", "4", *dropped, "--recompute-core-attention")
+    four = train(tmp_path / "four", 4, "--context-parallel-size", "4", *dropped, "--recompute-granularity", "selective")
     assert_parity(four, two)
     assert abs(two.losses[0] - reference().losses[0]) > 1e-4, "nothing was dropped"
+
+
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("method", ["ring", "lightseq"])
+def test_multi_token_prediction_follows_the_layout(method: str, reference: Callable[..., Run], tmp_path: Path) -> None:
+    if not metadata.version("megatron-core").startswith("0.16."):
+        pytest.skip(
+            "this megatron-core weighs a multi-token loss by the token count of a rank, so its own context parallelism "
+            "does not equal one process"
+        )
+    argv = ("--mtp-num-layers", "2", "--calculate-per-token-loss")
+    run = train(tmp_path, 2, "--context-parallel-size", "2", "--sp-method", method, *argv)
+    assert_parity(run, reference(*argv))
+
+
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("method", ["ulysses", "ring", "lightseq"])
+def test_bf16_stays_within_its_own_noise(method: str, reference: Callable[..., Run], tmp_path: Path) -> None:
+    exact, rounded = reference(), reference("--bf16")
+    noise = max(abs(a - b) for a, b in zip(exact.losses, rounded.losses, strict=True))
+    run = train(tmp_path, 4, "--context-parallel-size", "4", "--sp-method", method, "--bf16")
+    assert 0 < noise < 0.01
+    assert max(abs(a - b) for a, b in zip(run.losses, rounded.losses, strict=True)) <= noise

@@ -38,9 +38,10 @@ def stock() -> list[tuple[str, str]]:
     ("ranks", "arguments"),
     [
         (2, "--context-parallel-size 2 --sp-method ulysses"),
+        (2, "--context-parallel-size 2 --sp-method lightseq"),
         (4, "--tensor-model-parallel-size 2 --sequence-parallel --context-parallel-size 2 --sp-method ulysses"),
     ],
-    ids=["cp2", "tp2 x cp2, sequence parallel"],
+    ids=["cp2", "lightseq: cp2", "tp2 x cp2, sequence parallel"],
 )
 def test_logs_the_losses_of_stock_megatron(ranks: int, arguments: str, stock: list[tuple[str, str]]) -> None:
     for (loss, norm), (stock_loss, stock_norm) in zip(logged(ranks, *arguments.split()), stock, strict=True):
@@ -51,7 +52,8 @@ def test_logs_the_losses_of_stock_megatron(ranks: int, arguments: str, stock: li
 
 def test_help_and_args_have_the_flags() -> None:
     done = torchrun(1, "-m", "dsp_plugin.launch", "--cpu", SCRIPT, "--help")
-    flags = ("--sp-method", "--sp-ulysses-size", "--sp-ring-size", "--sp-layout", "--sp-kernel", "--sp-debug")
+    names = "method ulysses-size ring-size ulysses-order ring-gradient-dtype layout kernel debug recompute"
+    flags = [f"--sp-{name}" for name in names.split()]
     assert all(flag in done.stdout for flag in flags)
     assert "--context-parallel-size" in done.stdout
 

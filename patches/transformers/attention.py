@@ -1,0 +1,106 @@
+"""The attention function that one model's attention layers call through Transformers' attention interface."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from dsp_plugin.config import SequenceParallelConfig
+from dsp_plugin.errors import UnsupportedError
+from dsp_plugin.groups import SequenceParallelGroups
+from dsp_plugin.mask import MaskSpec
+from dsp_plugin.methods import attention_of
+from dsp_plugin.patches.transformers.inputs import Placement
+from dsp_plugin.randomness import RegionSeed
+from dsp_plugin.routing import autocast
+
+# What some families pass to attention beyond q, k and v, and what it would change.
+ALTERING = {
+    "softcap": "it bends the scores",
+    "s_aux": "it adds a sink to the softmax",
+    "position_bias": "it is added to the scores",
+    "head_mask": "it weighs heads",
+}
+
+
+class SequenceAttention:
+    """Runs a model's attention by a method.
+
+    Attributes:
+        calls: how many attention layers ran in the running forward pass.
+        placement: how the tokens of that forward pass lie on the ranks.
+        seed: the seeds of that forward pass; None outside training.
+    """
+
+    placement: Placement
+    seed: RegionSeed | None
+
+    def __init__(self, config: SequenceParallelConfig, groups: SequenceParallelGroups) -> None:
+        self._attention, self._groups = attention_of(config), groups
+        self.calls = 0
+
+    def __call__(
+        self,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        scaling: float | None = None,
+        dropout: float = 0.0,
+        sliding_window: int | None = None,
+        is_causal: bool | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, None]:
+        """Attention as the interface has it.
+
+        Args:
+            module: the attention layer.
+            query: ``[B, H, n, D]`` of this rank's tokens, rotated by their global positions.
+            key: ``[B, K, n, D]``.
+            value: ``[B, K, n, Dv]``.
+            sliding_window: W: a query sees itself and the W - 1 keys before it.
+
+        Returns:
+            ``[B, n, H, Dv]``, and no weights.
+
+        Raises:
+            UnsupportedError: a mask, or something else that changes the scores in a way that no method knows.
+        """
+        self.calls += 1
+        _refuse_altered_scores(module, attention_mask, is_causal, kwargs)
+        placement = self.placement
+        out = self._attention(
+            *(autocast(x).transpose(1, 2) for x in (query, key, value)),
+            groups=self._groups,
+            layout=placement.layout,
+            mask=MaskSpec(
+                causal=True,
+                window=None if sliding_window is None else (sliding_window - 1, 0),
+                cu_seqlens=placement.documents,
+            ),
+            scale=scaling,
+            dropout_p=dropout,
+            dropout_seed=self._dropout_seed(module) if dropout else None,
+        )
+        return out, None
+
+    def _dropout_seed(self, module: nn.Module) -> int:
+        assert self.seed is not None, "Transformers' layers drop in training only"
+        return self.seed.of_attention(f"layer {getattr(module, 'layer_idx', None)}")
+
+
+def _refuse_altered_scores(
+    module: nn.Module, attention_mask: object, is_causal: bool | None, kwargs: dict[str, Any]
+) -> None:
+    found = [(name, why) for name, why in ALTERING.items() if kwargs.get(name) is not None]
+    if attention_mask is not None:
+        found.append(("attention_mask", "the model made a mask of its own"))
+    if is_causal is False or getattr(module, "is_causal", True) is False:
+        found.append(("is_causal=False", "tokens would see their labels"))
+    for name, why in found:
+        raise UnsupportedError(
+            f"{name} in {type(module).__name__} with sequence_parallel: {why}, which the methods do not know. "
+            f"Use a model whose attention is softmax of scaled products under a causal or sliding-window mask."
+        )

@@ -1,0 +1,122 @@
+"""A causal language model of Transformers, sharded: its batch, its attention and its loss."""
+
+from __future__ import annotations
+
+import weakref
+from contextlib import ExitStack
+from copy import deepcopy
+from functools import partial
+from itertools import count
+from typing import TYPE_CHECKING, Any, Self
+
+from torch import nn
+
+from dsp_plugin.comm.collectives import gather
+from dsp_plugin.config import SequenceParallelConfig
+from dsp_plugin.errors import UnsupportedError
+from dsp_plugin.groups import SequenceParallelGroups
+from dsp_plugin.outputs import first_tensor, when_backward_starts
+from dsp_plugin.patches.transformers.attention import SequenceAttention
+from dsp_plugin.patches.transformers.inputs import SEQUENCE_DIM, InputSharder, Placement
+from dsp_plugin.patches.transformers.loss import SequenceLoss
+from dsp_plugin.randomness import RegionSeed, RegionVisit
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+class ShardedCausalLM:
+    """What is in place on one model; `remove` takes it off.
+
+    Args:
+        model: one that `checked_section` accepts.
+        config: what `checked_section` returns.
+    """
+
+    def __init__(self, model: PreTrainedModel, config: SequenceParallelConfig, groups: SequenceParallelGroups) -> None:
+        self._config, self._groups = config, groups
+        self._layers = model.config.get_text_config().num_hidden_layers
+        self._inputs = InputSharder(config, groups.sp)
+        self._attention = SequenceAttention(config, groups)
+        self._loss = SequenceLoss(model.loss_function, groups.sp)
+        self._visit: RegionVisit | None = None
+        with ExitStack() as undo:
+            _select_attention(model, f"sequence_parallel_{config.method}", self._attention, undo)
+            _set_loss(model, self._loss, undo)
+            undo.callback(model.register_forward_pre_hook(self._before, with_kwargs=True).remove)
+            # Before what follows, which all ranks do alike; also where the forward pass fails.
+            undo.callback(model.register_forward_hook(self._leave, always_call=True).remove)
+            undo.callback(model.register_forward_hook(self._after).remove)
+            self._undo = undo.pop_all()
+
+    def remove(self) -> None:
+        """Leave the model as it was."""
+        self._undo.close()
+
+    def _before(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        self._attention.calls = self._loss.calls = 0
+        kwargs, self._attention.placement = self._inputs.shard(model, args, kwargs)
+        self._visit = RegionVisit(self._groups.sp) if model.training else None
+        self._attention.seed = self._visit.seed if self._visit is not None else None
+        return (), kwargs
+
+    def _leave(self, *_: object) -> None:
+        if self._visit is not None:
+            self._visit.leave()
+            self._visit = None
+
+    def _after(self, model: nn.Module, args: object, output: Any) -> Any:
+        placement, seed = self._attention.placement, self._attention.seed
+        for what, calls, expected in (
+            ("attention interface", self._attention.calls, self._layers),
+            ("loss function", self._loss.calls, int(placement.labelled)),
+        ):
+            if calls != expected:
+                raise UnsupportedError(
+                    setting=f"{type(model).__name__} with sequence_parallel",
+                    why=f"its forward called the {what} of Transformers {calls} times where {expected} were due, so "
+                    f"part of it was computed within the shard",
+                    remedy="leave config._attn_implementation and loss_function as they are after "
+                    "deepspeed.initialize; if they are, the model's code does not use them",
+                )
+        first, rebuild = first_tensor(output)
+        if not placement.labelled:
+            layout, method = placement.layout, self._config.method
+            first = gather(first, SEQUENCE_DIM, layout, axis=self._groups.sp, method=method)
+        when_backward_starts(first, partial(self._recall, placement, seed))
+        return rebuild(first)
+
+    def _recall(self, placement: Placement, seed: RegionSeed | None) -> None:
+        self._attention.placement, self._attention.seed = placement, seed
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        return self
+
+
+def _select_attention(model: PreTrainedModel, name: str, attention: SequenceAttention, undo: ExitStack) -> None:
+    """Register ``attention`` and make it that of this model, which from now on has a config of its own.
+
+    A config may be shared with another model, and the interface looks the name up in it.
+    """
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
+
+    name = next(free for number in count() if (free := f"{name}_{number}") not in ALL_ATTENTION_FUNCTIONS)
+    shared, own = model.config, deepcopy(model.config)
+    before = own._attn_implementation
+    for module in model.modules():
+        if vars(module).get("config") is shared:
+            vars(module)["config"] = own
+    AttentionInterface.register(name, attention)
+    # The table outlives the model.
+    undo.callback(weakref.finalize(model, AttentionInterface._global_mapping.pop, name))
+    own._attn_implementation = name
+    undo.callback(setattr, own, "_attn_implementation", before)
+
+
+def _set_loss(model: PreTrainedModel, loss: SequenceLoss, undo: ExitStack) -> None:
+    before = vars(model).get("_loss_function")
+    model.loss_function = loss
+    if before is None:
+        undo.callback(delattr, model, "_loss_function")
+    else:
+        undo.callback(setattr, model, "loss_function", before)

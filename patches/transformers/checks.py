@@ -1,0 +1,124 @@
+"""Which models can be sharded through the interfaces of Transformers alone, and what stands against the others."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from dsp_plugin.config import DEEPSPEED_SECTION, SequenceParallelConfig
+from dsp_plugin.errors import UnsupportedError
+from dsp_plugin.patches.transformers.seams import SEAMS
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+# Layers that mix tokens by attention only, as `config.layer_types` names them.
+ATTENTION_LAYERS = ("full_attention", "sliding_attention")
+# Rotary embeddings whose frequencies follow from the largest position that a rank happens to see.
+LENGTH_DEPENDENT = ("dynamic", "longrope")
+DESCRIBE = 'describe it in the section ("batch" and "attention", or "plan"), or remove the section'
+
+
+class Heads(NamedTuple):
+    """Query heads, and key/value heads."""
+
+    query: int
+    kv: int
+
+
+def heads_of(model: PreTrainedModel) -> Heads:
+    """The head counts that the model's config declares."""
+    declared = model.config.get_text_config()
+    query = declared.num_attention_heads
+    return Heads(query, getattr(declared, "num_key_value_heads", None) or query)
+
+
+def checked_section(model: PreTrainedModel, section: Mapping[str, Any]) -> SequenceParallelConfig:
+    """The user's section, with sizes that fit the model's heads. Refuses what cannot be sharded.
+
+    Raises:
+        PatchError: this Transformers is not one that we fit.
+        UnsupportedError: the model does not go through the interfaces that we use, or computes over whole sequences.
+        SequenceParallelConfigError: the method cannot serve its head counts.
+    """
+    for seam in SEAMS:
+        seam.verify()
+    for what, value, why, remedy in _obstacles(model):
+        raise UnsupportedError(
+            setting=f"{what} of {type(model).__name__} with sequence_parallel", value=value, why=why, remedy=remedy
+        )
+    heads = heads_of(model)
+    config = SequenceParallelConfig.from_deepspeed({DEEPSPEED_SECTION: {"heads": heads.query, **section}})
+    assert config is not None
+    config.check_model(heads=heads.query, kv_heads=heads.kv)
+    return config
+
+
+def _obstacles(model: PreTrainedModel) -> Iterator[tuple[str, Any, str, str]]:
+    """What it is, its value, why it stands in the way, and the remedy."""
+    if not _is_causal_lm(model):
+        yield (
+            "class",
+            type(model).__name__,
+            "method and size alone say enough about causal language models (LlamaForCausalLM and the like), which take "
+            "input_ids and labels, and this is none",
+            DESCRIBE,
+        )
+    declared = model.config.get_text_config()
+    other = sorted(set(getattr(declared, "layer_types", None) or ()) - set(ATTENTION_LAYERS))
+    if other or model._is_stateful:
+        yield (
+            "config.layer_types",
+            other or "recurrent",
+            f"such layers carry something along the sequence that is not attention; known are {ATTENTION_LAYERS}",
+            "use a model with attention layers only, or remove the section",
+        )
+    if not model._supports_attention_backend:
+        yield (
+            "_supports_attention_backend",
+            False,
+            "it computes attention itself, not through the attention interface, so it would attend within a shard",
+            DESCRIBE,
+        )
+    if "position_ids" not in inspect.signature(model.forward).parameters:
+        yield (
+            "forward",
+            "no position_ids",
+            "it would number the tokens of every shard from 0",
+            'describe it in the section ("batch", "attention", and in "positions" the argument that takes them)',
+        )
+    # Transformers 4 calls them rope_scaling.
+    rope = getattr(declared, "rope_parameters", None) or getattr(declared, "rope_scaling", None) or {}
+    for rope_type in sorted(_rope_types(rope)):
+        if any(name in rope_type for name in LENGTH_DEPENDENT):
+            yield (
+                "config.rope_parameters['rope_type']",
+                rope_type,
+                "its frequencies depend on the largest position in the batch, and every rank sees another one",
+                'use a type with fixed frequencies, such as "linear", "yarn" or "llama3"',
+            )
+    if not getattr(declared, "is_causal", True):
+        yield "config.is_causal", False, "labels are the next tokens, which attention would see", "set it to true"
+    from transformers.loss.loss_utils import ForCausalLMLoss
+
+    if model.loss_function is not ForCausalLMLoss:
+        yield (
+            "loss_function",
+            getattr(model.loss_function, "__name__", type(model.loss_function).__name__),
+            "it is not Transformers' own for causal language models, of which we know how it adds up over shards",
+            "leave it as it is and pass no labels: the model then returns whole logits, to compute any loss from",
+        )
+
+
+def _is_causal_lm(model: PreTrainedModel) -> bool:
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    known = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
+    return any(kind.__name__ in known for kind in type(model).__mro__)
+
+
+def _rope_types(parameters: dict[str, Any]) -> set[str]:
+    """Of all layers: Transformers nests the parameters by layer type where layers differ."""
+    nested = [value for value in parameters.values() if isinstance(value, dict)]
+    return {str(found["rope_type"]) for found in (parameters, *nested) if found.get("rope_type")}

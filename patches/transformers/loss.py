@@ -1,0 +1,63 @@
+"""The loss function of a model whose tokens are spread over ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from dsp_plugin.groups import Axis
+from dsp_plugin.loss import contract
+
+
+class SequenceLoss:
+    """Stands in for Transformers' `ForCausalLMLoss` on one model: this rank's tokens in, the loss of the sequence out.
+
+    Attributes:
+        calls: how often the model took a loss in the running forward pass.
+
+    Args:
+        upstream: `ForCausalLMLoss`.
+        sp: the sequence axis.
+    """
+
+    def __init__(self, upstream: Callable[..., Tensor], sp: Axis) -> None:
+        self._upstream, self._sp = upstream, sp
+        self.calls = 0
+
+    def __call__(
+        self,
+        logits: Tensor,
+        labels: Tensor,
+        vocab_size: int,
+        num_items_in_batch: Tensor | int | None = None,
+        ignore_index: int = -100,
+        shift_labels: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """The loss as upstream defines it, over the whole sequence; see `dsp_plugin.loss` for its gradient.
+
+        Args:
+            logits: ``[B, n, V]`` of this rank's tokens.
+            labels: int64 ``[B, n]``, what follows each of them in the whole sequence.
+            num_items_in_batch: divides the sum in place of the number of labels, as it does upstream.
+            shift_labels: not used; `labels` are shifted already.
+
+        Returns:
+            Scalar, fp32.
+        """
+        self.calls += 1
+        # Divided by one item, a sum: unlike a mean it is defined where a rank has no label that counts.
+        local_sum = self._upstream(
+            logits, labels, vocab_size, num_items_in_batch=1, ignore_index=ignore_index, shift_labels=labels, **kwargs
+        )
+        if num_items_in_batch is None:
+            return contract(local_sum, (labels != ignore_index).sum(), self._sp)
+        items = torch.as_tensor(num_items_in_batch, device=local_sum.device)
+        # The mean over P ranks of P times what each has is the sum.
+        return contract(local_sum * self._sp.size / items, 1, self._sp)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        return self

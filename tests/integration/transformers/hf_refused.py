@@ -1,0 +1,185 @@
+"""Models and batches that must be refused on every rank, in a world of 2: what is wrong, and what the message says."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from hf_features import start
+from hf_models import LENGTH, MICRO, SHAPE, build_model, micro_batch
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaModel,
+    MambaConfig,
+    MambaForCausalLM,
+    PreTrainedModel,
+)
+
+CONFIG, UNSUPPORTED = "SequenceParallelConfigError", "UnsupportedError"
+NARROW = {**SHAPE, "hidden_size": 16, "num_attention_heads": 2, "num_key_value_heads": 1}
+
+
+@dataclass(frozen=True)
+class Refused:
+    """A model that cannot be sharded, or a forward pass of one that can.
+
+    Attributes:
+        says: fragments of the message.
+        model: makes the model.
+        call: changes to the arguments of forward; without any, the model itself is refused.
+        act: what the script does in place of a forward pass.
+    """
+
+    error: str
+    says: tuple[str, ...]
+    model: Callable[[], PreTrainedModel] = partial(build_model, "llama")
+    method: str = "ring"
+    call: dict[str, Any] = field(default_factory=dict)
+    act: Callable[[Any], object] | None = None
+
+
+def with_own_loss() -> PreTrainedModel:
+    """A model that a script gave a loss function."""
+    model = build_model("llama")
+    model.loss_function = lambda logits, labels, vocab_size, **kwargs: logits.mean()
+    return model
+
+
+class Unnumbered(LlamaForCausalLM):
+    """A model whose forward takes no positions."""
+
+    def forward(self, input_ids: torch.Tensor, labels: torch.Tensor | None = None) -> Any:
+        return super().forward(input_ids, labels=labels)
+
+
+def change_attention(engine: Any) -> None:
+    """A script that chooses an attention implementation after `deepspeed.initialize`."""
+    engine.module.set_attn_implementation("sdpa")
+    engine(**micro_batch("tokens", 0, 0, 0))
+
+
+def mask(*zeros: slice) -> torch.Tensor:
+    """Ones, but for a run of the last row."""
+    found = torch.ones(MICRO, LENGTH, dtype=torch.int64)
+    for run in zeros:
+        found[-1, run] = 0
+    return found
+
+
+def positions(*documents: tuple[int, ...]) -> torch.Tensor:
+    """Positions of rows of documents of the given lengths."""
+    return torch.stack([torch.cat([torch.arange(n) for n in row]) for row in documents])
+
+
+DYNAMIC = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
+REFUSED = {
+    "masked_lm": Refused(
+        UNSUPPORTED,
+        ("BertForMaskedLM", "causal language models", '"attention"'),
+        partial(
+            BertForMaskedLM,
+            BertConfig(vocab_size=31, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8),
+        ),
+    ),
+    "headless": Refused(UNSUPPORTED, ("LlamaModel", "labels"), partial(LlamaModel, LlamaConfig(**NARROW))),
+    "recurrent": Refused(
+        UNSUPPORTED,
+        ("MambaForCausalLM", "is not attention", "attention layers only"),
+        partial(MambaForCausalLM, MambaConfig(vocab_size=31, hidden_size=16, num_hidden_layers=1, state_size=4)),
+    ),
+    "dynamic_rope": Refused(
+        UNSUPPORTED,
+        ("'dynamic'", "largest position", "yarn"),
+        partial(build_model, "llama", rope_parameters=DYNAMIC),
+    ),
+    "unnumbered": Refused(
+        UNSUPPORTED, ("no position_ids", "from 0", '"positions"'), partial(Unnumbered, LlamaConfig(**NARROW))
+    ),
+    "own_loss": Refused(UNSUPPORTED, ("loss_function", "whole logits"), with_own_loss),
+    "too_few_heads": Refused(
+        CONFIG,
+        ("ulysses", "size=2", "heads=1"),
+        partial(build_model, "llama", num_attention_heads=1, num_key_value_heads=1),
+        method="ulysses",
+    ),
+    "softcap": Refused(
+        UNSUPPORTED,
+        ("softcap", "Gemma2Attention", "bends the scores"),
+        partial(Gemma2ForCausalLM, Gemma2Config(**NARROW, head_dim=8, query_pre_attn_scalar=8)),
+        call={"use_cache": False},
+    ),
+    "cache": Refused(UNSUPPORTED, ("use_cache", "outside this engine"), call={"use_cache": True}),
+    "generate": Refused(
+        UNSUPPORTED,
+        ("cache", "generate with a model outside this engine"),
+        act=lambda engine: engine.module.eval().generate(micro_batch("tokens", 0, 0, 0)["input_ids"], max_new_tokens=2),
+    ),
+    "hidden_states": Refused(
+        UNSUPPORTED, ("output_hidden_states", "set it to false"), call={"output_hidden_states": True}
+    ),
+    "last_logits": Refused(UNSUPPORTED, ("logits_to_keep", "leave it out"), call={"logits_to_keep": 1}),
+    "unknown_tensor": Refused(
+        UNSUPPORTED, ("token_type_ids", "(2, 13)", "Leave it out"), call={"token_type_ids": mask()}
+    ),
+    "padding_before": Refused(
+        CONFIG,
+        ("3 of 2 * 13 are padding", "before a token", 'padding_side="right"'),
+        call={"attention_mask": mask(slice(0, 3))},
+    ),
+    "padding_that_counts": Refused(
+        CONFIG, ("padding that counts", "labels of -100"), call={"attention_mask": mask(slice(-2, None))}
+    ),
+    "padding_without_labels": Refused(
+        CONFIG, ("padding in whole logits",), call={"attention_mask": mask(slice(-2, None)), "labels": None}
+    ),
+    "dense_mask": Refused(
+        UNSUPPORTED, ("(2, 1, 13, 13)", "dense mask"), call={"attention_mask": torch.ones(MICRO, 1, LENGTH, LENGTH)}
+    ),
+    "rows_packed_unlike": Refused(
+        CONFIG, ("position_ids", "batch size 1"), call={"position_ids": positions((6, 7), (5, 8))}
+    ),
+    "local_labels": Refused(CONFIG, ("labels=(2, 7)", "[2, 13]", "whole"), call={"labels": mask()[:, :7]}),
+    "local_positions": Refused(CONFIG, ("position_ids=(1, 7)", "[2, 13]"), call={"position_ids": positions((7,))}),
+    "no_tokens": Refused(CONFIG, ("input_ids", "inputs_embeds"), call={"input_ids": None}),
+    "attention_changed_later": Refused(
+        UNSUPPORTED, ("attention interface", "0 times", "_attn_implementation"), act=change_attention
+    ),
+}
+
+
+def attempt(refused: Refused) -> dict[str, Any]:
+    """The exception on this rank."""
+    torch.manual_seed(0)
+    at = "initialize"
+    try:
+        engine = start(refused.model(), refused.method)
+        at = "forward"
+        if refused.act is not None:
+            refused.act(engine)
+        elif refused.call:
+            engine(**{**micro_batch("tokens", 0, 0, 0), **refused.call})
+    except Exception as error:
+        return {"error": type(error).__name__, "message": str(error), "at": at, "still_usable": _all_ranks_here()}
+    return {"error": "", "message": "", "at": at, "still_usable": True}
+
+
+def _all_ranks_here() -> bool:
+    """A collective after the refusal: it completes only if no rank is left inside another one."""
+    total = torch.ones(())
+    dist.all_reduce(total)
+    return total.item() == dist.get_world_size()
+
+
+def runs(folder: Path) -> dict[str, Callable[[], dict[str, Any]]]:
+    """All refusals by name."""
+    return {f"refused_{name}": partial(attempt, refused) for name, refused in REFUSED.items()}

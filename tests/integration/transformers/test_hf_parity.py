@@ -1,0 +1,61 @@
+"""Transformers' models under DeepSpeed, told a method and a size, train as they do alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from hf_cases import Case, Trained, cases, train_alone
+
+LOSS_TOLERANCE, GRADIENT_TOLERANCE = 1e-6, 1e-5
+ALL = [case for world in (2, 3, 4) for case in cases(world)]
+
+
+@cache
+def alone(family: str, batch: str, replicas: int, dtype: str = "fp32") -> Trained:
+    """The unsharded run, which neither ZeRO nor checkpointing changes."""
+    return train_alone(family, batch, replicas, dtype)
+
+
+@pytest.mark.parametrize("case", [case for case in ALL if case.dtype == "fp32"], ids=lambda case: case.name)
+def test_training_equals_the_unsharded_run(case: Case, hf_world: Callable[[int], Any]) -> None:
+    """Losses of every step, and every gradient of the first."""
+    expected, results = alone(case.family, case.batch, case.replicas), hf_world(case.world).results(case.name)
+    for result in results:
+        assert result["losses"] == pytest.approx(expected.losses, rel=LOSS_TOLERANCE)
+        assert result["sent"] > 0, "the sequence was not sharded"
+
+    gradients = hf_world(case.world).gradients(case.name)
+    assert gradients.keys() == expected.gradients.keys()
+    for name, gradient in expected.gradients.items():
+        found = gradients[name]
+        assert found is not None, name
+        error = (found - gradient).abs().max() / gradient.abs().max()
+        assert error < GRADIENT_TOLERANCE, f"{name}: {error:.1e}"
+
+
+@pytest.mark.parametrize("case", ALL, ids=lambda case: case.name)
+def test_sequence_peers_see_one_loss(case: Case, hf_world: Callable[[int], Any]) -> None:
+    """A script that logs its loss logs the same on all peers, and it is that of the whole sequence."""
+    local = [result["local"] for result in hf_world(case.world).results(case.name)]
+    for first in range(0, case.world, case.size):
+        assert all(losses == local[first] for losses in local[first : first + case.size])
+
+
+@pytest.mark.parametrize("case", [case for case in ALL if case.dtype == "bf16"], ids=lambda case: case.name)
+def test_bf16_stays_within_the_noise_of_bf16(case: Case, hf_world: Callable[[int], Any]) -> None:
+    """Sharding moves gradients no farther than bf16 itself moves them from fp32."""
+    exact = alone(case.family, case.batch, case.replicas)
+    unsharded = alone(case.family, case.batch, case.replicas, "bf16")
+    assert hf_world(case.world).results(case.name)[0]["losses"] == pytest.approx(exact.losses, rel=1e-2)
+    gradients = hf_world(case.world).gradients(case.name)
+    for name, gradient in exact.gradients.items():
+        assert _error(gradients[name], gradient) < max(3 * _error(unsharded.gradients[name], gradient), 2e-2), name
+
+
+def _error(found: torch.Tensor | None, exact: torch.Tensor) -> float:
+    assert found is not None
+    return ((found - exact).norm() / exact.norm()).item()
