@@ -21,11 +21,11 @@ from typing import Any, Self
 
 import torch
 import torch.distributed as dist
-from dsp_plugin.patches.autoload import after_import
-from dsp_plugin.patches.patch import Patch, PatchSet
 from torch.overrides import TorchFunctionMode
 
 from dsp_plugin.errors import UnsupportedError
+from dsp_plugin.patches.autoload import after_import
+from dsp_plugin.patches.patch import Patch, PatchSet
 
 CPU_MODE = "DSP_PLUGIN_CPU"
 """Environment variable: ``1`` asks for CPU mode, ``force`` also where CUDA is present; unset or ``0`` is off."""

@@ -10,7 +10,9 @@ torch.set_num_threads(1)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--matrix", action="store_true", help="run every case of the big matrices, not the covering subset")
+    parser.addoption(
+        "--matrix", action="store_true", help="run every case of the big matrices, not the covering subset"
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:

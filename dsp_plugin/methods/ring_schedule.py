@@ -148,7 +148,7 @@ class RingSchedule:
         return found
 
     def _reads(self, shift: int) -> NDArray[np.bool_]:
-        """``[pieces, distances]``: whether the rank at a distance reads a piece. At home it does: tokens see themselves."""
+        """``[pieces, distances]``: whether the rank at a distance reads a piece. Home does: tokens see themselves."""
         ranks = (self._pieces.rank[:, None] + shift * np.arange(self.size)[None, :]) % self.size
         return np.take_along_axis(self._read_by, ranks, axis=1)
 

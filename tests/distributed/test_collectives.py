@@ -117,11 +117,14 @@ def _region(axis: Axis) -> None:
         return ((leave(h) * last) ** 2).mean()
 
     def leaves():
-        return random(7, 3, seed=1).requires_grad_(), random(3, seed=2).requires_grad_(), [
-            random(3, seed=seed).requires_grad_() for seed in (3, 4, 5)
-        ]
+        return (
+            random(7, 3, seed=1).requires_grad_(),
+            random(3, seed=2).requires_grad_(),
+            [random(3, seed=seed).requires_grad_() for seed in (3, 4, 5)],
+        )
 
     x, condition, weights = leaves()
+
     def same(t):
         return t
 

@@ -9,9 +9,9 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-from dsp_plugin.patches.patch import ALLOW_UNTESTED, Patch, PatchSet
 
 from dsp_plugin.errors import PatchError
+from dsp_plugin.patches.patch import ALLOW_UNTESTED, Patch, PatchSet
 
 NAME = "throwaway_upstream"
 

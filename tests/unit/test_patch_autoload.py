@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
 from dsp_plugin.patches.autoload import PostImportFinder, after_import
 
 NAME = "hooked_module"

@@ -8,9 +8,9 @@ import sys
 
 import pytest
 import torch
-from dsp_plugin.patches import cpu
 
 from dsp_plugin.errors import UnsupportedError
+from dsp_plugin.patches import cpu
 
 ANSWERS = """
 import torch, torch.distributed as dist

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dsp_plugin import Layout, MaskSpec
+from dsp_plugin import Layout, MaskSpec, SequenceParallelConfigError
 from dsp_plugin.kernels.blocks import blocks
 from dsp_plugin.kernels.reference import dense_mask
 from dsp_plugin.methods import METHODS, Workload
@@ -287,3 +287,20 @@ def test_hundreds_of_documents_cost_milliseconds():
         # Per document: 3 blocks at home, 2 for each other rank.
         assert sum(len(hop.work) for hop in hops) == documents * (2 * size + 1)
     assert min(spent) < 0.05
+
+
+@pytest.mark.parametrize(
+    ("kind", "documents", "words"),
+    [
+        ("contiguous", (0, 4, 8), "only zigzag cuts every document by itself, and the layout is contiguous"),
+        ("striped", (0, 8), "Choose layout zigzag"),
+        ("zigzag", (0, 4, 7), "end at the sequence length, 8"),
+        ("zigzag", (0, 5, 4, 8), "never decrease"),
+        ("zigzag", (), "start at 0"),
+        ("zigzag", (1, 8), "start at 0"),
+    ],
+)
+def test_documents_that_do_not_fit_a_layout_are_refused(kind, documents, words):
+    with pytest.raises(SequenceParallelConfigError, match=words) as refused:
+        Layout(kind, 8, 2, documents=documents)
+    assert f"documents={documents}" in str(refused.value)

@@ -29,6 +29,9 @@ CONFIG, UNSUPPORTED = "SequenceParallelConfigError", "UnsupportedError"
 NARROW = {**SHAPE, "hidden_size": 16, "num_attention_heads": 2, "num_key_value_heads": 1}
 
 
+LLAMA = partial(build_model, "llama")
+
+
 @dataclass(frozen=True)
 class Refused:
     """A model that cannot be sharded, or a forward pass of one that can.
@@ -42,7 +45,7 @@ class Refused:
 
     error: str
     says: tuple[str, ...]
-    model: Callable[[], PreTrainedModel] = partial(build_model, "llama")
+    model: Callable[[], PreTrainedModel] = LLAMA
     method: str = "ring"
     call: dict[str, Any] = field(default_factory=dict)
     act: Callable[[Any], object] | None = None
