@@ -22,9 +22,9 @@ from dsp_plugin.config import SequenceParallelConfig
 from dsp_plugin.errors import SequenceParallelConfigError, UnsupportedError
 from dsp_plugin.layout import LAYOUTS
 from dsp_plugin.spawn import RankFailure
-from dsp_plugin.verification_cases import DTYPES, Case, default_cases, refusal
-from dsp_plugin.verification_report import HALF_PRECISION_FACTOR, TOLERANCES, CaseResult
-from dsp_plugin.verification_world import check_world, device_kind, speaks, verify_cases
+from dsp_plugin.verification.cases import DTYPES, Case, default_cases, refusal
+from dsp_plugin.verification.report import HALF_PRECISION_FACTOR, TOLERANCES, CaseResult
+from dsp_plugin.verification.world import check_world, device_kind, speaks, verify_cases
 
 FAILED, REFUSED = 1, 2
 _HEADERS = [

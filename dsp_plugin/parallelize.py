@@ -16,6 +16,7 @@ from dsp_plugin.config import SequenceParallelConfig
 from dsp_plugin.errors import SequenceParallelConfigError
 from dsp_plugin.groups import SequenceParallelGroups
 from dsp_plugin.layout import Layout
+from dsp_plugin.methods import attention_of
 from dsp_plugin.outputs import first_tensor, when_backward_starts
 from dsp_plugin.plan import Plan, matching_modules, outermost, resolve_plan
 from dsp_plugin.planner.stages import StagePlan
@@ -97,7 +98,7 @@ def _check_fit(config: SequenceParallelConfig, groups: SequenceParallelGroups) -
 def _shard_batch(
     module: nn.Module, config: SequenceParallelConfig, groups: SequenceParallelGroups, undo: list[Callable[[], None]]
 ) -> None:
-    sharder = BatchSharder(module, config, groups.sp)
+    sharder, attention = BatchSharder(module, config, groups.sp), attention_of(config)
     found = [matching_modules(module, pattern, "attention") for pattern in config.attention]
     layout_now: Layout | None = None
     count_now: Tensor | None = None
@@ -138,7 +139,7 @@ def _shard_batch(
     undo.append(module.register_forward_pre_hook(before, with_kwargs=True).remove)
     undo.append(module.register_forward_hook(after).remove)
     for name, part in outermost({name: part for modules in found for name, part in modules.items()}).items():
-        route = AttentionRoute(name, config.method, config.kernel, groups, lambda: layout_now, lambda: seed_now)
+        route = AttentionRoute(name, attention, groups, lambda: layout_now, lambda: seed_now)
         undo.append(route.install(part))
 
 

@@ -18,7 +18,7 @@ from dsp_plugin.config import SequenceParallelConfig
 from dsp_plugin.errors import SequenceParallelConfigError
 from dsp_plugin.groups import SequenceParallelGroups
 from dsp_plugin.layout import Layout, shard_sizes
-from dsp_plugin.methods import dsp
+from dsp_plugin.methods import attention_of, dsp
 from dsp_plugin.outputs import first_tensor, when_backward_starts
 from dsp_plugin.plan import Plan, Stage, matching_modules, outermost
 from dsp_plugin.planner.stages import Activation, AttentionShape, StagePlan, StageSpec, plan_stages
@@ -82,8 +82,7 @@ class ShardedRegion:
                 for name, part in outermost(parts).items():
                     route = AttentionRoute(
                         f"{placed.name}.{name}",
-                        "ulysses",
-                        self._config.kernel,
+                        attention_of(self._config, "ulysses"),
                         self._groups,
                         self._layout_of(index),
                         lambda: self._now.seed,

@@ -15,7 +15,6 @@ from dsp_plugin.errors import UnsupportedError
 from dsp_plugin.groups import SequenceParallelGroups
 from dsp_plugin.layout import Layout
 from dsp_plugin.mask import MaskSpec
-from dsp_plugin.methods import METHODS
 from dsp_plugin.randomness import RegionSeed
 
 LayoutNow = Callable[[], Layout | None]
@@ -26,6 +25,7 @@ class AttentionRoute:
 
     Args:
         name: of the module, for errors.
+        attention: the method's, from `dsp_plugin.methods.attention_of`.
         layout_now: the placement of the sequence in the running forward pass; None while it is whole.
         seed_now: the seeds of that pass; None outside training.
     """
@@ -33,17 +33,13 @@ class AttentionRoute:
     def __init__(
         self,
         name: str,
-        method: str,
-        kernel: str,
+        attention: Callable[..., Tensor],
         groups: SequenceParallelGroups,
         layout_now: LayoutNow,
         seed_now: Callable[[], RegionSeed | None],
     ) -> None:
-        self._seed_now = seed_now
-        self._name, self._kernel, self._groups, self._layout_now = name, kernel, groups, layout_now
-        attention = METHODS[method].attention
-        assert attention is not None, f"{method} replaces no attention"
-        self._attention = attention
+        self._name, self._attention, self._groups = name, attention, groups
+        self._layout_now, self._seed_now = layout_now, seed_now
 
     def install(self, module: nn.Module) -> Callable[[], None]:
         """Route the calls made inside ``module.forward``; returns what undoes it."""
@@ -138,7 +134,6 @@ class AttentionRoute:
             scale=scale,
             dropout_p=dropout_p,
             dropout_seed=self._dropout_seed() if dropout_p else None,
-            kernel=self._kernel,
         )
         return out.transpose(1, 2)
 

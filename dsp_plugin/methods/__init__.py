@@ -25,9 +25,13 @@ METHODS: dict[str, Method] = {
 }
 
 
-def attention_of(config: SequenceParallelConfig) -> Callable[..., Tensor]:
-    """The attention of the configured method, with the settings that it takes from the configuration filled in."""
-    method = METHODS[config.method]
+def attention_of(config: SequenceParallelConfig, name: str | None = None) -> Callable[..., Tensor]:
+    """The attention of the configured method, with the settings that it takes from the configuration filled in.
+
+    Args:
+        name: another method's, for stages whose plan chose it.
+    """
+    method = METHODS[config.method if name is None else name]
     assert method.attention is not None, f"{method.name} replaces no attention"
     return partial(method.attention, **{name: getattr(config, name) for name in method.settings})
 

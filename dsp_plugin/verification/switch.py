@@ -26,8 +26,8 @@ from dsp_plugin.methods import METHODS, WireBytes, dsp
 from dsp_plugin.parallelize import parallelize
 from dsp_plugin.plan import Plan, Stage
 from dsp_plugin.planner.stages import StagePlan
-from dsp_plugin.verification_cases import Case
-from dsp_plugin.verification_report import Distance, RankReport, WireCheck, exact, judge
+from dsp_plugin.verification.cases import Case
+from dsp_plugin.verification.report import Distance, RankReport, WireCheck, exact, judge
 
 Attend = Callable[..., Tensor]
 # Inputs by name; the rest are parameters.

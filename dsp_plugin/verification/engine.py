@@ -13,29 +13,17 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from dsp_plugin import verification_attention, verification_switch
 from dsp_plugin.config import SequenceParallelConfig
 from dsp_plugin.groups import SequenceParallelGroups
 from dsp_plugin.methods import METHODS
-from dsp_plugin.verification_cases import Case, default_cases, parse_mask, refusal
-from dsp_plugin.verification_report import CaseResult, RankReport, TensorError, WireCheck
-
-__all__ = [
-    "Case",
-    "CaseResult",
-    "TensorError",
-    "WireCheck",
-    "default_cases",
-    "parse_mask",
-    "refusal",
-    "run_case",
-    "run_cases",
-]
+from dsp_plugin.verification import attention, switch
+from dsp_plugin.verification.cases import Case, refusal
+from dsp_plugin.verification.report import CaseResult, RankReport
 
 Verifier = Callable[[Case, SequenceParallelGroups, torch.device], RankReport]
 
 # By `Method.kind`.
-VERIFIERS: dict[str, Verifier] = {"softmax": verification_attention.verify, "switch": verification_switch.verify}
+VERIFIERS: dict[str, Verifier] = {"softmax": attention.verify, "switch": switch.verify}
 
 
 def run_case(case: Case, groups: SequenceParallelGroups) -> CaseResult:

@@ -13,8 +13,8 @@ from dsp_plugin import kernels
 from dsp_plugin.comm import ledger
 from dsp_plugin.groups import SequenceParallelGroups
 from dsp_plugin.methods import METHODS
-from dsp_plugin.verification_cases import Case
-from dsp_plugin.verification_report import RankReport, WireCheck, judge
+from dsp_plugin.verification.cases import Case
+from dsp_plugin.verification.report import RankReport, WireCheck, judge
 
 SEQUENCE_DIM = 1
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dsp_plugin.verification_cases import Case
+from dsp_plugin.verification.cases import Case
 
 # Largest allowed |got - oracle| / max |oracle|.
 TOLERANCES: dict[torch.dtype, float] = {torch.float64: 1e-12, torch.float32: 1e-5}

@@ -18,9 +18,9 @@ from rich.progress import Progress
 
 from dsp_plugin.config import SequenceParallelConfig
 from dsp_plugin.spawn import spawn
-from dsp_plugin.verification import run_cases
-from dsp_plugin.verification_cases import Case
-from dsp_plugin.verification_report import CaseResult
+from dsp_plugin.verification.cases import Case
+from dsp_plugin.verification.engine import run_cases
+from dsp_plugin.verification.report import CaseResult
 
 
 def launched() -> bool:
