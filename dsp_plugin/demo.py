@@ -237,44 +237,64 @@ def _report_video(output: Path, video: Video, console: Console) -> bool:
             f"{space.wire.backward + in_time.wire.backward:,}",
         )
     console.print(table)
-    # Over both ranks: uneven shards make each rank's own figure depend on which it is.
-    total = plan_stages(activation, stages, video.sequence_ranks)
-    trained = video.steps * video.batch
-    backward = _sent(folder, method="dsp", phase="backward")
-    forward = _sent(folder, method="dsp", phase="forward")
-    per_video = _forward_backward(activation, stages, video.sequence_ranks)
-    assert sum(per_video) == total.total
-    ok = _compare_bytes("forward", forward, per_video.forward * video.forward_passes(), console) and ok
-    ok = _compare_bytes("backward", backward, per_video.backward * trained, console) and ok
+    # Uneven shards make each rank's own figure depend on which it is, so what is compared is the sum over the ranks.
+    per_video = _traffic(activation, stages, video.sequence_ranks)
+    times = {"forward": video.forward_passes(), "backward": video.steps * video.batch}
+    console.print("  all ranks, one video:", soft_wrap=True)
+    table = _comparison()
+    for (what, collective, phase), formula in per_video.items():
+        sent = _sent(folder, method="dsp", phase=phase, collective=collective)
+        ok = _compare_bytes(table, f"{what}, {phase}", sent, formula, times[phase]) and ok
+    console.print(table)
     _resources(folder, console)
     return ok
 
 
-def _forward_backward(activation: Activation, stages: list[StageSpec], size: int) -> WireBytes:
-    """Bytes that all ranks send for one video: switches send alike both ways, the borders once each."""
-    total = plan_stages(activation, stages, size).total
+def _traffic(activation: Activation, stages: list[StageSpec], size: int) -> dict[tuple[str, str, str], int]:
+    """Bytes that all ranks send for one video, by what sends them, the ledger's name for it, and phase."""
+    plan = plan_stages(activation, stages, size)
+    # The last stage's output is gathered forward, the gradient of the first one's input backward.
     border = activation.nbytes * (size - 1)
-    switches = total - 2 * border
-    assert switches % 2 == 0
-    return WireBytes(switches // 2 + border, switches // 2 + border)
+    moves = sum(row.move.startswith("switch") for row in plan.rows)
+    switches, rest = divmod(plan.total - 2 * border, 2)
+    assert rest == 0, "a switch sends alike both ways, summed over ranks"
+    return {
+        (f"{moves} switches", "all_to_all", "forward"): switches,
+        (f"{moves} switches", "all_to_all", "backward"): switches,
+        ("gather at the end", "all_gather", "forward"): border,
+        ("split at the start", "all_gather", "backward"): border,
+    }
 
 
 def _report_text(output: Path, text: Text, console: Console) -> bool:
     folder = output / "gpt"
     ok = _compare_losses("GPT", folder, console)
-    per_call = text.per_call()
-    console.print("  Ulysses: bytes leaving a rank for one layer of one micro-batch, by the formula", soft_wrap=True)
-    table = Table()
-    for column in ("forward", "backward"):
-        table.add_column(column, justify="right")
-    table.add_row(f"{per_call.forward:,}", f"{per_call.backward:,}")
-    console.print(table)
+    console.print("  one layer, one micro-batch, one rank:", soft_wrap=True)
     ranks = text.tensor * text.pipeline * text.sequence
     calls = text.layers // text.pipeline * text.global_batch * text.steps * ranks
-    for phase, expected in per_call._asdict().items():
-        ok = _compare_bytes(phase, _sent(folder, method="ulysses", phase=phase), expected * calls, console) and ok
+    table = _comparison()
+    for phase, formula in text.per_call()._asdict().items():
+        sent = _sent(folder, method="ulysses", phase=phase)
+        ok = _compare_bytes(table, f"ulysses, {phase}", sent, formula, calls) and ok
+    console.print(table)
     _resources(folder, console)
     return ok
+
+
+def _comparison() -> Table:
+    table = Table()
+    for column in ("bytes", "formula", "ledger", "equal"):
+        table.add_column(column, justify="left" if column == "bytes" else "right")
+    return table
+
+
+def _compare_bytes(table: Table, what: str, sent: int, formula: int, times: int) -> bool:
+    """Adds a row that compares a formula with what the ledger counted over the whole run, ``times`` as much."""
+    equal = sent == formula * times
+    table.add_row(
+        what, f"{formula:,}", f"{sent / times:,.0f}" if equal else f"{sent / times:,.3f}", "yes" if equal else "NO"
+    )
+    return equal
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -292,9 +312,10 @@ def _ranks(folder: Path) -> list[dict[str, Any]]:
     return [_read(path) for path in sorted((folder / "report").glob("rank-*.json"))]
 
 
-def _sent(folder: Path, method: str, phase: str) -> int:
+def _sent(folder: Path, **names: str) -> int:
+    """Bytes in the ledgers of all ranks, of the rows with these names."""
     rows = [row for rank in _ranks(folder) for row in rank["ledger"]]
-    return sum(row["bytes"] for row in rows if row["method"] == method and row["phase"] == phase)
+    return sum(row["bytes"] for row in rows if all(row[key] == value for key, value in names.items()))
 
 
 def _compare_losses(name: str, folder: Path, console: Console) -> bool:
@@ -310,13 +331,6 @@ def _compare_losses(name: str, folder: Path, console: Console) -> bool:
         soft_wrap=True,
     )
     return ok
-
-
-def _compare_bytes(phase: str, sent: int, expected: int, console: Console) -> bool:
-    verdict = "equal" if sent == expected else "NOT EQUAL"
-    figures = f"ledger {sent:,}, formula {expected:,}: {verdict}"
-    console.print(f"  {phase} bytes, all ranks, whole run: {figures}", soft_wrap=True)
-    return sent == expected
 
 
 def _resources(folder: Path, console: Console) -> None:

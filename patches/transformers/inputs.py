@@ -73,7 +73,6 @@ class InputSharder:
         values = _by_name(model, args, kwargs)
         _refuse_requests(model, values)
         batch, length = _tokens(values)
-        layout = Layout(self._config.layout_for(), length, self._sp.size)
         labels = _following(values, batch, length)
         positions = values.get("position_ids")
         if positions is not None:
@@ -82,6 +81,9 @@ class InputSharder:
         _check_padding(mask, labels, batch, length)
         # Transformers itself takes a jump in the positions for a new document only where there is no mask.
         documents = _documents(positions) if mask is None and positions is not None else None
+        kind = self._config.layout_for()
+        # Zigzag inside each document, so that ranks have alike much to attend to in every one.
+        layout = Layout(kind, length, self._sp.size, documents=documents if kind == "zigzag" else None)
 
         values["position_ids"] = (
             layout.position_ids(self._sp.rank, _device(values)).unsqueeze(0)
