@@ -266,7 +266,7 @@ def _one_of(option: str, value: str, known: Sequence[str] | dict[str, Any]) -> s
     raise SequenceParallelConfigError(
         setting=option,
         value=value,
-        why="unknown" + (f"; did you mean {nearest[0]!r}?" if nearest else ""),
+        why="unknown" + (f", the nearest is {nearest[0]!r}" if nearest else ""),
         remedy=f"use one of {', '.join(known)}",
     )
 

@@ -21,6 +21,10 @@ DTYPES: dict[str, torch.dtype] = {
     "float64": torch.float64,
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
+    "fp32": torch.float32,
+    "fp64": torch.float64,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
 }
 
 _DEFAULT_HEADS = ((6, 2), (8, 1), (7, 7))
