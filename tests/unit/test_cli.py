@@ -132,7 +132,7 @@ MISTAKES: list[tuple[tuple[str, ...], str]] = [
     ((*ULYSSES, "--size", "2", "--heads", "6", "--kv-heads", "4"), "heads=6 is not a multiple of kv_heads=4"),
     ((*ULYSSES, "--size", "2", "--dtype", "float23"), "the nearest is 'float32'"),
     ((*ULYSSES, "--size", "2", "--layout", "zigzig"), "the nearest is 'zigzag'"),
-    ((*ULYSSES, "--size", "2", "--kernel", "cpu_flush"), "the nearest is 'cpu_flash'"),
+    ((*ULYSSES, "--size", "2", "--kernel", "cpu_flush"), "did you mean 'cpu_flash'"),
     ((*ULYSSES, "--size", "2", "--kernel", "fa3"), "fa3 cannot serve this"),
     ((*ULYSSES, "--size", "2", "--mask", "casual"), "'casual' is not one of causal"),
     ((*ULYSSES, "--size", "2", "--mask", "causal:3"), "'causal:3' is not one of causal"),
