@@ -235,7 +235,7 @@ def _row(result: CaseResult) -> list[str]:
 @app.command()
 def demo(
     output: Annotated[Path, typer.Option(help="Folder for plots, logs and TensorBoard files.")] = Path("demo_output"),
-    video_steps: Annotated[int, typer.Option(min=3, help="Optimizer steps of the video job.")] = 200,
+    video_steps: Annotated[int, typer.Option(min=3, help="Optimizer steps of the video job.")] = 300,
     text_steps: Annotated[int, typer.Option(min=3, help="Optimizer steps of the GPT job.")] = 30,
 ) -> None:
     """Train with real DeepSpeed and real Megatron-core, sharded and unsharded, and compare."""

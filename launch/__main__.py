@@ -70,6 +70,8 @@ class Command:
         cpu_mode = None
         report_folder = None
         before: list[str] = []
+        # The deepspeed launcher puts the local rank right behind the module; it is meant for the script.
+        local_rank: list[str] = []
         while rest and rest[0].startswith("-"):
             flag = rest.pop(0)
             name, _, value = flag.partition("=")
@@ -77,6 +79,9 @@ class Command:
                 cpu_mode = value or "1"
             elif name == "--report":
                 report_folder = Path(value or (rest.pop(0) if rest else ""))
+            elif name in ("--local_rank", "--local-rank"):
+                local_rank = [flag] if value else [flag, *rest[:1]]
+                rest = rest if value else rest[1:]
             elif name.startswith("--sp-"):
                 before.append(flag)
                 if not value and name != "--sp-debug" and rest:
@@ -94,7 +99,7 @@ class Command:
                 f"no script at {script!r} (in {os.getcwd()}). Usage: {PROGRAM} SCRIPT [ARGS ...]"
             )
         flags, remaining = _take_flags([*before, *rest])
-        return cls(cpu_mode, report_folder, script, tuple(remaining), flags)
+        return cls(cpu_mode, report_folder, script, (*local_rank, *remaining), flags)
 
 
 def _take_flags(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:

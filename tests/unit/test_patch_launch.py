@@ -184,3 +184,12 @@ def test_usp_takes_no_more_ulysses_ranks_than_heads(
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     config = Settings("usp", heads=heads).config(4)
     assert (config.ulysses_size, config.ring_size) == sizes
+
+
+@pytest.mark.parametrize("given", [["--local_rank=3"], ["--local_rank", "3"]])
+def test_the_local_rank_of_the_deepspeed_launcher_reaches_the_script(given, tmp_path):
+    script = tmp_path / "train.py"
+    script.touch()
+    command = Command.parse([*given, str(script), "--steps", "5"])
+    assert command.script == str(script)
+    assert command.arguments == (*given, "--steps", "5")
