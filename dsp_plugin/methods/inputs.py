@@ -11,6 +11,7 @@ from dsp_plugin.errors import SequenceParallelConfigError
 from dsp_plugin.groups import Axis
 from dsp_plugin.kernels.merge import accumulation_dtype
 from dsp_plugin.layout import Layout
+from dsp_plugin.methods.method import Workload
 
 SEQUENCE_DIM = 1
 
@@ -56,3 +57,11 @@ def check_shards(q: Tensor, k: Tensor, v: Tensor, layout: Layout, axis: Axis) ->
             f"{expected}, but its tensors are {shapes}",
             remedy="shard the batch with the same layout and length that the attention is given",
         )
+
+
+def illegal_heads(workload: Workload) -> list[str]:
+    """Why no attention could serve these head counts; empty where one can."""
+    heads, kv_heads = workload.heads, workload.kv_heads
+    if heads < 1 or kv_heads < 1 or heads % kv_heads:
+        return [f"heads={heads} is not a multiple of kv_heads={kv_heads}: fix the model's head counts."]
+    return []

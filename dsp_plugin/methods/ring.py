@@ -26,7 +26,7 @@ from dsp_plugin.kernels.merge import accumulation_dtype, empty_state, merge_
 from dsp_plugin.kernels.softmax import AttentionCall, block_backward, block_forward, prepare
 from dsp_plugin.layout import Layout
 from dsp_plugin.mask import MaskSpec
-from dsp_plugin.methods.inputs import GradientDtype, check_shards, gradient_dtype
+from dsp_plugin.methods.inputs import GradientDtype, check_shards, gradient_dtype, illegal_heads
 from dsp_plugin.methods.method import Method, WireBytes, Workload
 from dsp_plugin.methods.ring_schedule import Hop, RingSchedule
 from dsp_plugin.methods.token_buffer import Tokens, add_, joined, numel, packed, zeros
@@ -203,11 +203,7 @@ class _Collection:
 
 def illegal(workload: Workload) -> list[str]:
     """Why the ring cannot serve the workload: only where no attention could."""
-    if workload.heads < 1 or workload.kv_heads < 1 or workload.heads % workload.kv_heads:
-        return [
-            f"heads={workload.heads} is not a multiple of kv_heads={workload.kv_heads}: fix the model's head counts."
-        ]
-    return []
+    return illegal_heads(workload)
 
 
 def wire_bytes(workload: Workload, rank: int) -> WireBytes:

@@ -22,7 +22,7 @@ from dsp_plugin.groups import Axis, SequenceParallelGroups
 from dsp_plugin.kernels import softmax
 from dsp_plugin.layout import Layout, shard_ranges
 from dsp_plugin.mask import MaskSpec
-from dsp_plugin.methods.inputs import SEQUENCE_DIM, check_shards
+from dsp_plugin.methods.inputs import SEQUENCE_DIM, check_shards, illegal_heads
 from dsp_plugin.methods.method import Method, WireBytes, Workload
 
 HEAD_DIM = 2
@@ -185,15 +185,14 @@ class HeadExchange:
 
 def illegal(workload: Workload) -> list[str]:
     """Why Ulysses cannot serve the workload."""
-    heads, kv_heads, size = workload.heads, workload.kv_heads, workload.size
-    if heads < 1 or kv_heads < 1 or heads % kv_heads:
-        return [f"heads={heads} is not a multiple of kv_heads={kv_heads}: fix the model's head counts."]
-    if heads < size:
+    heads, size = workload.heads, workload.size
+    reasons = illegal_heads(workload)
+    if not reasons and heads < size:
         return [
             f"heads={heads} < ulysses_size={size}: each rank needs at least one of the query heads left on a "
             f"tensor-parallel rank; set a size of {heads} or less, or lower the tensor-parallel size."
         ]
-    return []
+    return reasons
 
 
 def wire_bytes(workload: Workload, rank: int) -> WireBytes:
