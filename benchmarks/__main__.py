@@ -19,11 +19,14 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from benchmarks import attention, balance, overlap, recompute
+from benchmarks import attention, balance, convergence, linear_exchange, linear_length, overlap, recompute
 from benchmarks.environment import ROOT, environment
 from benchmarks.result import Result, shown, write_report
 
-BENCHMARKS: dict[str, ModuleType] = {module.NAME: module for module in (attention, balance, recompute, overlap)}
+BENCHMARKS: dict[str, ModuleType] = {
+    module.NAME: module
+    for module in (attention, balance, recompute, overlap, linear_length, linear_exchange, convergence)
+}
 _QUIET = 0.5
 """Load average above which something else is likely to be running."""
 

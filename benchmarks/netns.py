@@ -31,7 +31,7 @@ class HostFailure(RuntimeError):  # noqa: N818
 class Hosts:
     """Two namespaces and the link between them."""
 
-    names: tuple[str, str]
+    names: tuple[str, ...]
 
     def shape(self, megabits: int | None) -> None:
         """Limit the link to ``megabits`` per second each way; None for no limit.

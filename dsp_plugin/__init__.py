@@ -12,6 +12,8 @@ from dsp_plugin.comm import ledger
 from dsp_plugin.config import SequenceParallelConfig
 from dsp_plugin.errors import CollectiveMismatchError, PatchError, SequenceParallelConfigError, UnsupportedError
 from dsp_plugin.groups import Axis, SequenceParallelGroups
+from dsp_plugin.kernels.convolution import short_convolution
+from dsp_plugin.kernels.linear import linear_attention
 from dsp_plugin.layout import Layout
 from dsp_plugin.mask import MaskSpec
 from dsp_plugin.methods import METHODS
@@ -35,7 +37,9 @@ __all__ = [
     "Stage",
     "UnsupportedError",
     "ledger",
+    "linear_attention",
     "parallelize",
+    "short_convolution",
 ]
 
 for _integration in entry_points(group="dsp_plugin.autoload"):

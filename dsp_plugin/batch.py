@@ -33,6 +33,9 @@ class BatchSharder:
     def shard(self, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any], Layout, Tensor | None]:
         """The arguments with every sequence cut, the layout used, and how many labels count on this rank.
 
+        The last is None where no loss is taken: the config promises none, or the call has no labels and the config says
+        what to gather instead.
+
         Raises:
             SequenceParallelConfigError: a named argument is missing or no tensor, or lengths differ.
         """
@@ -40,8 +43,8 @@ class BatchSharder:
         further = next((p.name for p in self._signature.parameters.values() if p.kind is p.VAR_KEYWORD), None)
         values = dict(bound.arguments)
         values.update(values.pop(further, {}) if further is not None else {})
-        layout = self._layout(values)
-        dims = dict(self._config.batch)
+        dims = self._dims(values)
+        layout = self._layout(values, dims)
         positions = self._config.positions
         if positions is not None and positions not in dims:
             if values.get(positions) is None:
@@ -59,21 +62,36 @@ class BatchSharder:
             named[further] = {name: value for name, value in values.items() if name not in named}
         return bound.args, bound.kwargs, layout, count
 
-    def _layout(self, values: Mapping[str, Any]) -> Layout:
+    def _dims(self, values: Mapping[str, Any]) -> dict[str, int]:
+        """The arguments to cut in this call, by the dim of the sequence."""
+        dims, loss = dict(self._config.batch), self._config.loss
+        if loss is not None and values.get(loss.labels) is None:
+            if self._config.gather_output is None:
+                raise SequenceParallelConfigError(
+                    setting="loss.labels",
+                    value=loss.labels,
+                    why=f"forward was called without {loss.labels}, so it returns no loss, and nothing says which dim "
+                    "of its output to gather",
+                    remedy='pass labels, or set "gather_output" beside "loss" for calls without',
+                )
+            del dims[loss.labels]
+        return dims
+
+    def _layout(self, values: Mapping[str, Any], dims: Mapping[str, int]) -> Layout:
         lengths: dict[str, int] = {}
-        for name, dim in self._config.batch.items():
+        for name, dim in dims.items():
             lengths[name] = _check_sequence(values, name, dim, f"batch.{name}").shape[dim]
         if len(set(lengths.values())) > 1:
             raise SequenceParallelConfigError(
                 setting="batch",
-                value=dict(self._config.batch),
+                value=dict(dims),
                 why=f"the sequences have different lengths: {lengths}",
                 remedy="name the sequence dim of each argument, and pass whole sequences",
             )
         return Layout(self._config.layout_for(), next(iter(lengths.values())), self._axis.size)
 
     def _count_labels(self, values: dict[str, Any]) -> Tensor | None:
-        if self._config.loss is None:
+        if self._config.loss is None or values.get(self._config.loss.labels) is None:
             return None
         name, ignore_index = self._config.loss.labels, self._config.loss.ignore_index
         counted = values[name] != ignore_index

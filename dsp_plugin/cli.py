@@ -20,10 +20,12 @@ from rich.table import Table
 from dsp_plugin import doctor as findings
 from dsp_plugin.config import SequenceParallelConfig
 from dsp_plugin.errors import SequenceParallelConfigError, UnsupportedError
+from dsp_plugin.kernels.linear import DECAYS
 from dsp_plugin.layout import LAYOUTS
+from dsp_plugin.methods.state_exchange import EXCHANGES
 from dsp_plugin.spawn import RankFailure
 from dsp_plugin.verification.cases import DTYPES, Case, default_cases, refusal
-from dsp_plugin.verification.report import HALF_PRECISION_FACTOR, TOLERANCES, CaseResult
+from dsp_plugin.verification.report import HALF_PRECISION_FACTOR, HALF_PRECISION_FLOOR, TOLERANCES, CaseResult
 from dsp_plugin.verification.world import check_world, device_kind, speaks, verify_cases
 
 FAILED, REFUSED = 1, 2
@@ -104,8 +106,8 @@ def doctor(
 def verify(
     method: Annotated[str, typer.Option(help="The method to verify.")],
     size: Annotated[int, typer.Option(min=1, help="Ranks that share one sequence.")],
-    heads: Annotated[int | None, typer.Option(min=1, help="Query heads.")] = None,
-    kv_heads: Annotated[int | None, typer.Option(min=1, help="Key/value heads.")] = None,
+    heads: Annotated[int | None, typer.Option(min=1, help="Query heads; for lasp, value heads.")] = None,
+    kv_heads: Annotated[int | None, typer.Option(min=1, help="Key/value heads; for lasp, query and key heads.")] = None,
     seq: Annotated[int | None, typer.Option(min=1, help="Length of the whole sequence.")] = None,
     batch: Annotated[int | None, typer.Option(min=1, help="Batch size.")] = None,
     head_dim: Annotated[int | None, typer.Option(min=1, help="Head dim.")] = None,
@@ -118,6 +120,10 @@ def verify(
     ] = None,
     layout: Annotated[str | None, typer.Option(help=f"One of {', '.join(LAYOUTS)}.")] = None,
     kernel: Annotated[str, typer.Option(help="Local attention kernel; see doctor.")] = "auto",
+    decay: Annotated[str | None, typer.Option(help=f"For lasp, one of {', '.join(DECAYS)}.")] = None,
+    exchange: Annotated[
+        str | None, typer.Option(help=f"For lasp, how states travel: {', '.join(EXCHANGES)} or auto.")
+    ] = None,
     grid: Annotated[
         str | None, typer.Option(help="For dsp, sizes of the token dims, time first: 5x9 or 5x3x9.")
     ] = None,
@@ -127,8 +133,8 @@ def verify(
 ) -> None:
     """Compare a method with the fp64 oracle and with its byte formula.
 
-    What is not given varies: masks, head counts, layouts. Ranks are spawned on this machine; under torchrun its world
-    is used. Exit status: 0 all equal, 1 something is not, 2 the request is illegal.
+    What is not given varies: masks, head counts, layouts, decays and exchanges. Ranks are spawned on this machine;
+    under torchrun its world is used. Exit status: 0 all equal, 1 something is not, 2 the request is illegal.
     """
     with _user_errors(as_json):
         config = SequenceParallelConfig(method=method, size=size)
@@ -143,6 +149,8 @@ def verify(
             "mask": mask,
             "layout": layout and _one_of("--layout", layout, LAYOUTS),
             "kernel": kernel,
+            "decay": decay,
+            "exchange": exchange,
             "grid": grid and _grid(grid),
             "seed": seed,
         }
@@ -220,7 +228,10 @@ def _show_results(method: str, size: int, results: Sequence[CaseResult]) -> None
 def _judgement(case: Case) -> str:
     limit = TOLERANCES.get(case.dtype)
     if limit is None:
-        return f"Errors: root mean square, at most {HALF_PRECISION_FACTOR} times those of the unsharded run."
+        return (
+            f"Errors: root mean square, at most {HALF_PRECISION_FACTOR} times those of the unsharded run, "
+            f"or {HALF_PRECISION_FLOOR:.0e}."
+        )
     return f"Errors: relative to the oracle's largest value, at most {limit:.0e}."
 
 

@@ -8,13 +8,12 @@ from typing import Any, Literal, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, StrictBool, StrictInt, ValidationError, model_validator
 
+from dsp_plugin.config_checks import check_combination, check_method, check_softmax_method
 from dsp_plugin.errors import SequenceParallelConfigError
 from dsp_plugin.layout import LayoutKind
 from dsp_plugin.methods import METHODS, Workload
+from dsp_plugin.methods.state_exchange import ExchangeName
 from dsp_plugin.sizes import complete_sizes
-
-# Methods that a plan's stages can use.
-PLANNED = ("dsp", "ulysses")
 
 DEEPSPEED_SECTION = "sequence_parallel"
 
@@ -32,6 +31,8 @@ _MEGATRON_FLAGS = {
     "ulysses_order": "sp_ulysses_order",
     "ring_gradient_dtype": "sp_ring_gradient_dtype",
     "heads": "sp_heads",
+    "exchange": "sp_exchange",
+    "softmax_method": "sp_softmax_method",
 }
 
 # What to write where a value has the wrong type, by setting.
@@ -78,14 +79,20 @@ class SequenceParallelConfig(BaseModel):
         ring_gradient_dtype: in which gradients of keys and values travel: ``fp32``, or that of the inputs.
         heads: query heads on one tensor-parallel rank, for usp to choose ulysses_size by; frameworks that know fill it
             in.
+        exchange: how linear attention passes states on: ``ring`` (LASP), ``allgather`` (LASP-2), ``scan`` (ZeCO);
+            ``auto`` takes the one that should cost least.
+        softmax_method: under a linear method, the method that serves a hybrid model's softmax layers. It takes the same
+            layout, and ``ulysses_size`` and ``ring_size`` are its.
         debug: ranks compare op, shapes and dtypes before each collective; also ``DSP_PLUGIN_DEBUG=1``.
         plan: ``package.module:name`` of a `Plan` for the model; needed where the model is not one we know.
-        attention: globs over module names: the modules whose `scaled_dot_product_attention` spans the sequence.
+        attention: globs over module names: the modules whose `scaled_dot_product_attention` or `linear_attention`
+            spans the sequence.
         batch: forward arguments that hold whole sequences, and the dim along which to shard each.
         positions: with ``batch``, the forward argument that takes global positions, filled in where the script does not
             pass it; None for a model that uses none.
         loss: set when the model returns the mean loss over the labels of its shard.
-        gather_output: the sequence dim of the model's output, set when the script takes the loss itself.
+        gather_output: the sequence dim of the model's output, set when the script takes the loss itself. Set beside
+            ``loss``, it is for calls without labels, which return outputs.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -101,6 +108,8 @@ class SequenceParallelConfig(BaseModel):
     ulysses_order: Literal["adjacent", "strided"] = "adjacent"
     ring_gradient_dtype: Literal["fp32", "input"] = "fp32"
     heads: PositiveInt | None = None
+    exchange: ExchangeName = "auto"
+    softmax_method: str = "lightseq"
     plan: str | None = Field(default=None, pattern=r"^[\w.]+:[\w.]+$")
     attention: tuple[str, ...] = ()
     batch: dict[str, StrictInt] = Field(default_factory=dict)
@@ -184,7 +193,9 @@ class SequenceParallelConfig(BaseModel):
         """Fill in the sizes that follow from the others, refusing those that contradict."""
         if not isinstance(settings, dict):
             return settings
-        _check_method(settings.get("method"))
+        check_method(settings.get("method"))
+        if "softmax_method" in settings:
+            check_softmax_method(settings["softmax_method"])
         size, ulysses, ring = (settings.get(key) for key in ("size", "ulysses_size", "ring_size"))
         counts = {key: settings.get(key) for key in ("size", "ulysses_size", "ring_size", "heads")}
         for key, value in counts.items():
@@ -195,92 +206,22 @@ class SequenceParallelConfig(BaseModel):
                     why=f"a count is an integer of 1 or more, not {type(value).__name__} {value!r}",
                     remedy="write a number such as 2",
                 )
-        sizes = complete_sizes(METHODS[settings["method"]], size, ulysses, ring, settings.get("heads"))
+        method, setting = METHODS[settings["method"]], "method"
+        if method.kind == "linear":
+            softmax_method = settings.get("softmax_method", cls.model_fields["softmax_method"].default)
+            method, setting = METHODS[softmax_method], "softmax_method"
+        sizes = complete_sizes(method, size, ulysses, ring, settings.get("heads"), setting)
         return {**settings, "size": sizes.size, "ulysses_size": sizes.ulysses, "ring_size": sizes.ring}
 
     @model_validator(mode="after")
     def _check_combination(self) -> Self:
-        if self.layout != "auto" and self.layout not in METHODS[self.method].layouts:
-            raise SequenceParallelConfigError(
-                setting="layout",
-                value=self.layout,
-                why=f"method {self.method} takes {', '.join(METHODS[self.method].layouts)}",
-                remedy='set layout to one of these, or to "auto"',
-            )
-        if self.plan is not None and self.layout not in ("auto", "contiguous"):
-            raise SequenceParallelConfigError(
-                setting="layout",
-                value=self.layout,
-                why=f"plan={self.plan!r} shards dims of the activation, each of them in contiguous runs",
-                remedy="drop layout",
-            )
-        if self.plan is not None and self.method not in PLANNED:
-            raise SequenceParallelConfigError(
-                setting="plan",
-                value=self.plan,
-                why=f"inside a plan's stages runs dsp or ulysses, not {self.method}",
-                remedy="use one of these, or shard the batch",
-            )
-        if self.batch and self.method == "dsp":
-            raise SequenceParallelConfigError(
-                setting="batch",
-                value=self.batch,
-                why="DSP shards the activation inside the model, by the plan, not the batch",
-                remedy="drop batch, or use method ulysses",
-            )
-        if self.batch and self.plan is not None:
-            raise SequenceParallelConfigError(
-                setting="batch",
-                value=self.batch,
-                why=f"plan={self.plan!r} already shards inside the model; both would shard twice",
-                remedy="keep one of plan and batch",
-            )
-        if self.batch and not self.attention:
-            raise SequenceParallelConfigError(
-                setting="attention",
-                value=list(self.attention),
-                why=f"batch shards {list(self.batch)}, so attention must span the shards, but no module is named",
-                remedy='name the attention modules, as in "attention": ["layers.*.attn"]',
-            )
-        if self.attention and not self.batch:
-            raise SequenceParallelConfigError(
-                setting="attention",
-                value=list(self.attention),
-                why="attention modules are named but no forward argument is sharded",
-                remedy='name the sharded arguments, as in "batch": {"input_ids": 1, "position_ids": 1, "labels": 1}',
-            )
-        if self.batch and (self.loss is None) == (self.gather_output is None):
-            both = self.loss is not None
-            raise SequenceParallelConfigError(
-                setting="loss",
-                value=self.loss.model_dump() if self.loss else None,
-                why=f"{'both' if both else 'neither'} of loss and gather_output {'are' if both else 'is'} set; the "
-                f"model returns either a loss over its shard or outputs to gather",
-                remedy='set "loss": {"labels": "labels"} if forward returns the mean loss, '
-                'or "gather_output": 1 if the script computes it',
-            )
-        if not self.batch and (self.loss is not None or self.gather_output is not None):
-            raise SequenceParallelConfigError(
-                setting="loss" if self.loss is not None else "gather_output",
-                value=self.loss.model_dump() if self.loss is not None else self.gather_output,
-                why="nothing to contract or gather: no forward argument is sharded",
-                remedy='name the sharded arguments in "batch", or drop this setting',
-            )
-        if not self.batch and "positions" in self.model_fields_set and self.positions is not None:
-            raise SequenceParallelConfigError(
-                setting="positions",
-                value=self.positions,
-                why="no forward argument is sharded, so positions are whole already",
-                remedy='name the sharded arguments in "batch", or drop this setting',
-            )
-        if self.loss is not None and self.loss.labels not in self.batch:
-            raise SequenceParallelConfigError(
-                setting="loss.labels",
-                value=self.loss.labels,
-                why=f"the labels must be sharded like the tokens, but batch names only {list(self.batch)}",
-                remedy=f'add "{self.loss.labels}" to batch',
-            )
+        check_combination(self)
         return self
+
+    @property
+    def for_softmax(self) -> str:
+        """The method that serves softmax attention: ``method``, or under a linear one ``softmax_method``."""
+        return self.softmax_method if METHODS[self.method].kind == "linear" else self.method
 
     def check_world(self, world_size: int, **other_sizes: int) -> int:
         """Check that the sizes fit the world.
@@ -335,30 +276,23 @@ class SequenceParallelConfig(BaseModel):
         workload = Workload(
             self.size, heads // tp, max(kv_heads // tp, 1), length=length or 1, ulysses_size=self.ulysses_size
         )
-        reasons = METHODS[self.method].illegal(workload)
+        serving = dict.fromkeys((self.method, self.for_softmax))
+        reasons = list(dict.fromkeys(reason for name in serving for reason in METHODS[name].illegal(workload)))
         if reasons:
             raise SequenceParallelConfigError(
                 f"method={self.method!r} with size={self.size}, {shapes}: " + " ".join(reasons)
             )
 
     def layout_for(self, native: LayoutKind | None = None) -> LayoutKind:
-        """The token order to use where the framework's own, if it has one, is ``native``."""
+        """The token order to use where the framework's own, if it has one, is ``native``.
+
+        Under a linear method it is one that its ``softmax_method`` takes, too.
+        """
         if self.layout != "auto":
             return self.layout
-        legal = METHODS[self.method].layouts
+        softmax = METHODS[self.for_softmax].layouts
+        legal = [layout for layout in METHODS[self.method].layouts if layout in softmax]
         return native if native in legal else legal[0]
-
-
-def _check_method(method: Any) -> None:
-    if not isinstance(method, str) or method not in METHODS:
-        nearest = get_close_matches(str(method), list(METHODS), n=1)
-        unknown = "no such method" + (f", the nearest is {nearest[0]!r}" if nearest else "")
-        raise SequenceParallelConfigError(
-            setting="method",
-            value=method,
-            why="missing" if method is None else unknown,
-            remedy=f"set it to one of {', '.join(METHODS)}",
-        )
 
 
 def _is_count(value: Any) -> bool:
@@ -396,3 +330,4 @@ def _first_problem(error: ValidationError) -> SequenceParallelConfigError:
 
 LAYOUT_CHOICES: tuple[str, ...] = get_args(LayoutName)
 KERNEL_CHOICES: tuple[str, ...] = get_args(KernelName)
+EXCHANGE_CHOICES: tuple[str, ...] = get_args(ExchangeName)

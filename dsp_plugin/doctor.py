@@ -16,7 +16,8 @@ from packaging.specifiers import SpecifierSet
 
 from dsp_plugin.config import SequenceParallelConfig
 from dsp_plugin.errors import SequenceParallelConfigError
-from dsp_plugin.kernels import KernelRow, describe
+from dsp_plugin.kernels import KernelRow, describe, linear_fla
+from dsp_plugin.kernels.linear_chunks import ChunkedForm
 from dsp_plugin.methods import METHODS
 
 
@@ -62,6 +63,8 @@ def software() -> list[Software]:
         _integrated("megatron-core"),
         _integrated("flash-attn", "flash_attn"),
         Software("flash-attn-3", _version("flash-attn-3", "flash_attn_3")),
+        _integrated("fla-core", "flash-linear-attention", name="flash-linear-attention"),
+        Software("triton", _version("triton", "pytorch-triton")),
         _apex(),
         Software("transformer-engine", _version("transformer-engine", "transformer-engine-torch")),
     ]
@@ -82,12 +85,12 @@ def _nccl() -> Software:
     return Software("NCCL", ".".join(map(str, torch.cuda.nccl.version())))
 
 
-def _integrated(distribution: str, *aliases: str) -> Software:
+def _integrated(distribution: str, *aliases: str, name: str | None = None) -> Software:
     version, supported = _version(distribution, *aliases), supported_versions(distribution)
     note = ""
     if version is not None and supported and not SpecifierSet(supported).contains(version, prereleases=True):
         note = f"not supported: install {distribution}{supported}"
-    return Software(distribution, version, supported, note)
+    return Software(name or distribution, version, supported, note)
 
 
 def supported_versions(distribution: str) -> str | None:
@@ -120,8 +123,19 @@ def devices() -> list[str]:
 
 
 def kernels() -> list[KernelRow]:
-    """The local attention kernels in order of preference, and why one cannot be used."""
-    return describe()
+    """The local kernels in order of preference, those of linear attention last, and why one cannot be used."""
+    unusable = linear_fla.unusable(torch.device("cuda"), torch.bfloat16)
+    used = "all of it here" if unusable else "where fla does not serve the tensors"
+    return [
+        *describe(),
+        KernelRow(
+            linear_fla.FlaForm.name,
+            unusable is None,
+            f"linear attention: {unusable or 'flash-linear-attention and triton are installed'}",
+            linear_fla.version(),
+        ),
+        KernelRow(ChunkedForm.name, True, f"linear attention in plain torch, {used}", torch.__version__),
+    ]
 
 
 def legality(world_size: int, heads: int, kv_heads: int | None, tensor_parallel_size: int) -> list[Legality]:

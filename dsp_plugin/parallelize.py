@@ -1,4 +1,4 @@
-"""Hooks that shard an unmodified module: inside it by a plan (DSP, or Ulysses on one dim), or its batch (Ulysses)."""
+"""Hooks that shard an unmodified module: inside it by a plan (DSP, Ulysses on one dim), or its batch (all others)."""
 
 from __future__ import annotations
 
@@ -13,10 +13,12 @@ from dsp_plugin import loss
 from dsp_plugin.batch import BatchSharder
 from dsp_plugin.comm.collectives import gather
 from dsp_plugin.config import SequenceParallelConfig
+from dsp_plugin.config_checks import PLANNED
 from dsp_plugin.errors import SequenceParallelConfigError
 from dsp_plugin.groups import SequenceParallelGroups
+from dsp_plugin.known_models import complete
 from dsp_plugin.layout import Layout
-from dsp_plugin.methods import attention_of
+from dsp_plugin.methods import METHODS, attention_of
 from dsp_plugin.outputs import first_tensor, when_backward_starts
 from dsp_plugin.plan import Plan, matching_modules, outermost, resolve_plan
 from dsp_plugin.planner.stages import StagePlan
@@ -52,8 +54,9 @@ def parallelize(
 ) -> Parallelized:
     """Shard the sequence of ``module`` by hooks; its code and its callers stay as they are.
 
-    With ``config.batch`` the named forward arguments are sharded before the module runs. Otherwise a plan says where
-    inside the module tokens are split, switched and gathered, and callers see whole tensors.
+    With ``config.batch``, which the models in `known_models` do without, the named forward arguments are sharded before
+    the module runs. Otherwise a plan says where inside the module tokens are split, switched and gathered. Either way
+    callers see whole tensors, and the loss of whole sequences.
 
     Parameter gradients come out such that their mean over the sequence ranks is exact.
 
@@ -63,6 +66,8 @@ def parallelize(
     Raises:
         SequenceParallelConfigError: the model does not fit the config or the plan.
     """
+    if plan is None:
+        module, config = complete(module, config)
     _check_fit(config, groups)
     handle = Parallelized()
     try:
@@ -86,6 +91,12 @@ def _check_fit(config: SequenceParallelConfig, groups: SequenceParallelGroups) -
             why=f"the groups have {groups.sp.size} ranks to a sequence",
             remedy="build the groups from the same config",
         )
+    if not config.batch and config.method not in PLANNED:
+        raise SequenceParallelConfigError(
+            setting="plan",
+            why=f"inside a plan's stages runs {' or '.join(PLANNED)}, not {config.method}",
+            remedy="use one of these, or shard the batch",
+        )
     if not config.batch and config.layout not in ("auto", "contiguous"):
         raise SequenceParallelConfigError(
             setting="layout",
@@ -98,7 +109,8 @@ def _check_fit(config: SequenceParallelConfig, groups: SequenceParallelGroups) -
 def _shard_batch(
     module: nn.Module, config: SequenceParallelConfig, groups: SequenceParallelGroups, undo: list[Callable[[], None]]
 ) -> None:
-    sharder, attention = BatchSharder(module, config, groups.sp), attention_of(config)
+    sharder, attention = BatchSharder(module, config, groups.sp), attention_of(config, config.for_softmax)
+    linear = attention_of(config) if METHODS[config.method].kind == "linear" else None
     found = [matching_modules(module, pattern, "attention") for pattern in config.attention]
     layout_now: Layout | None = None
     count_now: Tensor | None = None
@@ -127,8 +139,7 @@ def _shard_batch(
         leave()
         assert layout_now is not None
         first, rebuild = first_tensor(output)
-        if config.loss is not None:
-            assert count_now is not None
+        if count_now is not None:
             whole = _global_loss(first, count_now, groups)
         else:
             assert config.gather_output is not None
@@ -139,7 +150,7 @@ def _shard_batch(
     undo.append(module.register_forward_pre_hook(before, with_kwargs=True).remove)
     undo.append(module.register_forward_hook(after).remove)
     for name, part in outermost({name: part for modules in found for name, part in modules.items()}).items():
-        route = AttentionRoute(name, attention, groups, lambda: layout_now, lambda: seed_now)
+        route = AttentionRoute(name, attention, groups, lambda: layout_now, lambda: seed_now, linear)
         undo.append(route.install(part))
 
 

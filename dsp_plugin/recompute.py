@@ -14,14 +14,21 @@ bytes per element, w those of a log-sum-exp: 8 for fp64, else 4.
   key/value heads: also q, k and v as gathered, for they came over the wire, and the output on both sides of its way
   back, ``B N (h (D e + Dv e + w) + k (D + Dv) e) + B n H Dv e``. Where everything divides, N h = n H and N k = n K. In
   a group of one nothing travels, and it is as for Ring. A local kernel that pads values to D keeps its output so.
+- LASP, with Hk query heads and K, V for key and value dims: the output and, on every rank but the first, the state that
+  entered: ``B n H V e + B H K V w``. The final state too, if asked for: ``B H K V w``. With the exchange ``allgather``
+  of P > 1 ranks also everyone's transition: ``P w`` times 0 for no decay (1 if documents are packed), H for a decay per
+  head, B H for one per token, B H K for one per key dim, B H K² for delta rules. In a layout that is not contiguous
+  also what was put in order: ``B n (2 Hk K + H V) e`` and the gates. Bidirectional: the output, and instead of states
+  ``B H K V w`` for each document with a token here.
 
 Ordinary checkpointing keeps none of this; no checkpointing keeps all of it, and the inputs, and the rest of the model.
 """
 
 from __future__ import annotations
 
+import inspect
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial, wraps
@@ -34,10 +41,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.autograd.graph import GradientEdge, get_gradient_edge, saved_tensors_hooks
 
-Attention = Callable[..., Tensor]
-Inputs = tuple[Tensor, ...]
+Attention = Callable[..., Tensor | tuple[Tensor, ...]]
+Inputs = Sequence[Tensor | None]
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
+Answer = TypeVar("Answer", bound=Tensor | tuple[Tensor, ...])
 
 
 class Tape:
@@ -82,16 +90,28 @@ def keeping_attention(function: Callable[Arguments, Result]) -> Callable[Argumen
     return run
 
 
-def on_tape(attention: Attention) -> Attention:
-    """``attention(q, k, v, ...)`` that answers from the tape of the checkpointed stretch it runs in, if any."""
+def on_tape(attention: Callable[..., Answer]) -> Callable[..., Answer]:
+    """``attention`` that answers from the tape of the checkpointed stretch it runs in, if any.
+
+    Its parameters that can be given by position are its inputs, each a tensor or None: q, k and v of softmax attention;
+    also g, beta and initial_state of linear attention. What can be given by keyword only are settings, never
+    differentiated. It returns one tensor or a tuple of them.
+    """
+    parameters = inspect.signature(attention).parameters.values()
+    signature = inspect.Signature([x for x in parameters if x.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD])
 
     @wraps(attention)
-    def aware(q: Tensor, k: Tensor, v: Tensor, **settings: Any) -> Tensor:
+    def aware(*args: Tensor | None, **kwargs: Any) -> Any:
         mode = _mode()
         if mode is None:
-            return attention(q, k, v, **settings)
-        call = mode.call(partial(attention, **settings), (q, k, v))
-        return _FromTape.apply(call, q, k, v)
+            return attention(*args, **kwargs)
+        named = {name: kwargs.pop(name) for name in signature.parameters if name in kwargs}
+        bound = signature.bind(*args, **named)
+        bound.apply_defaults()
+        inputs = tuple(bound.arguments.values())
+        call = mode.call(partial(attention, **kwargs), inputs)
+        outputs = _FromTape.apply(call, *inputs)
+        return outputs if call.many else outputs[0]
 
     return aware
 
@@ -101,40 +121,48 @@ class _KeptCall:
 
     A second backward pass, through a retained graph, finds it freed by the first; the recomputation that comes before
     it makes the call again.
+
+    Attributes:
+        many: whether it returned a tuple.
     """
 
     def __init__(self, attention: Attention, inputs: Inputs) -> None:
         self._attention = attention
-        self._shapes = [(x.shape, x.dtype) for x in inputs]
+        self._shapes = _shapes(inputs)
         self._made: _Made | None = _make(attention, inputs)
+        self.many = self._made.many
 
-    def answer(self, inputs: Inputs) -> Tensor:
-        """The output again, for recomputed inputs.
+    def answer(self, inputs: Inputs) -> tuple[Tensor, ...]:
+        """The outputs again, for recomputed inputs.
 
         Raises:
             RuntimeError: the stretch does not run as it did at first.
         """
-        if [(x.shape, x.dtype) for x in inputs] != self._shapes:
+        if _shapes(inputs) != self._shapes:
             raise RuntimeError(
-                f"attention was called with {[(tuple(x.shape), x.dtype) for x in inputs]} where the checkpointed "
-                f"stretch first called it with {[(tuple(shape), dtype) for shape, dtype in self._shapes]}: its control "
-                "flow must not depend on anything that changes in between"
+                f"attention was called with {_shapes(inputs)} where the checkpointed stretch first called it with "
+                f"{self._shapes}: its control flow must not depend on anything that changes in between"
             )
         if self._made is None:
             self._made = _make(self._attention, inputs)
-        if self._made.output._version != self._made.version:
+        if [output._version for output in self._made.outputs] != self._made.versions:
             raise RuntimeError(
                 "the output of attention was modified in place, and recompute='keep_attention' needs it again in the "
                 "backward pass. Use an operation that is not in place, or recompute='full'."
             )
-        return self._made.output
+        return self._made.outputs
 
     def kept_tensors(self) -> list[Tensor]:
         """What is held until the backward pass."""
-        return [] if self._made is None else [self._made.output, *self._made.kept]
+        return [] if self._made is None else [*self._made.outputs, *self._made.kept]
 
-    def backward(self, grad: Tensor, inputs: Inputs) -> tuple[Tensor | None, ...]:
-        """Gradients of the inputs, whose recomputed values are given. Frees what was kept.
+    def backward(self, grads: Inputs, inputs: Inputs, needed: Sequence[bool]) -> tuple[Tensor | None, ...]:
+        """Gradients of the inputs that need one, None for the others. Frees what was kept.
+
+        Args:
+            grads: of the outputs, None where nothing depends on one.
+            inputs: their recomputed values.
+            needed: of which inputs.
 
         Raises:
             RuntimeError: a second backward pass, before which the stretch was not run again.
@@ -146,7 +174,17 @@ class _KeptCall:
             )
         made, self._made = self._made, None
         made.recomputed.extend(inputs)
-        return torch.autograd.grad(made.result, made.edges, grad, allow_unused=True)
+        used = [(result, grad) for result, grad in zip(made.results, grads, strict=True) if grad is not None]
+        if not used:
+            return (None,) * len(inputs)
+        wanted = [edge for edge, need in zip(made.edges, needed, strict=True) if need and edge is not None]
+        results, grads_of_results = zip(*used, strict=True)
+        found = iter(torch.autograd.grad(results, wanted, grads_of_results, allow_unused=True))
+        return tuple(next(found) if need else None for need in needed)
+
+
+def _shapes(inputs: Inputs) -> list[tuple[tuple[int, ...], torch.dtype] | None]:
+    return [None if x is None else (tuple(x.shape), x.dtype) for x in inputs]
 
 
 @dataclass(frozen=True)
@@ -154,34 +192,38 @@ class _Made:
     """A call that was made.
 
     Attributes:
-        result: its output with its graph, whose saved tensors are all there but the inputs.
-        output: the same, as given to the model.
-        version: of the output, which counts changes in place.
-        edges: where the gradients of the inputs leave the graph.
+        many: whether it returned a tuple.
+        results: its outputs with their graph, whose saved tensors are all there but the inputs.
+        outputs: the same, as given to the model.
+        versions: of the outputs, which count changes in place.
+        edges: where the gradients of the inputs leave the graph; None for an input that is None.
         kept: the saved tensors.
         recomputed: where the graph looks for the inputs.
     """
 
-    result: Tensor
-    output: Tensor
-    version: int
-    edges: tuple[GradientEdge, ...]
+    many: bool
+    results: tuple[Tensor, ...]
+    outputs: tuple[Tensor, ...]
+    versions: list[int]
+    edges: tuple[GradientEdge | None, ...]
     kept: list[Tensor]
-    recomputed: list[Tensor]
+    recomputed: list[Tensor | None]
 
 
 def _make(attention: Attention, inputs: Inputs) -> _Made:
     # The hooks must refer to nothing that leads back to the graph: no garbage collector sees cycles through it.
     kept: list[Tensor] = []
-    recomputed: list[Tensor] = []
+    recomputed: list[Tensor | None] = []
     # Calls that the attention itself makes belong to it.
     with torch.enable_grad(), _During(lambda outer: None):
-        entries = tuple(_Entry.apply(x.detach(), _anchor(x)) for x in inputs)
+        entries = [None if x is None else _Entry.apply(x.detach(), _anchor(x)) for x in inputs]
         with saved_tensors_hooks(partial(_keep, _places(entries), kept), partial(_give, recomputed)):
             result = attention(*entries)
-    output = result.detach()
-    edges = tuple(get_gradient_edge(entry) for entry in entries)
-    return _Made(result, output, output._version, edges, kept, recomputed)
+    results = (result,) if isinstance(result, Tensor) else tuple(result)
+    outputs = tuple(x.detach() for x in results)
+    edges = tuple(None if entry is None else get_gradient_edge(entry) for entry in entries)
+    many = not isinstance(result, Tensor)
+    return _Made(many, results, outputs, [x._version for x in outputs], edges, kept, recomputed)
 
 
 class _Recording:
@@ -234,20 +276,22 @@ class _During(AbstractContextManager[None]):
 
 
 class _FromTape(torch.autograd.Function):
-    """A kept call in the graph of the model: the output comes from the tape, the inputs from recomputation."""
+    """A kept call in the graph of the model: the outputs come from the tape, the inputs from recomputation."""
 
     @staticmethod
-    def forward(ctx: Any, call: _KeptCall, *inputs: Tensor) -> Tensor:
+    def forward(ctx: Any, call: _KeptCall, *inputs: Tensor | None) -> tuple[Tensor, ...]:
         ctx.call = call
         ctx.save_for_backward(*inputs)
-        return call.answer(inputs).detach()
+        # Zeros for an output that nothing depends on would cost the call a backward pass through it.
+        ctx.set_materialize_grads(False)
+        return tuple(output.detach() for output in call.answer(inputs))
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         # Reading the inputs recomputes the stretch, so it comes first.
         inputs = ctx.saved_tensors
-        return None, *ctx.call.backward(grad, inputs)
+        return None, *ctx.call.backward(grads, inputs, ctx.needs_input_grad[1:])
 
 
 class _Entry(torch.autograd.Function):
@@ -271,7 +315,7 @@ Place = tuple[Any, ...]
 
 
 def _places(entries: Inputs) -> dict[Place, int]:
-    return {_place(entry): index for index, entry in enumerate(entries)}
+    return {_place(entry): index for index, entry in enumerate(entries) if entry is not None}
 
 
 def _place(tensor: Tensor) -> Place:
@@ -287,5 +331,7 @@ def _keep(places: dict[Place, int], kept: list[Tensor], tensor: Tensor) -> int |
     return kept[-1]
 
 
-def _give(recomputed: list[Tensor], saved: int | Tensor) -> Tensor:
-    return recomputed[saved] if isinstance(saved, int) else saved
+def _give(recomputed: list[Tensor | None], saved: int | Tensor) -> Tensor:
+    found = recomputed[saved] if isinstance(saved, int) else saved
+    assert found is not None, "only inputs that are tensors have a place"
+    return found

@@ -1,4 +1,8 @@
-"""Routing of `torch.nn.functional.scaled_dot_product_attention` calls to a method, inside chosen modules only."""
+"""Routing of attention calls to a method, inside chosen modules only: softmax attention, linear attention, convolution.
+
+The calls that are seen are torch's `scaled_dot_product_attention` and the library's own `linear_attention` and
+`short_convolution`, by which models with linear attention are written.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +17,11 @@ from torch.overrides import TorchFunctionMode
 
 from dsp_plugin.errors import UnsupportedError
 from dsp_plugin.groups import SequenceParallelGroups
+from dsp_plugin.kernels.convolution import short_convolution
+from dsp_plugin.kernels.linear import linear_attention
 from dsp_plugin.layout import Layout
 from dsp_plugin.mask import MaskSpec
+from dsp_plugin.methods import halo
 from dsp_plugin.randomness import RegionSeed
 
 LayoutNow = Callable[[], Layout | None]
@@ -25,9 +32,10 @@ class AttentionRoute:
 
     Args:
         name: of the module, for errors.
-        attention: the method's, from `dsp_plugin.methods.attention_of`.
+        attention: softmax attention, from `dsp_plugin.methods.attention_of`.
         layout_now: the placement of the sequence in the running forward pass; None while it is whole.
         seed_now: the seeds of that pass; None outside training.
+        linear: linear attention, likewise; None where the method serves none.
     """
 
     def __init__(
@@ -37,8 +45,9 @@ class AttentionRoute:
         groups: SequenceParallelGroups,
         layout_now: LayoutNow,
         seed_now: Callable[[], RegionSeed | None],
+        linear: Callable[..., Tensor | tuple[Tensor, Tensor]] | None = None,
     ) -> None:
-        self._name, self._attention, self._groups = name, attention, groups
+        self._name, self._attention, self._linear, self._groups = name, attention, linear, groups
         self._layout_now, self._seed_now = layout_now, seed_now
 
     def install(self, module: nn.Module) -> Callable[[], None]:
@@ -68,8 +77,9 @@ class AttentionRoute:
         if not intercept.routed:
             raise UnsupportedError(
                 setting=f"attention of {self._name}",
-                why="its forward never called torch.nn.functional.scaled_dot_product_attention, so it would attend "
-                "within the shard only (nn.MultiheadAttention makes the call out of our sight)",
+                why="its forward never called torch.nn.functional.scaled_dot_product_attention or "
+                "dsp_plugin.kernels.linear.linear_attention, so it would attend within the shard only "
+                "(nn.MultiheadAttention makes the call out of our sight)",
                 remedy="name the modules that make the call, and set the model's attention implementation to sdpa",
             )
         return output
@@ -102,13 +112,8 @@ class AttentionRoute:
                 why="a dense mask is over whole sequences, of which a rank holds a part",
                 remedy="use is_causal=True or no mask; pack documents with MaskSpec(cu_seqlens=...)",
             )
-        if is_causal and layout.explicit_sizes is not None:
-            raise UnsupportedError(
-                setting=f"is_causal of {self._name}",
-                value=is_causal,
-                why="the stage computes along several dims of which one is sharded: its tokens are not in global order",
-                remedy="shard a dim that the stage does not compute along, or drop the mask",
-            )
+        if is_causal:
+            self._check_order(layout, f"is_causal of {self._name}=True", "drop the mask")
         if not query.dim() == key.dim() == value.dim() == 4 or query.shape[2] != key.shape[2]:
             raise UnsupportedError(
                 setting=f"attention of {self._name}",
@@ -136,6 +141,44 @@ class AttentionRoute:
             dropout_seed=self._dropout_seed() if dropout_p else None,
         )
         return out.transpose(1, 2)
+
+    def attend_linearly(
+        self, layout: Layout, q: Tensor, k: Tensor, v: Tensor, *gates: Tensor | None, **settings: Any
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """`dsp_plugin.kernels.linear.linear_attention` on sharded ``[B, n, H, D]`` tensors, with its arguments.
+
+        Under autocast q, k and v are taken in its dtype. Decays add up, so gates stay in theirs.
+
+        Raises:
+            UnsupportedError: the method serves no linear attention.
+        """
+        if self._linear is None:
+            raise UnsupportedError(
+                setting=f"linear_attention of {self._name}",
+                why="the method in use serves softmax attention, and every shard would start from a state of zeros",
+                remedy='set "method" to "lasp", and "softmax_method" to what is to serve the softmax layers, if any',
+            )
+        q, k, v = (autocast(x) for x in (q, k, v))
+        return self._linear(q, k, v, *gates, groups=self._groups, layout=layout, **settings)
+
+    def convolve(
+        self, layout: Layout, x: Tensor, weight: Tensor, bias: Tensor | None = None, **settings: Any
+    ) -> Tensor:
+        """`dsp_plugin.kernels.convolution.short_convolution` on a sharded ``[B, n, C]`` tensor, with its arguments.
+
+        Raises:
+            UnsupportedError: the shard's tokens are not in global order.
+        """
+        self._check_order(layout, f"short_convolution of {self._name}", "leave it out")
+        return halo.convolve(x, weight, bias, groups=self._groups, layout=layout, **settings)
+
+    def _check_order(self, layout: Layout, setting: str, otherwise: str) -> None:
+        if layout.explicit_sizes is not None:
+            raise UnsupportedError(
+                setting=setting,
+                why="the stage computes along several dims of which one is sharded: its tokens are not in global order",
+                remedy=f"shard a dim that the stage does not compute along, or {otherwise}",
+            )
 
     def _dropout_seed(self) -> int:
         seed = self._seed_now()
@@ -172,7 +215,14 @@ class _Intercept(TorchFunctionMode):
         self._route, self._layout, self.routed = route, layout, False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention:
             self.routed = True
-            return self._route.attend(self._layout, *args, **(kwargs or {}))
-        return func(*args, **(kwargs or {}))
+            return self._route.attend(self._layout, *args, **kwargs)
+        if func is linear_attention:
+            self.routed = True
+            return self._route.attend_linearly(self._layout, *args, **kwargs)
+        if func is short_convolution:
+            # Not what makes a module mix tokens: one that does nothing else we see attends out of our sight.
+            return self._route.convolve(self._layout, *args, **kwargs)
+        return func(*args, **kwargs)

@@ -17,11 +17,20 @@ class Sizes(NamedTuple):
     ring: int
 
 
-def complete_sizes(method: Method, size: int | None, ulysses: int | None, ring: int | None, heads: int | None) -> Sizes:
+def complete_sizes(
+    method: Method,
+    size: int | None,
+    ulysses: int | None,
+    ring: int | None,
+    heads: int | None,
+    setting: str = "method",
+) -> Sizes:
     """The sizes that follow from those given.
 
     Args:
+        method: whose axes the sizes are; under a linear method, the one that serves softmax layers beside it.
         heads: query heads on one tensor-parallel rank, if known: no more Ulysses ranks than these.
+        setting: by which ``method`` was chosen, for errors.
 
     Raises:
         SequenceParallelConfigError: too few are given, they contradict each other, or the method lacks an axis.
@@ -40,7 +49,7 @@ def complete_sizes(method: Method, size: int | None, ulysses: int | None, ring: 
             raise SequenceParallelConfigError(
                 setting=f"{axis}_size",
                 value=given,
-                why=f"method {method.name} has no {axis}: {size} ranks = {own}_size {size} * {axis}_size 1",
+                why=f"{setting} {method.name} has no {axis}: {size} ranks = {own}_size {size} * {axis}_size 1",
                 remedy=f"drop {axis}_size",
             )
     if "ring" not in method.axes:

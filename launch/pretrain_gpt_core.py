@@ -1,7 +1,8 @@
 """Trains a small GPT with Megatron-core alone, on the text of Python's standard library, byte by byte.
 
 An ordinary Megatron-core script: its own training loop, `GPTModel` with the local layer spec, Megatron's data
-parallelism, optimizer and pipeline schedules. It runs on 0.16 and 0.19.
+parallelism, optimizer and pipeline schedules. It runs on 0.16 and 0.19. With ``--linear-decay`` the model is a hybrid
+with layers of linear attention.
 
 The initial weights depend on a parameter's name only, and the batch on the step only, so losses and gradients of runs
 with different tensor, pipeline, context and data parallel sizes are comparable; ``--metrics-out`` and ``--dump-grads``
@@ -24,7 +25,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state, tensor_parallel
+from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec, get_gpt_mtp_block_spec
@@ -33,6 +34,9 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer import TransformerConfig
 from megatron.core.utils import get_batch_on_this_cp_rank
 from torch import Tensor
+
+from dsp_plugin.kernels.linear import DECAYS
+from dsp_plugin.patches.megatron.linear_specs import hybrid_layer_specs
 
 VOCABULARY = 256
 NEWLINE = 10
@@ -46,6 +50,10 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--hidden-size", type=int, default=64)
     parser.add_argument("--num-attention-heads", type=int, default=8)
     parser.add_argument("--num-query-groups", type=int, default=4)
+    parser.add_argument("--linear-decay", choices=DECAYS, help="linear attention of this kind in place of softmax")
+    parser.add_argument(
+        "--softmax-every", type=int, default=0, help="with --linear-decay, every k-th layer stays softmax attention"
+    )
     parser.add_argument("--seq-length", type=int, default=64)
     parser.add_argument("--micro-batch-size", type=int, default=1)
     parser.add_argument("--global-batch-size", type=int, default=4)
@@ -74,6 +82,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--dump-grads", type=Path, help="torch file for the gradients of the first step, as full tensors"
     )
+    parser.add_argument("--save", type=Path, help="folder for a distributed checkpoint of the trained weights")
+    parser.add_argument("--load", type=Path, help="folder of one to start from, saved at any parallel sizes")
     return parser.parse_args()
 
 
@@ -92,6 +102,8 @@ def main() -> None:
 
     config = model_config(args)
     chunks = build_model(args, config)
+    if args.load is not None:
+        load_weights(chunks, args.load)
     optimizer = get_megatron_optimizer(
         OptimizerConfig(
             optimizer="adam",
@@ -119,6 +131,9 @@ def main() -> None:
             print(f"step {step + 1}/{args.train_iters} | lm loss {losses[-1]:.6f}", flush=True)
     seconds = time.perf_counter() - started
 
+    if args.save is not None:
+        args.save.mkdir(parents=True, exist_ok=True)
+        dist_checkpointing.save(sharded_weights(chunks), str(args.save))
     if args.metrics_out is not None and is_reporter():
         tokens = args.seq_length * args.global_batch_size * args.train_iters
         metrics = {"losses": losses, "tokens_per_second": tokens / seconds, "world_size": dist.get_world_size()}
@@ -149,6 +164,11 @@ def model_config(args: argparse.Namespace) -> TransformerConfig:
         hidden_size=args.hidden_size,
         num_attention_heads=args.num_attention_heads,
         num_query_groups=args.num_query_groups,
+        linear_attention_freq=args.softmax_every or None,
+        linear_num_key_heads=args.num_query_groups,
+        linear_num_value_heads=args.num_attention_heads,
+        linear_key_head_dim=args.hidden_size // args.num_attention_heads,
+        linear_value_head_dim=args.hidden_size // args.num_attention_heads,
         hidden_dropout=0.0,
         attention_dropout=args.attention_dropout,
         window_size=None if args.window_size is None else tuple(args.window_size),
@@ -177,9 +197,9 @@ def model_config(args: argparse.Namespace) -> TransformerConfig:
 def build_model(args: argparse.Namespace, config: TransformerConfig) -> list[DistributedDataParallel]:
     """This rank's model chunks (one, or one for each virtual pipeline stage), in Megatron's data parallel wrapper."""
     virtual = args.virtual_pipeline_model_parallel_size
-    layer = get_gpt_layer_local_spec()
     chunks = []
     for stage in [None] if virtual is None else range(virtual):
+        layer = layer_spec(args, config, stage)
         place = {"ignore_virtual": virtual is None, "vp_stage": stage}
         model = GPTModel(
             config,
@@ -211,6 +231,13 @@ def build_model(args: argparse.Namespace, config: TransformerConfig) -> list[Dis
     return chunks
 
 
+def layer_spec(args: argparse.Namespace, config: TransformerConfig, stage: int | None) -> Any:
+    """One layer for all, or the layers of this stage of a hybrid."""
+    if args.linear_decay is None:
+        return get_gpt_layer_local_spec()
+    return hybrid_layer_specs(config, decay=args.linear_decay, use_transformer_engine=False, vp_stage=stage)
+
+
 def initialize_weights(model: GPTModel, seed: int) -> None:
     """Draws every matrix from a generator of its own name, whole, and keeps this rank's slice of it."""
     tp_size = parallel_state.get_tensor_model_parallel_world_size()
@@ -226,6 +253,18 @@ def initialize_weights(model: GPTModel, seed: int) -> None:
             generator = torch.Generator().manual_seed(seed + zlib.crc32(name.encode()))
             whole = torch.randn(shape, generator=generator) * 0.05
             parameter.copy_(whole.chunk(tp_size, parameter.partition_dim)[tp_rank] if sharded else whole)
+
+
+def sharded_weights(chunks: list[DistributedDataParallel]) -> dict[str, Any]:
+    """What Megatron's distributed checkpoints take: which part of each whole weight this rank holds."""
+    return {f"model{stage}": chunk.module.sharded_state_dict() for stage, chunk in enumerate(chunks)}
+
+
+def load_weights(chunks: list[DistributedDataParallel], folder: Path) -> None:
+    """Loads this rank's part of a checkpoint, in place."""
+    weights = dist_checkpointing.load(sharded_weights(chunks), str(folder))
+    for stage, chunk in enumerate(chunks):
+        chunk.module.load_state_dict(weights[f"model{stage}"])
 
 
 def global_parameters(model: Any) -> Iterator[tuple[str, Any]]:

@@ -11,6 +11,7 @@ from dsp_plugin.comm.collectives import (
     split,
 )
 from dsp_plugin.comm.ledger import Ledger, LedgerRow, ledger
+from dsp_plugin.comm.relayout import relayout
 
 __all__ = [
     "Ledger",
@@ -21,6 +22,7 @@ __all__ = [
     "gather",
     "ledger",
     "reduce_scatter",
+    "relayout",
     "replicate",
     "ring_hop",
     "split",

@@ -244,6 +244,15 @@ def ring_hop(x: Tensor, shift: int, receive_shape: Sequence[int] | None = None, 
     return _RingHop.apply(x, shift, shape, Sender(axis, method, "forward"))
 
 
+def summed(x: Tensor, sender: Sender) -> Tensor:
+    """The sum of ``x`` over the ranks, on every rank; not for autograd to pass through.
+
+    Bytes leaving this rank: those of the parts that others add up, and P - 1 times those of its own.
+    """
+    flat = Layout("contiguous", x.numel(), sender.axis.size)
+    return _gathered(_reduced(x.reshape(-1), 0, flat, sender), 0, flat, sender).view(x.shape)
+
+
 def _gathered(x: Tensor, dim: int, layout: Layout, sender: Sender) -> Tensor:
     assert layout.size == sender.axis.size
     assert x.shape[dim] == layout.sizes[sender.axis.rank]
@@ -319,10 +328,7 @@ class _Replicate(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        sender: Sender = ctx.sender
-        flat = Layout("contiguous", grad.numel(), sender.axis.size)
-        mine = _reduced(grad.reshape(-1), 0, flat, sender) / sender.axis.size
-        return _gathered(mine, 0, flat, sender).view(grad.shape), None
+        return summed(grad, ctx.sender) / ctx.sender.axis.size, None
 
 
 class _RingHop(torch.autograd.Function):

@@ -126,15 +126,42 @@ class Transfers:
         self._works = _post(list(self._sent.items()), list(self._received.items()), axis)
 
     def wait(self) -> dict[int, Tensor]:
-        """What arrived, flat, by sender; returns once everything sent and received is done."""
-        _wait(self._works)
+        """What arrived, flat, by sender; returns once everything sent and received is done. May be called again."""
+        # gloo counts completions: to wait for one twice is to wait for ever.
+        works, self._works = self._works, []
+        _wait(works)
         return self._received
 
 
+class Collection:
+    """An all-gather of flat buffers of one length, in flight from construction until `wait`.
+
+    Args:
+        buffer: 1-D, contiguous; it must stay unwritten until `wait` returns.
+    """
+
+    def __init__(self, buffer: Tensor, sender: Sender) -> None:
+        axis = sender.axis
+        assert buffer.dim() == 1
+        counts = [0 if peer == axis.rank else buffer.numel() for peer in range(axis.size)]
+        _enter("all_gather", buffer.dtype, counts, counts, sender)
+        self._sent, self._parts = buffer, axis.size
+        self._gathered = buffer.new_empty(axis.size * buffer.numel())
+        self._work = _all_gather_single(
+            self._gathered.view(torch.uint8), buffer.view(torch.uint8), group=axis.group, async_op=True
+        )
+
+    def wait(self) -> tuple[Tensor, ...]:
+        """The buffer of every rank, in rank order."""
+        self._work.wait()
+        return self._gathered.chunk(self._parts)
+
+
 def _post(sends: list[tuple[int, Tensor]], receives: list[tuple[int, Tensor]], axis: Axis) -> list[dist.Work]:
+    # Receives first: behind a send of its own, gloo's word that a rank is ready to receive would wait for that send.
     operations = [
         dist.P2POp(kind, tensor.view(torch.uint8), axis.ranks[peer], axis.group)
-        for kind, transfers in ((dist.isend, sends), (dist.irecv, receives))
+        for kind, transfers in ((dist.irecv, receives), (dist.isend, sends))
         for peer, tensor in transfers
         if tensor.numel()
     ]

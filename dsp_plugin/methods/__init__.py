@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from dsp_plugin.methods import dsp, lightseq, ring, ulysses, usp
+from dsp_plugin.methods import dsp, lasp, lightseq, ring, ulysses, usp
 from dsp_plugin.methods.method import Method, WireBytes, Workload
 from dsp_plugin.recompute import on_tape
 
 if TYPE_CHECKING:
     from dsp_plugin.config import SequenceParallelConfig
 
-_ALL = (dsp.METHOD, ulysses.METHOD, ring.METHOD, usp.METHOD, lightseq.METHOD)
+_ALL = (dsp.METHOD, ulysses.METHOD, ring.METHOD, usp.METHOD, lightseq.METHOD, lasp.METHOD)
 
 # Every attention answers from the tape of a checkpointed stretch, if there is one.
 METHODS: dict[str, Method] = {

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
-
-from torch import Tensor
+from typing import Any, Literal, NamedTuple
 
 from dsp_plugin.layout import Layout, LayoutKind
 from dsp_plugin.mask import MaskSpec
@@ -18,8 +16,8 @@ class Workload:
 
     Attributes:
         size: P, the sequence-parallel size.
-        heads: H, query heads on one tensor-parallel rank.
-        kv_heads: K, key/value heads on one tensor-parallel rank.
+        heads: H, query heads on one tensor-parallel rank; for linear attention value heads.
+        kv_heads: K, key/value heads on one tensor-parallel rank; for linear attention query and key heads.
         head_dim: D, of queries and keys.
         value_dim: of values; ``head_dim`` when None.
         element_size: e, bytes.
@@ -27,6 +25,11 @@ class Workload:
         documents: borders of the documents that zigzag cuts one by one, see `Layout`.
         ring_gradient_dtype: in which gradients of keys and values travel on a ring, ``fp32`` or ``input``.
         grid: for DSP, the sizes of the two dims that it switches between; their product is ``length``.
+        decay: for linear attention, one of `kernels.linear.DECAYS`; delta rules with a fixed decay per head count as
+            ``gated-delta``.
+        exchange: for linear attention, how states travel, one of `state_exchange.EXCHANGES`, or ``auto``.
+        gate_size: for linear attention, bytes per element of decays and betas.
+        sizes: of the ranks' contiguous shards, where they are not those of an even split.
     """
 
     size: int
@@ -43,6 +46,10 @@ class Workload:
     ulysses_size: int | None = None
     documents: tuple[int, ...] | None = None
     ring_gradient_dtype: Literal["fp32", "input"] = "fp32"
+    decay: str = "none"
+    exchange: str = "auto"
+    gate_size: int = 4
+    sizes: tuple[int, ...] | None = None
 
     @property
     def gradient_size(self) -> int:
@@ -56,7 +63,7 @@ class Workload:
 
     def tokens(self) -> Layout:
         """The placement of the sequence on the ranks."""
-        return Layout(self.layout, self.length, self.size, documents=self.documents)
+        return Layout(self.layout, self.length, self.size, self.sizes, self.documents)
 
 
 class WireBytes(NamedTuple):
@@ -77,7 +84,7 @@ class Method:
         layouts: token orders it accepts, the best first.
         illegal: why it cannot serve a workload, one sentence each with the arithmetic and a remedy; empty if it can.
         wire_bytes: bytes leaving ``rank``, from the formula.
-        attention: the call, for softmax methods.
+        attention: the call, for softmax and linear methods.
         settings: of `SequenceParallelConfig`, those that ``attention`` takes as keywords of the same names.
     """
 
@@ -88,5 +95,5 @@ class Method:
     layouts: tuple[LayoutKind, ...]
     illegal: Callable[[Workload], list[str]]
     wire_bytes: Callable[[Workload, int], WireBytes]
-    attention: Callable[..., Tensor] | None = None
+    attention: Callable[..., Any] | None = None
     settings: tuple[str, ...] = ()

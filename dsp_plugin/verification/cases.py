@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import accumulate, product
+from difflib import get_close_matches
+from itertools import product
 from math import isqrt, prod
 from typing import Any, Literal
 
 import torch
 
 from dsp_plugin.errors import SequenceParallelConfigError, UnsupportedError
+from dsp_plugin.kernels import linear_fla
+from dsp_plugin.kernels.linear import DECAYS, LINEAR_KERNELS
 from dsp_plugin.kernels.table import choose
-from dsp_plugin.layout import LayoutKind
+from dsp_plugin.layout import Layout, LayoutKind, shard_sizes
 from dsp_plugin.mask import MaskSpec
 from dsp_plugin.methods import METHODS, Workload
+from dsp_plugin.methods.state_exchange import EXCHANGES
+from dsp_plugin.verification.masks import packed_length, parse_mask
 
 DTYPES: dict[str, torch.dtype] = {
     "float32": torch.float32,
@@ -29,6 +34,8 @@ DTYPES: dict[str, torch.dtype] = {
 
 _DEFAULT_HEADS = ((6, 2), (8, 1), (7, 7))
 _DEFAULT_MASKS = ("causal", "full", "window", "packed", "causal+packed+window")
+_DIMS = {"length", "batch", "heads", "kv_heads", "head_dim", "value_dim"}
+_LINEAR_HEADS = ((4, 2), (3, 3), (3, 1))
 
 
 @dataclass(frozen=True)
@@ -39,8 +46,8 @@ class Case:
         method: a name in `METHODS`.
         size: P.
         batch: B.
-        heads: H.
-        kv_heads: K.
+        heads: H; of values, for linear methods.
+        kv_heads: K; of queries and keys, for linear methods.
         length: L, of the whole sequence; the product of ``grid`` where that is given.
         head_dim: D, of queries and keys.
         value_dim: of values; ``head_dim`` when None.
@@ -54,6 +61,12 @@ class Case:
         ulysses_size: for methods that factor P, U of P = U * R.
         by_document: whether a zigzag layout cuts every document of ``mask`` by itself.
         ring_gradient_dtype: in which gradients of keys and values travel, for methods that have the choice.
+        sizes: of contiguous shards, where they are not even.
+        decay: for linear methods, how the state decays; one of `DECAYS`.
+        exchange: for linear methods, how states travel; one of `EXCHANGES`, or ``auto``.
+        gates: for linear methods with a decay, whether a token keeps about half of the state, next to nothing of it, or
+            nearly all.
+        states: for linear methods, whether an initial state is given, and a gradient of every rank's final state.
     """
 
     method: str
@@ -74,6 +87,11 @@ class Case:
     ulysses_size: int | None = None
     by_document: bool = False
     ring_gradient_dtype: Literal["fp32", "input"] = "fp32"
+    sizes: tuple[int, ...] | None = None
+    decay: str = "none"
+    exchange: str = "auto"
+    gates: Literal["moderate", "strong", "weak"] = "moderate"
+    states: bool = False
 
     @property
     def v_dim(self) -> int:
@@ -102,7 +120,14 @@ class Case:
             ulysses_size=self.ulysses_size,
             documents=self.mask.cu_seqlens if self.by_document else None,
             ring_gradient_dtype=self.ring_gradient_dtype,
+            decay=self.decay,
+            exchange=self.exchange,
+            gate_size=max(self.dtype.itemsize, 4),
         )
+
+    def tokens(self) -> Layout:
+        """The placement of the sequence on the ranks."""
+        return self.workload().tokens() if self.sizes is None else Layout.of_sizes(self.sizes)
 
     def describe(self) -> str:
         """A name for tables, without method and size."""
@@ -119,6 +144,17 @@ class Case:
             parts.append(f"gradients travel as {self.ring_gradient_dtype}")
         if self.dropout:
             parts.append(f"dropout={self.dropout}")
+        if METHODS[self.method].kind == "linear":
+            parts.append(self._describe_linear())
+        return " ".join(parts)
+
+    def _describe_linear(self) -> str:
+        gates = "" if self.gates == "moderate" else f" ({self.gates})"
+        parts = [f"decay={self.decay}{gates} exchange={self.exchange}"]
+        if self.sizes is not None:
+            parts.append(f"shards={','.join(map(str, self.sizes))}")
+        if self.states:
+            parts.append("with states")
         return " ".join(parts)
 
 
@@ -139,11 +175,16 @@ def refusal(case: Case, device: torch.device | str = "cpu") -> str | None:
         reasons += method.illegal(case.workload())
     if case.dropout and method.kind == "switch":
         reasons.append(f"dropout={case.dropout}: {case.method} never looks inside attention; verify it without.")
+    if method.kind == "linear":
+        reasons += _no_linear_attention(case)
     if reasons:
         return " ".join(reasons)
     try:
         case.mask.documents(case.masked_length)
-        choose(case.kernel, device, case.dtype, case.head_dim, case.v_dim, case.dropout)
+        if method.kind == "linear":
+            _check_linear_kernel(case.kernel, torch.device(device), case.dtype)
+        else:
+            choose(case.kernel, device, case.dtype, case.head_dim, case.v_dim, case.dropout)
     except (SequenceParallelConfigError, UnsupportedError) as error:
         return str(error)
     return None
@@ -164,6 +205,9 @@ def default_cases(method: str, size: int, overrides: Mapping[str, Any] | None = 
         SequenceParallelConfigError: overrides contradict each other.
     """
     given = {key: value for key, value in (overrides or {}).items() if value is not None}
+    if METHODS[method].kind == "linear":
+        return list(dict.fromkeys(_linear_cases(method, size, given)))
+    _refuse_linear_settings(method, given)
     heads = _head_counts(size, given.pop("heads", None), given.pop("kv_heads", None))
     layouts = [given.pop("layout")] if "layout" in given else list(METHODS[method].layouts)
     mask = given.pop("mask", None)
@@ -203,6 +247,12 @@ def _head_counts(size: int, heads: int | None, kv_heads: int | None) -> list[tup
 
 
 def _sequences(method: str, size: int, given: dict[str, Any], mask: Any) -> list[dict[str, Any]]:
+    _refuse_grid(method, given)
+    # Odd, and of more tokens than any layout makes runs.
+    return [{"length": given.get("length") or packed_length(mask) or max(37, 4 * size + 1)}]
+
+
+def _refuse_grid(method: str, given: Mapping[str, Any]) -> None:
     if "grid" in given:
         raise SequenceParallelConfigError(
             setting="grid",
@@ -210,8 +260,6 @@ def _sequences(method: str, size: int, given: dict[str, Any], mask: Any) -> list
             why=f"method {method} shards one sequence dim",
             remedy="give the sequence length instead, or use method dsp",
         )
-    # Odd, and of more tokens than any layout makes runs.
-    return [{"length": given.get("length") or _packed_length(mask) or max(37, 4 * size + 1)}]
 
 
 def _grids(size: int, given: dict[str, Any], mask: Any) -> list[dict[str, Any]]:
@@ -229,74 +277,116 @@ def _grids(size: int, given: dict[str, Any], mask: Any) -> list[dict[str, Any]]:
         rows = next(rows for rows in range(isqrt(length), 0, -1) if length % rows == 0)
         grids = [(rows, length // rows)]
     else:
-        time = _packed_length(mask) or (size + 1 if size > 1 else 3)
+        time = packed_length(mask) or (size + 1 if size > 1 else 3)
         # In the second, ranks beyond the third hold nothing of the middle dim.
         grids = [(time, 2 * size + 1), (time, 3, size + 1)]
     return [{"grid": tuple(grid), "length": prod(grid)} for grid in grids]
 
 
-def _packed_length(mask: Any) -> int | None:
-    """The length that a mask with explicit documents implies."""
-    if isinstance(mask, MaskSpec):
-        return mask.cu_seqlens[-1] if mask.cu_seqlens is not None else None
-    for term in str(mask or "").split("+"):
-        name, _, numbers = term.partition(":")
-        if name == "packed" and numbers:
-            return sum(_counts(term, numbers))
-    return None
+def _refuse_linear_settings(method: str, given: Mapping[str, Any]) -> None:
+    for setting in ("decay", "exchange"):
+        if setting in given:
+            linear = [name for name, other in METHODS.items() if other.kind == "linear"]
+            raise SequenceParallelConfigError(
+                setting=setting,
+                value=given[setting],
+                why=f"method {method} has no state that could decay or be exchanged, only linear attention has",
+                remedy=f"leave it out, or use method {' or '.join(linear)}",
+            )
 
 
-def parse_mask(text: str, length: int) -> MaskSpec:
-    """Read a mask as the command line takes it.
-
-    ``causal``, ``full``, ``window:LEFT[,RIGHT]`` (RIGHT is 0 when left out), ``packed:L1,L2,...`` (document lengths),
-    or several of them joined by ``+``. ``window`` and ``packed`` alone take sizes that suit ``length``.
-
-    Raises:
-        SequenceParallelConfigError: it does not parse, or the documents do not add up to ``length``.
-    """
-    causal, window, borders = False, None, None
-    seen: set[str] = set()
-    for term in text.split("+"):
-        name, _, numbers = term.partition(":")
-        if name not in _TERMS or (numbers and name in ("causal", "full")):
-            raise _bad_mask(text, f"{term!r} is not one of causal, full, window:LEFT[,RIGHT], packed:L1,L2,...")
-        if name in seen or {"causal", "full"} <= seen | {name}:
-            raise _bad_mask(text, f"{term!r} repeats or contradicts what is before it")
-        seen.add(name)
-        counts = _counts(text, numbers) if numbers else _TERMS[name](length)
-        if name == "causal":
-            causal = True
-        elif name == "window":
-            if len(counts) > 2:
-                raise _bad_mask(text, f"a window has a left and a right side, not {len(counts)} numbers")
-            window = (counts[0], counts[1] if len(counts) == 2 else 0)
-        elif name == "packed":
-            if sum(counts) != length:
-                total = " + ".join(map(str, counts))
-                raise _bad_mask(text, f"documents of {total} = {sum(counts)} tokens do not fill the {length} there are")
-            borders = (0, *accumulate(counts))
-    return MaskSpec(causal=causal, window=window, cu_seqlens=borders)
+def _linear_cases(method: str, size: int, given: dict[str, Any]) -> Iterator[Case]:
+    """Every decay in every situation; exchanges and head counts take turns, as do the dims of values."""
+    _refuse_grid(method, given)
+    mask = given.pop("mask", None)
+    length = given.get("length") or packed_length(mask)
+    decays = [_known("decay", given.pop("decay"), DECAYS)] if "decay" in given else list(DECAYS)
+    exchanges = list(EXCHANGES)
+    if "exchange" in given:
+        exchanges = [_known("exchange", given.pop("exchange"), ("auto", *EXCHANGES))]
+    if "scan" in exchanges and not given.keys() & _DIMS and mask in (None, "causal"):
+        yield from _large_states(method, size, given, decays)
+    heads, kv_heads = given.pop("heads", None), given.pop("kv_heads", None)
+    counts = list(_LINEAR_HEADS) if heads is kv_heads is None else _head_counts(size, heads, kv_heads)
+    for (late, decay), (turn, situation) in product(enumerate(decays), enumerate(_situations(size, length))):
+        fields = {**situation, **given, "decay": decay, "exchange": exchanges[(turn + late) % len(exchanges)]}
+        fields["heads"], fields["kv_heads"] = counts[turn % len(counts)]
+        fields.setdefault("value_dim", (None, 8, 20)[turn // 2 % 3])
+        spec = mask if mask is not None else fields["mask"]
+        fields["mask"] = spec if isinstance(spec, MaskSpec) else parse_mask(spec, fields["length"])
+        unwanted = decay != "none" and mask is None and not fields["mask"].causal
+        ungated = decay in ("none", "delta") and "gates" in situation
+        unplaced = "sizes" in situation and fields.get("layout", "contiguous") != "contiguous"
+        if unwanted or ungated or unplaced:
+            continue
+        fields["states"] = fields.get("states", False) and fields["mask"].causal
+        cut = fields.get("layout") == "zigzag" and fields["mask"].cu_seqlens is not None
+        fields["by_document"] = fields.get("by_document", False) and cut
+        yield Case(method, size, **fields)
 
 
-_TERMS: dict[str, Callable[[int], tuple[int, ...]]] = {
-    "causal": lambda length: (),
-    "full": lambda length: (),
-    "window": lambda length: (max(length // 4, 1), length // 8),
-    "packed": lambda length: (
-        (length // 3, length - length // 3) if length < 4 else (length // 3, 1, length - length // 3 - 1)
-    ),
-}
+def _large_states(method: str, size: int, given: Mapping[str, Any], decays: Sequence[str]) -> Iterator[Case]:
+    """States of 1 MiB, which the scan cuts into blocks from three ranks on; it sends smaller ones whole."""
+    shape = {"length": 2 * size + 1, "batch": 2, "heads": 8, "kv_heads": 2, "head_dim": 128}
+    for decay in decays:
+        if decay in ("none", "vector", "kda"):
+            yield Case(method, size, **{**shape, **given}, mask=MaskSpec(True), decay=decay, exchange="scan")
 
 
-def _counts(text: str, numbers: str) -> tuple[int, ...]:
-    parts = numbers.split(",")
-    if not all(part.isdecimal() for part in parts):
-        raise _bad_mask(text, f"{numbers!r} is not a list of counts")
-    return tuple(map(int, parts))
+def _situations(size: int, length: int | None) -> list[dict[str, Any]]:
+    """What linear attention must get right, as fields of `Case`; ``length``, if given, is that of all."""
+    odd = length or max(37, 4 * size + 1)
+    few = length or max(size - 1, 1)
+    # Several chunks of 64 in every shard; at larger P the oracle, which every rank runs, would take minutes.
+    long = length or 66 * min(size, 4) + 5
+    # Borders inside shards, several in one, and documents over several shards.
+    several = f"packed:{odd // 3},1,2,3,{odd - odd // 3 - 6}" if odd > 9 else "packed"
+    skewed = list(shard_sizes(odd // 3, size))
+    if size > 2:
+        skewed[1] = 0
+    skewed[-1] += odd - sum(skewed)
+    zigzag = {"layout": "zigzag"}
+    return [
+        {"mask": "causal", "length": odd},
+        {"mask": f"causal+{several}", "length": odd, "states": True},
+        {"mask": "causal", "length": odd, "states": True, **zigzag},
+        {"mask": f"causal+{several}", "length": odd, "by_document": True, **zigzag},
+        {"mask": "causal", "length": odd, "sizes": tuple(skewed), "states": True},
+        {"mask": "causal", "length": few, "states": True},
+        {"mask": "causal", "length": odd, "gates": "strong", "states": True},
+        {"mask": "causal", "length": long, "gates": "weak"},
+        {"mask": "full", "length": odd},
+        {"mask": several, "length": odd, **zigzag},
+    ]
 
 
-def _bad_mask(text: str, why: str) -> SequenceParallelConfigError:
-    return SequenceParallelConfigError(
-        setting="mask", value=text, why=why, remedy="write for example causal+window:127 or causal+packed:100,28"
+def _no_linear_attention(case: Case) -> list[str]:
+    """What linear attention does not have, whichever the method."""
+    reasons = []
+    if not case.mask.causal and (case.decay != "none" or case.states):
+        reasons.append(
+            f"mask={case.mask.describe()!r} with decay={case.decay!r}: decays, delta rules and states are about what "
+            "came before, so only causal attention has them. Verify bidirectional attention with decay none."
+        )
+    if case.dropout:
+        reasons.append(f"dropout={case.dropout}: linear attention has no weights to drop; verify it without.")
+    return reasons
+
+
+def _check_linear_kernel(name: str, device: torch.device, dtype: torch.dtype) -> None:
+    _known("kernel", name, LINEAR_KERNELS)
+    unusable = linear_fla.unusable(device, dtype) if name == "fla" else None
+    if unusable is not None:
+        raise UnsupportedError(setting="kernel", value=name, why=unusable, remedy="use 'auto' or 'chunked'")
+
+
+def _known(setting: str, value: str, names: Sequence[str]) -> str:
+    if value in names:
+        return value
+    nearest = get_close_matches(value, names, n=1)
+    raise SequenceParallelConfigError(
+        setting=setting,
+        value=value,
+        why="unknown" + (f", the nearest is {nearest[0]!r}" if nearest else ""),
+        remedy=f"use one of {', '.join(names)}",
     )

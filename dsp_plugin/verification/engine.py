@@ -1,8 +1,8 @@
-"""The engine under `dsp-plugin verify`: methods against the fp64 dense oracle and their own byte formulas.
+"""The engine under `dsp-plugin verify`: methods against an fp64 oracle and their own byte formulas.
 
 Judged on every rank: the output, every gradient, and the bytes that left it, forward and backward. Relative to the
 oracle's largest value an error may be 1e-5 in fp32 and 1e-12 in fp64; in 16 bits it may be 1.5 times that of the
-unsharded run. Bytes must be equal.
+unsharded run, or 1e-5. Bytes must be equal.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ import torch.distributed as dist
 from dsp_plugin.config import SequenceParallelConfig
 from dsp_plugin.groups import SequenceParallelGroups
 from dsp_plugin.methods import METHODS
-from dsp_plugin.verification import attention, switch
+from dsp_plugin.verification import attention, linear, switch
 from dsp_plugin.verification.cases import Case, refusal
 from dsp_plugin.verification.report import CaseResult, RankReport
 
 Verifier = Callable[[Case, SequenceParallelGroups, torch.device], RankReport]
 
 # By `Method.kind`.
-VERIFIERS: dict[str, Verifier] = {"softmax": attention.verify, "switch": switch.verify}
+VERIFIERS: dict[str, Verifier] = {"softmax": attention.verify, "linear": linear.verify, "switch": switch.verify}
 
 
 def run_case(case: Case, groups: SequenceParallelGroups) -> CaseResult:

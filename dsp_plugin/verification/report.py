@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -17,6 +18,8 @@ TOLERANCES: dict[torch.dtype, float] = {torch.float64: 1e-12, torch.float32: 1e-
 # 16-bit types: root-mean-square error over that of the unsharded run with the same kernel, both against the oracle. The
 # largest error would be decided by one unlucky rounding.
 HALF_PRECISION_FACTOR = 1.5
+# What passes in any case: some tensors of such a run, decays and their gradients, are fp32 throughout.
+HALF_PRECISION_FLOOR = TOLERANCES[torch.float32]
 # Below this a tensor is zero but for rounding (a query that sees one key has no gradient), and its error is taken
 # relative to the largest value of any tensor of the case.
 _NOTHING = 1e-9
@@ -167,6 +170,7 @@ def judge(
     unsharded: Mapping[str, Tensor],
     dtype: torch.dtype,
     part: Callable[[Tensor], Tensor] = _whole,
+    other_parts: Mapping[str, Callable[[Tensor], Tensor]] = MappingProxyType({}),
 ) -> list[Distance]:
     """Compare what a rank got with its part of the oracle.
 
@@ -176,17 +180,18 @@ def judge(
         unsharded: the whole tensors from one process in ``dtype``; they set the limit for 16-bit types.
         dtype: of the run.
         part: takes from a whole tensor what this rank holds.
+        other_parts: the same for the tensors, by name, that are not cut like the rest.
     """
     peaks = {name: _largest(want) for name, want in oracle.items()}
     distances = []
     for name, want in oracle.items():
         scale = peaks[name] if peaks[name] > _NOTHING else max(peaks.values())
-        difference = (got[name].double() - part(want)) / scale
+        difference = (got[name].double() - other_parts.get(name, part)(want)) / scale
         limit = TOLERANCES.get(dtype)
         typical = limit is None
         if limit is None:
             rounding = (unsharded[name].double() - want) / scale
-            limit = HALF_PRECISION_FACTOR * rounding.square().mean().sqrt().item()
+            limit = max(HALF_PRECISION_FACTOR * rounding.square().mean().sqrt().item(), HALF_PRECISION_FLOOR)
         distances.append(_distance(name, difference, limit, typical))
     return distances
 

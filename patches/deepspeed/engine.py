@@ -14,6 +14,7 @@ from torch import nn
 
 from dsp_plugin.config import DEEPSPEED_SECTION, SequenceParallelConfig
 from dsp_plugin.groups import Axis, SequenceParallelGroups
+from dsp_plugin.known_models import softmax_heads
 from dsp_plugin.parallelize import parallelize
 from dsp_plugin.patches.deepspeed import random_state, recompute
 from dsp_plugin.patches.deepspeed.refusals import refuse_conflicts
@@ -91,6 +92,14 @@ def _route(
     """What hooks the module, and the section with what the module says of itself."""
     if serves(module, section):
         return ShardedCausalLM, checked_section(module, param_dict[DEEPSPEED_SECTION])
+    heads = None if section.batch else softmax_heads(module)
+    if heads is not None:
+        known = SequenceParallelConfig.from_deepspeed(
+            {DEEPSPEED_SECTION: {"heads": heads, **param_dict[DEEPSPEED_SECTION]}}
+        )
+        assert known is not None
+        known.check_model(heads=heads)
+        return parallelize, known
     return parallelize, section
 
 

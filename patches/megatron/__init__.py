@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib.util
 
 from dsp_plugin.errors import PatchError
-from dsp_plugin.patches.megatron import attention, norm, parallel_state, recompute
+from dsp_plugin.patches.megatron import attention, gated_delta_net, norm, parallel_state, recompute
 from dsp_plugin.patches.megatron import layout as token_order
 from dsp_plugin.patches.megatron.state import MegatronState, Settings
 from dsp_plugin.patches.patch import PatchSet
@@ -29,6 +29,8 @@ def install(
     recompute: str = "full",
     ulysses_order: str = "adjacent",
     ring_gradient_dtype: str = "fp32",
+    exchange: str | None = None,
+    softmax_method: str | None = None,
     heads: int | None = None,
 ) -> MegatronState:
     """Patches Megatron-core so that its context-parallel ranks run `method`; to be called before it is initialized.
@@ -38,11 +40,12 @@ def install(
             own ``context_parallel_size``; where that is 1, upstream's attention stays as it is.
         ulysses_size, ring_size: how that size factors; by default as the method implies.
         layout: order of the tokens. ``"auto"`` is ``"zigzag"``, as Megatron cuts batches, unless the method takes
-            only ``"contiguous"``.
+            only ``"contiguous"``, or passes states in that order.
         kernel: local attention kernel, see `SequenceParallelConfig`.
         debug: compare ranks before each collective.
         recompute: ``"full"``, or ``"keep_attention"``: what Megatron recomputes, it recomputes without attention.
         ulysses_order, ring_gradient_dtype: see `SequenceParallelConfig`.
+        exchange, softmax_method: of ``"lasp"``: how states travel, and who serves the softmax layers of the model.
         heads: query heads on one tensor-parallel rank, by which ``"usp"`` chooses sizes that are not given.
 
     Returns:
@@ -54,7 +57,18 @@ def install(
             other settings are installed. Nothing is patched then.
     """
     settings = Settings(
-        method, ulysses_size, ring_size, layout, kernel, debug, recompute, ulysses_order, ring_gradient_dtype, heads
+        method,
+        ulysses_size,
+        ring_size,
+        layout,
+        kernel,
+        debug,
+        recompute,
+        ulysses_order,
+        ring_gradient_dtype,
+        exchange,
+        softmax_method,
+        heads,
     )
     settings.check()
     if importlib.util.find_spec("megatron") is None or importlib.util.find_spec("megatron.core") is None:
@@ -106,6 +120,7 @@ def _patches(state: MegatronState) -> PatchSet:
             *parallel_state.patches(state),
             *attention.patches(state),
             *token_order.patches(state),
+            *gated_delta_net.patches(state),
             *norm.patches(),
             *recompute.patches(state),
         ),

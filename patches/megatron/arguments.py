@@ -13,6 +13,7 @@ from itertools import zip_longest
 from typing import Any
 
 from dsp_plugin.config import KERNEL_CHOICES
+from dsp_plugin.methods.state_exchange import EXCHANGES
 from dsp_plugin.patches.megatron.state import servable
 from dsp_plugin.patches.megatron.versions import DISTRIBUTION, SUPPORTED
 from dsp_plugin.patches.patch import Patch
@@ -38,6 +39,10 @@ def add_flags(parser: argparse.ArgumentParser, defaults: argparse.Namespace | No
     group.add_argument("--sp-ring-size", type=int, help="ranks that pass keys and values round; likewise")
     group.add_argument("--sp-ulysses-order", help="which ranks exchange heads: adjacent ones, or strided")
     group.add_argument("--sp-ring-gradient-dtype", help="how gradients travel on the ring: in fp32, or as the input")
+    group.add_argument("--sp-exchange", help=f"how lasp passes states: auto, {', '.join(EXCHANGES)}")
+    group.add_argument(
+        "--sp-softmax-method", help="with lasp, the method of the model's softmax layers; lightseq by default"
+    )
     group.add_argument("--sp-layout", help="order of the tokens: auto, zigzag (Megatron's), or contiguous")
     group.add_argument("--sp-kernel", help=f"local attention kernel: {', '.join(KERNEL_CHOICES)}")
     group.add_argument("--sp-debug", action="store_true", help="compare ranks before each collective")

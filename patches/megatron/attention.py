@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -22,7 +21,8 @@ from dsp_plugin.errors import SequenceParallelConfigError, UnsupportedError
 from dsp_plugin.layout import Layout
 from dsp_plugin.mask import MaskSpec
 from dsp_plugin.methods import attention_of
-from dsp_plugin.patches.megatron.state import NATIVE_LAYOUT, MegatronState
+from dsp_plugin.patches.megatron.mask import check_mask
+from dsp_plugin.patches.megatron.state import MegatronState, order_of
 from dsp_plugin.patches.megatron.versions import DISTRIBUTION, SUPPORTED
 from dsp_plugin.patches.patch import Patch
 
@@ -65,12 +65,12 @@ def _build_with_ours(state: MegatronState, upstream: Callable[..., None]) -> Cal
     return __init__
 
 
-def _check_layer(state: MegatronState, config: Any, core: Any, process_groups: Any) -> None:
-    """Refuses what the replacement would silently compute otherwise.
+def check_groups(state: MegatronState, config: Any, process_groups: Any) -> None:
+    """Refuses a layer that would communicate on other ranks than those that share its sequence.
 
     Raises:
-        UnsupportedError: the layer's attention is not plain softmax attention, or runs on other groups than Megatron's.
-        SequenceParallelConfigError: the method cannot serve the layer's heads.
+        UnsupportedError: it is built on other groups than Megatron's.
+        SequenceParallelConfigError: there are none yet, or their size is not that of the model's configuration.
     """
     if state.config is None or state.groups is None:
         raise SequenceParallelConfigError(
@@ -94,6 +94,17 @@ def _check_layer(state: MegatronState, config: Any, core: Any, process_groups: A
             why=f"the plugin works on parallel_state's context-parallel group, here of ranks {state.groups.sp.ranks}",
             remedy="build the model on parallel_state's groups",
         )
+
+
+def _check_layer(state: MegatronState, config: Any, core: Any, process_groups: Any) -> None:
+    """Refuses what the replacement would silently compute otherwise.
+
+    Raises:
+        UnsupportedError: the layer's attention is not plain softmax attention, or runs on other groups than Megatron's.
+        SequenceParallelConfigError: the method cannot serve the layer's heads.
+    """
+    check_groups(state, config, process_groups)
+    assert state.config is not None
     core = getattr(core, "func", core)
     core = getattr(core, "module", core)
     name = getattr(core, "__name__", str(core))
@@ -181,11 +192,11 @@ class CoreAttention(nn.Module):
         assert groups is not None, "model parallelism was destroyed under a living model"
         assert config is not None
         _refuse_inputs(query, key, attention_bias, packed_seq_params)
-        layout = Layout(config.layout_for(NATIVE_LAYOUT), query.shape[0] * groups.sp.size, groups.sp.size)
+        layout = Layout(order_of(config), query.shape[0] * groups.sp.size, groups.sp.size)
         kind = (attn_mask_type or self.attn_mask_type).name
         causal = self._causal(kind, attention_mask, layout)
         dropout_p = self.dropout_p if self.training else 0.0
-        out = attention_of(config)(
+        out = attention_of(config, config.for_softmax)(
             query.transpose(0, 1),
             key.transpose(0, 1),
             value.transpose(0, 1),
@@ -210,10 +221,8 @@ class CoreAttention(nn.Module):
                 remedy="use one of these, with window_size for sliding windows",
             )
         causal = kind in _CAUSAL
-        seen = self.state.checked_mask
-        if attention_mask is not None and (seen is None or seen() is not attention_mask):
-            _check_mask(attention_mask, causal, layout, self.state)
-            self.state.checked_mask = weakref.ref(attention_mask)
+        if attention_mask is not None:
+            check_mask(attention_mask, causal, layout, self.state)
         return causal
 
     def _draw_seed(self, device: torch.device) -> int:
@@ -261,26 +270,4 @@ def _refuse_inputs(query: Tensor, key: Tensor, attention_bias: Tensor | None, pa
             value=f"{query.shape[0]} queries, {key.shape[0]} keys",
             why="queries and keys must be the same tokens; a key/value cache is inference, which is not sharded",
             remedy="generate with context_parallel_size 1",
-        )
-
-
-def _check_mask(attention_mask: Tensor, causal: bool, layout: Layout, state: MegatronState) -> None:
-    """Raises on every sequence rank unless the dense mask equals the structured one; one flag travels per mask."""
-    assert state.groups is not None
-    axis, device = state.groups.sp, attention_mask.device
-    columns = torch.arange(layout.length, device=device)
-    rows = layout.position_ids(axis.rank, device) if attention_mask.shape[-2] != layout.length else columns
-    agrees = attention_mask.shape[-2:] == (len(rows), len(columns))
-    if agrees:
-        hidden = columns > rows[:, None] if causal else torch.zeros((), dtype=torch.bool, device=device)
-        agrees = bool((attention_mask == hidden).all())
-    verdict = torch.tensor(int(agrees), device=device)
-    dist.all_reduce(verdict, dist.ReduceOp.MIN, group=axis.group)
-    if not verdict.item():
-        raise UnsupportedError(
-            setting="attention_mask",
-            value=tuple(attention_mask.shape),
-            why=f"it hides other tokens than {'a causal mask' if causal else 'none'} over {layout.length} tokens, as "
-            "with --reset-attention-mask or padded batches, and only structured masks are sharded",
-            remedy="drop --reset-attention-mask, or --create-attention-mask-in-dataloader where the mask is not needed",
         )

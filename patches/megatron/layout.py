@@ -20,6 +20,7 @@ from torch.distributed import ProcessGroup
 from dsp_plugin.comm.collectives import ring_hop
 from dsp_plugin.errors import PatchError, SequenceParallelConfigError, UnsupportedError
 from dsp_plugin.layout import Layout
+from dsp_plugin.methods import METHODS
 from dsp_plugin.patches.megatron.state import NATIVE_LAYOUT, MegatronState
 from dsp_plugin.patches.megatron.versions import DISTRIBUTION, SUPPORTED
 from dsp_plugin.patches.patch import Patch
@@ -53,6 +54,9 @@ def patches(state: MegatronState) -> tuple[Patch, ...]:
         if hasattr(importlib.import_module(module), _ROLL):
             found.append(_patch(module, _ROLL, functools.partial(_roll, state), roll))
     for module, layer in _ZIGZAG_LAYERS:
+        if layer == "GatedDeltaNet" and METHODS[state.settings.method].kind == "linear":
+            # It passes states then, see `gated_delta_net`.
+            continue
         # Where one cannot be imported, such as Mamba without Triton, no model can have it.
         with contextlib.suppress(ImportError):
             importlib.import_module(f"{_CORE}.{module}")

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import weakref
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
 import torch.distributed as dist
-from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from dsp_plugin.config import SequenceParallelConfig
@@ -24,12 +22,20 @@ LAYOUTS: tuple[LayoutKind, ...] = (NATIVE_LAYOUT, "contiguous")
 
 
 def servable() -> list[str]:
-    """The methods that Megatron's attention layers can run: softmax attention over tokens in an order they can have."""
+    """The methods that Megatron's attention layers can run: attention over tokens in an order they can have."""
     return [
         name
         for name, method in METHODS.items()
-        if method.kind == "softmax" and any(layout in method.layouts for layout in LAYOUTS)
+        if method.kind in ("softmax", "linear") and any(layout in method.layouts for layout in LAYOUTS)
     ]
+
+
+def order_of(config: SequenceParallelConfig) -> LayoutKind:
+    """The order of the tokens: Megatron's own where the user leaves it open and the method is no worse off for it.
+
+    Linear attention is: it would be converted to contiguous order and back in every layer.
+    """
+    return config.layout_for(None if METHODS[config.method].kind == "linear" else NATIVE_LAYOUT)
 
 
 @dataclass(frozen=True)
@@ -49,6 +55,8 @@ class Settings:
     recompute: str = "full"
     ulysses_order: str = "adjacent"
     ring_gradient_dtype: str = "fp32"
+    exchange: str | None = None
+    softmax_method: str | None = None
     heads: int | None = None
 
     def config(self, size: int) -> SequenceParallelConfig:
@@ -60,14 +68,14 @@ class Settings:
         flags = {f"sp_{name}": value for name, value in dataclasses.asdict(self).items()}
         config = SequenceParallelConfig.from_megatron(SimpleNamespace(**flags, context_parallel_size=size))
         assert config is not None
-        if METHODS[config.method].kind != "softmax":
+        if config.method not in servable():
             raise SequenceParallelConfigError(
                 setting="--sp-method",
                 value=config.method,
                 why="Megatron's layers shard inside attention, and this method does not compute attention",
                 remedy=f"use one of {', '.join(servable())}",
             )
-        if config.layout_for(NATIVE_LAYOUT) not in LAYOUTS:
+        if order_of(config) not in LAYOUTS:
             raise SequenceParallelConfigError(
                 setting="--sp-layout",
                 value=config.layout,
@@ -86,7 +94,7 @@ class Settings:
 
     def layout_kind(self) -> LayoutKind:
         """The order of the tokens, which does not depend on the size."""
-        return self.config((self.ulysses_size or 1) * (self.ring_size or 1)).layout_for(NATIVE_LAYOUT)
+        return order_of(self.config((self.ulysses_size or 1) * (self.ring_size or 1)))
 
 
 def hierarchy(config: SequenceParallelConfig) -> list[int]:
@@ -105,14 +113,12 @@ class MegatronState:
             `groups`.
         groups: the axes that methods communicate on.
         process_groups: the group behind each registered axis, also where it has one rank.
-        checked_mask: the last attention mask that was found to say no more than the mask type.
     """
 
     settings: Settings
     config: SequenceParallelConfig | None = None
     groups: SequenceParallelGroups | None = None
     process_groups: dict[str, ProcessGroup] = field(default_factory=dict)
-    checked_mask: weakref.ref[Tensor] | None = None
 
     def configure(self, context_parallel_size: int, **other_sizes: int) -> SequenceParallelConfig:
         """Validates the settings against Megatron's sizes, before any group exists.
@@ -156,5 +162,5 @@ class MegatronState:
 
     def clear(self) -> None:
         """Forgets the groups, as Megatron forgets its own."""
-        self.config = self.groups = self.checked_mask = None
+        self.config = self.groups = None
         self.process_groups = {}

@@ -38,6 +38,17 @@ def test_a_refusal_is_status_2_and_one_line() -> None:
     assert len(done.stderr.splitlines()) == 1
 
 
+def test_lasp_with_a_decay_and_an_exchange() -> None:
+    asked = ("--method", "lasp", "--size", "3", "--decay", "gated-delta", "--exchange", "scan")
+    done = run(*CLI, *asked, "--mask", "causal+packed:7,1,10", "--json")
+    assert done.returncode == 0, done.stderr
+    answer = json.loads(done.stdout)
+    assert answer["ok"] is True
+    for case in answer["cases"]:
+        assert {error["name"] for error in case["errors"]} >= {"out", "dq", "dk", "dv", "dbeta", "dg"}
+        assert [check["forward"] for check in case["wire"]] == [check["forward_formula"] for check in case["wire"]]
+
+
 WRONG = """
 from dataclasses import replace
 from dsp_plugin.cli import app

@@ -124,7 +124,7 @@ FORBIDDEN = {
     "kernels": [f"dsp_plugin.{name}" for name in ("methods", "comm", "planner", "config", "groups", "models")],
     "methods": [f"dsp_plugin.{name}" for name in ("planner", "config", "parallelize", "models", "routing", "plan")],
     "planner": [f"dsp_plugin.{name}" for name in ("parallelize", "region", "routing", "batch", "models")],
-    "models": [f"dsp_plugin.{name}" for name in ("comm", "groups", "methods", "kernels", "parallelize", "config")],
+    "models": [f"dsp_plugin.{name}" for name in ("comm", "groups", "methods", "parallelize", "config")],
 }
 
 

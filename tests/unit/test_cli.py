@@ -17,7 +17,9 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from dsp_plugin import MaskSpec, SequenceParallelConfigError, UnsupportedError, cli, demo, doctor
+from dsp_plugin.kernels.linear import DECAYS
 from dsp_plugin.methods import METHODS
+from dsp_plugin.methods.state_exchange import EXCHANGES
 from dsp_plugin.spawn import RankFailure
 from dsp_plugin.verification import Case, CaseResult, TensorError, WireCheck, default_cases, parse_mask, refusal
 
@@ -46,7 +48,8 @@ def test_doctor_shows_versions_devices_and_kernels_as_plain_text() -> None:
     shown = run("doctor")
     assert shown.exit_code == 0, shown.output
     assert ESCAPE not in shown.stdout
-    for name in ("torch", "gloo", "deepspeed", "megatron-core", "apex (NVIDIA)", "transformer-engine", "NCCL"):
+    names = ("torch", "gloo", "deepspeed", "megatron-core", "apex (NVIDIA)", "transformer-engine", "NCCL")
+    for name in (*names, "flash-linear-attention", "triton"):
         assert f"\n{name}" in shown.stdout
     kernels = shown.stdout.split("Kernels")[1]
     assert "cpu_flash   yes" in kernels
@@ -58,8 +61,20 @@ def test_doctor_shows_versions_devices_and_kernels_as_plain_text() -> None:
 def test_doctor_json_is_all_that_it_prints() -> None:
     found = json.loads(run("doctor", "--json", "--world-size", "4", "--heads", "4").stdout)
     assert {row["name"]: row["version"] for row in found["software"]}["torch"] == torch.__version__
-    assert [row["name"] for row in found["kernels"]][-1] == "reference"
+    assert [row["name"] for row in found["kernels"]][-3:] == ["reference", "fla", "chunked"]
     assert {(row["method"], row["size"], row["legal"]) for row in found["methods"]} >= {("ulysses", 4, True)}
+
+
+@pytest.mark.parametrize("unusable", ["package fla-core is not installed", None])
+def test_doctor_says_which_kernel_linear_attention_uses_and_why(
+    monkeypatch: pytest.MonkeyPatch, unusable: str | None
+) -> None:
+    monkeypatch.setattr(doctor.linear_fla, "unusable", lambda *tensors: unusable)
+    rows = {row.name: row for row in doctor.kernels()}
+    assert rows["fla"].available == (unusable is None)
+    assert (unusable or "are installed") in rows["fla"].reason
+    assert rows["chunked"].available
+    assert ("all of it here" in rows["chunked"].reason) == (unusable is not None)
 
 
 @pytest.mark.parametrize(
@@ -87,7 +102,8 @@ def test_doctor_imports_no_upstream_package() -> None:
     script = (
         "import sys; from typer.testing import CliRunner; from dsp_plugin.cli import app;"
         "assert CliRunner().invoke(app, ['doctor', '--world-size', '2', '--heads', '2']).exit_code == 0;"
-        "print([m for m in ('deepspeed', 'megatron', 'flash_attn', 'apex', 'transformer_engine') if m in sys.modules])"
+        "names = 'deepspeed', 'megatron', 'flash_attn', 'fla', 'apex', 'transformer_engine';"
+        "print([name for name in names if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=50)
     assert done.stdout.strip() == "[]", done.stderr
@@ -124,7 +140,7 @@ def test_supported_versions_are_those_of_our_own_metadata(monkeypatch: pytest.Mo
     assert rows["deepspeed"].note == "not supported: install deepspeed>=9"
 
 
-DSP, ULYSSES = ("verify", "--method", "dsp"), ("verify", "--method", "ulysses")
+DSP, ULYSSES, LASP = (("verify", "--method", method) for method in ("dsp", "ulysses", "lasp"))
 MISTAKES: list[tuple[tuple[str, ...], str]] = [
     (("verify", "--method", "ulises", "--size", "2"), "'ulysses'"),
     ((*ULYSSES, "--size", "8", "--heads", "6"), "heads=6 < ulysses_size=8"),
@@ -146,6 +162,18 @@ MISTAKES: list[tuple[tuple[str, ...], str]] = [
     ((*DSP, "--size", "2", "--grid", "3x4", "--seq", "13"), "3 * 4 = 12 tokens, but the sequence length is 13"),
     ((*DSP, "--size", "2", "--grid", "12"), "write 5x9"),
     ((*DSP, "--size", "2", "--grid", "3x0"), "write 5x9"),
+    ((*LASP, "--size", "2", "--decay", "gate-delta"), "the nearest is 'gated-delta'"),
+    ((*LASP, "--size", "2", "--exchange", "all_gather"), "the nearest is 'allgather'"),
+    ((*LASP, "--size", "2", "--decay", "delta", "--mask", "full"), "only causal attention has them"),
+    ((*LASP, "--size", "2", "--mask", "causal+window:4"), "linear attention has no window"),
+    ((*LASP, "--size", "2", "--mask", "packed:5,9", "--seq", "15"), "5 + 9 = 14 tokens do not fill the 15"),
+    ((*LASP, "--size", "2", "--kernel", "chunk"), "the nearest is 'chunked'"),
+    ((*LASP, "--size", "2", "--kernel", "fla"), "kernel='fla'"),
+    ((*LASP, "--size", "2", "--heads", "6", "--kv-heads", "4"), "heads=6 is not a multiple of kv_heads=4"),
+    ((*LASP, "--size", "2", "--grid", "3x4"), "shards one sequence dim"),
+    ((*LASP, "--size", "2", "--layout", "striped"), "method lasp takes contiguous, zigzag"),
+    ((*ULYSSES, "--size", "2", "--decay", "delta"), "decay='delta': method ulysses has no state that could decay"),
+    ((*DSP, "--size", "2", "--exchange", "ring"), "exchange='ring': method dsp has no state that could decay"),
     (("doctor", "--world-size", "8"), "give both, or neither"),
     (("doctor", "--tp", "2"), "give both, or neither"),
     (("doctor", "--world-size", "8", "--heads", "6", "--tp", "3"), "8 ranks does not split into groups of 3"),
@@ -301,7 +329,7 @@ def test_masks_are_read_as_written(text: str, length: int, mask: MaskSpec) -> No
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 8])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [name for name, method in METHODS.items() if method.kind != "linear"])
 def test_default_cases_cover_what_a_method_must_pass(method: str, size: int) -> None:
     cases = default_cases(method, size)
     assert {(case.heads, case.kv_heads) for case in cases} == {(6, 2), (8, 1), (7, 7)}
@@ -329,6 +357,35 @@ def test_what_is_given_is_fixed_and_the_rest_varies() -> None:
     assert {case.length for case in default_cases("ulysses", 2, {"mask": "packed:3,4"})} == {7}
     assert {case.grid for case in default_cases("dsp", 2, {"length": 12})} == {(3, 4)}
     assert {case.grid[0] for case in default_cases("dsp", 2, {"mask": "packed:3,4"}) if case.grid} == {7}
+
+
+def test_what_is_given_is_fixed_for_linear_attention_too() -> None:
+    fixed = {"decay": "delta", "exchange": "scan", "heads": 12, "length": 21, "batch": 3, "head_dim": 8, "seed": 5}
+    cases = default_cases("lasp", 4, fixed)
+    assert len(cases) > 5
+    assert all(getattr(case, name) == value for case in cases for name, value in fixed.items())
+    assert {case.kv_heads for case in cases} == {1, 6, 12}
+    assert all(sum(case.sizes) == 21 for case in cases if case.sizes)
+    assert {case.decay for case in default_cases("lasp", 4, {"exchange": "auto"})} == set(DECAYS)
+    assert {case.exchange for case in default_cases("lasp", 4, {"decay": "head"})} == set(EXCHANGES)
+    packed = default_cases("lasp", 2, {"mask": "causal+packed:3,4"})
+    assert {(case.length, case.mask.cu_seqlens) for case in packed} == {(7, (0, 3, 7))}
+    full = {case.decay: refusal(case) for case in default_cases("lasp", 3, {"mask": "full"})}
+    assert {decay for decay, reason in full.items() if reason is None} == {"none"}
+    assert {case.layout for case in default_cases("lasp", 3, {"layout": "zigzag"})} == {"zigzag"}
+    whole = default_cases("lasp", 3, {"mask": MaskSpec(causal=True)})
+    assert {case.mask for case in whole} == {MaskSpec(causal=True)}
+
+
+def test_a_case_of_linear_attention_says_what_is_verified(monkeypatch: pytest.MonkeyPatch) -> None:
+    answer_with(monkeypatch)
+    shown = run(*LASP, "--size", "3", "--decay", "kda", "--exchange", "ring", "--mask", "causal", "--json")
+    assert shown.exit_code == 0, shown.output
+    cases = json.loads(shown.stdout)["cases"]
+    assert {(case["case"]["decay"], case["case"]["exchange"]) for case in cases} == {("kda", "ring")}
+    assert all("decay=kda" in case["name"] and "exchange=ring" in case["name"] for case in cases)
+    assert any("decay=kda (strong)" in case["name"] and "with states" in case["name"] for case in cases)
+    assert any("shards=4,0,29" in case["name"] or "shards=4,0,33" in case["name"] for case in cases)
 
 
 @pytest.mark.parametrize(("equal", "status"), [(True, 0), (False, 1)])

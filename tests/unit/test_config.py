@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 
 from dsp_plugin import SequenceParallelConfig, SequenceParallelConfigError
-from dsp_plugin.config import KERNEL_CHOICES, LAYOUT_CHOICES
+from dsp_plugin.config import EXCHANGE_CHOICES, KERNEL_CHOICES, LAYOUT_CHOICES
 from dsp_plugin.kernels.table import KERNELS
 from dsp_plugin.methods import METHODS
+from dsp_plugin.methods.state_exchange import EXCHANGES
 
 Config = SequenceParallelConfig
 KNOWN = f"one of {', '.join(METHODS)}"
@@ -29,6 +30,10 @@ def dsp(**further: Any) -> Config:
     return Config(**{"method": "dsp", "size": 2, **further})
 
 
+def lasp(**further: Any) -> Config:
+    return Config(**{"method": "lasp", "size": 4, **further})
+
+
 def deepspeed(section: Any, **further: Any) -> Any:
     return Config.from_deepspeed({"train_batch_size": 8, "sequence_parallel": section, **further})
 
@@ -37,6 +42,7 @@ def megatron(**flags: Any) -> Any:
     return Config.from_megatron(Namespace(**flags))
 
 
+SOFTMAX = "ulysses, ring, usp, lightseq"
 # Name: (what a user wrote, what the error must contain: setting, value, arithmetic or reason, remedy).
 WRONG_CONFIGS: dict[str, tuple[Callable[[], Any], list[str]]] = {
     "no method": (lambda: Config(size=2), ["method: missing", KNOWN]),
@@ -113,11 +119,7 @@ WRONG_CONFIGS: dict[str, tuple[Callable[[], Any], list[str]]] = {
     ),
     "neither loss nor output": (
         lambda: ulysses(**BATCH),
-        ["loss: neither of loss and gather_output", '"gather_output": 1'],
-    ),
-    "loss and output": (
-        lambda: ulysses(**BATCH, loss={}, gather_output=1),
-        ["loss={'labels': 'labels', 'ignore_index': -100}", "both of loss and gather_output", "if forward returns"],
+        ["loss: neither of loss and gather_output", '"gather_output": 1', "both if forward returns a loss only where"],
     ),
     "loss without batch": (lambda: ulysses(loss={}), ["loss={'labels'", "no forward argument is sharded", '"batch"']),
     "output without batch": (
@@ -138,6 +140,71 @@ WRONG_CONFIGS: dict[str, tuple[Callable[[], Any], list[str]]] = {
     "ignore_index as text": (
         lambda: ulysses(**BATCH, loss={"ignore_index": "-100"}),
         ["loss.ignore_index='-100'", "integer", '"ignore_index": -100'],
+    ),
+    "unknown exchange": (
+        lambda: lasp(exchange="all_gather"),
+        ["exchange='all_gather'", "known are auto, ring, allgather, scan", "Did you mean 'allgather'?"],
+    ),
+    "exchange as number": (lambda: lasp(exchange=2), ["exchange=2", "known are auto, ring", "Did you mean"]),
+    "exchange of states for softmax": (
+        lambda: ulysses(exchange="ring"),
+        [
+            "exchange='ring'",
+            "method ulysses exchanges no states",
+            "it is for lasp",
+            "Drop exchange, or set method to lasp",
+        ],
+    ),
+    "misspelt softmax method": (
+        lambda: lasp(softmax_method="lightsec"),
+        ["softmax_method='lightsec'", "no such method", "nearest is 'lightseq'", f"one of {SOFTMAX}"],
+    ),
+    "softmax method that moves dims": (
+        lambda: lasp(softmax_method="dsp"),
+        ["softmax_method='dsp'", "dsp is a switch method", "serves no softmax attention", f"one of {SOFTMAX}"],
+    ),
+    "softmax method that is linear": (
+        lambda: lasp(softmax_method="lasp"),
+        ["softmax_method='lasp'", "lasp is a linear method", f"one of {SOFTMAX}"],
+    ),
+    "no softmax method": (lambda: lasp(softmax_method=None), ["softmax_method: missing", f"one of {SOFTMAX}"]),
+    "softmax method beside a softmax method": (
+        lambda: ulysses(softmax_method="ring"),
+        [
+            "softmax_method='ring'",
+            "method lasp shards",
+            "method is ulysses",
+            "Drop softmax_method, or set method to lasp",
+        ],
+    ),
+    "softmax method beside dsp": (
+        lambda: dsp(softmax_method="ulysses"),
+        ["softmax_method='ulysses'", "method is dsp", "Drop softmax_method"],
+    ),
+    "layout that lasp has not": (
+        lambda: lasp(layout="striped", softmax_method="ring"),
+        ["layout='striped'", "method lasp takes contiguous, zigzag", 'or to "auto"'],
+    ),
+    "layout that the softmax layers cannot have": (
+        lambda: lasp(layout="zigzag"),
+        ["softmax_method='lightseq'", "takes contiguous, and layout is 'zigzag'", "one of ulysses, ring, usp, or drop"],
+    ),
+    "a ring for ulysses beside lasp": (
+        lambda: lasp(softmax_method="ulysses", ring_size=2),
+        ["ring_size=2", "softmax_method ulysses has no ring", "ulysses_size 4 * ring_size 1"],
+    ),
+    "ulysses for lightseq beside lasp": (
+        lambda: lasp(ulysses_size=2),
+        ["ulysses_size=2", "softmax_method lightseq has no ulysses", "Drop ulysses_size"],
+    ),
+    "lasp by a plan": (lambda: lasp(plan="a:b"), ["plan='a:b'", "dsp or ulysses, not lasp", "shard the batch"]),
+    "exchange flag without lasp": (
+        lambda: megatron(sp_method="ring", sp_exchange="scan", context_parallel_size=2),
+        ["Megatron flags", "exchange='scan'", "method ring exchanges no states"],
+    ),
+    "linear flags without a method": (
+        lambda: megatron(sp_method=None, sp_exchange="scan", sp_softmax_method="ring"),
+        ["--sp-exchange, --sp-softmax-method", "without --sp-method"],
     ),
     "section that is none": (
         lambda: deepspeed(4),
@@ -191,6 +258,14 @@ WRONG_CONFIGS: dict[str, tuple[Callable[[], Any], list[str]]] = {
     "heads that kv heads do not divide": (
         lambda: ulysses().check_model(heads=6, kv_heads=4),
         ["heads=6 is not a multiple of kv_heads=4", "fix the model's head counts"],
+    ),
+    "heads that query heads of linear attention do not divide": (
+        lambda: lasp().check_model(heads=6, kv_heads=4),
+        ["method='lasp' with size=4", "heads=6 is not a multiple of kv_heads=4"],
+    ),
+    "fewer heads than ranks for the softmax layers": (
+        lambda: lasp(softmax_method="ulysses").check_model(heads=3),
+        ["method='lasp'", "heads=3 < ulysses_size=4", "set a size of 3 or less"],
     ),
     "no heads": (lambda: ulysses().check_model(heads=0), ["heads=0, kv_heads=0", "1 or more", "Correct the model"]),
     "no tensor-parallel rank": (
@@ -260,6 +335,58 @@ def test_legal_combinations():
     assert ulysses(layout="striped").layout_for("zigzag") == "striped"
     assert ulysses().layout_for("zigzag") == "zigzag"
     assert ulysses().layout_for() == "contiguous"
+
+
+def test_a_loss_with_labels_and_outputs_without():
+    both = ulysses(**BATCH, loss={}, gather_output=1)
+    assert (both.loss.labels, both.gather_output) == ("labels", 1)
+
+
+@pytest.mark.parametrize(
+    ("softmax_method", "given", "sizes"),
+    [
+        (None, {"size": 4}, (4, 1, 4)),
+        ("lightseq", {"ring_size": 3}, (3, 1, 3)),
+        ("ring", {"size": 4}, (4, 1, 4)),
+        ("ulysses", {"size": 4}, (4, 4, 1)),
+        ("usp", {"size": 4, "heads": 2}, (4, 2, 2)),
+        ("usp", {"ulysses_size": 2, "ring_size": 3}, (6, 2, 3)),
+    ],
+)
+def test_under_lasp_the_axes_are_those_of_the_softmax_method(softmax_method, given, sizes):
+    chosen = {} if softmax_method is None else {"softmax_method": softmax_method}
+    config = Config(method="lasp", **given, **chosen)
+    assert (config.size, config.ulysses_size, config.ring_size) == sizes
+    assert config.for_softmax == (softmax_method or "lightseq")
+
+
+@pytest.mark.parametrize("method", [method.name for method in METHODS.values() if method.kind != "linear"])
+def test_other_methods_serve_softmax_themselves(method):
+    assert Config(method=method, size=2, exchange="auto").for_softmax == method
+
+
+def test_under_lasp_the_layout_is_one_that_softmax_layers_can_have():
+    assert lasp().layout_for() == "contiguous"
+    assert lasp().layout_for("zigzag") == "contiguous"
+    assert lasp(softmax_method="ring").layout_for() == "contiguous"
+    assert lasp(softmax_method="ring").layout_for("zigzag") == "zigzag"
+    assert lasp(softmax_method="ring", layout="zigzag").layout_for() == "zigzag"
+    assert lasp(softmax_method="ring").layout_for("striped") == "contiguous"
+
+
+def test_linear_settings_from_every_source_are_the_same_config():
+    expected = lasp(exchange="scan", softmax_method="usp", ulysses_size=2)
+    assert deepspeed({"method": "lasp", "size": 4, "exchange": "scan", "softmax_method": "usp", "ulysses_size": 2}) == (
+        expected
+    )
+    flags = {"sp_method": "lasp", "sp_exchange": "scan", "sp_softmax_method": "usp", "sp_ulysses_size": 2}
+    assert megatron(**flags, context_parallel_size=4) == expected
+
+
+def test_exchanges_are_those_that_exist():
+    assert ("auto", *EXCHANGES) == EXCHANGE_CHOICES
+    for exchange in EXCHANGE_CHOICES:
+        assert lasp(exchange=exchange).exchange == exchange
 
 
 def test_check_world_returns_the_data_parallel_size():

@@ -1,10 +1,11 @@
-"""Worlds of real DeepSpeed processes, one per size, each started when the first test asks for one of its results."""
+"""Worlds of real DeepSpeed processes, each started when the first test asks for one of its results."""
 
 from __future__ import annotations
 
 import importlib.util
 import json
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,13 @@ from deepspeed_world import run_ranks
 
 HERE = Path(__file__).parent
 # What each world runs, in order, and the seconds until it counts as hung.
-GROUPS = {
+Worlds = dict[int, tuple[tuple[str, ...], int]]
+GROUPS: Worlds = {
     2: (("parity", "bf16"), 240),
     3: (("parity",), 200),
     4: (("parity", "deepspeed_sharing", "deepspeed_refused"), 290),
 }
+LINEAR: Worlds = {2: (("linear",), 240), 3: (("linear",), 240), 4: (("linear",), 290)}
 
 if importlib.util.find_spec("deepspeed") is None:
     collect_ignore_glob = ["test_*.py"]
@@ -35,9 +38,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 class World:
     """The results of one world."""
 
-    def __init__(self, size: int, folder: Path) -> None:
+    def __init__(self, size: int, folder: Path, groups: tuple[str, ...], timeout: float) -> None:
         self.size, self.folder = size, folder
-        groups, timeout = GROUPS[size]
         self.failure: AssertionError | None = None
         try:
             run_ranks([str(HERE / "deepspeed_worker.py"), str(folder), *groups], size, folder, timeout)
@@ -63,11 +65,14 @@ class World:
 @pytest.fixture(scope="session")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], World]:
     """The world of a size; it runs once per session."""
-    worlds: dict[int, World] = {}
+    return _worlds(GROUPS, tmp_path_factory)
 
-    def of(size: int) -> World:
-        if size not in worlds:
-            worlds[size] = World(size, tmp_path_factory.mktemp(f"world{size}"))
-        return worlds[size]
 
-    return of
+@pytest.fixture(scope="session")
+def linear_world(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], World]:
+    """The same for linear attention."""
+    return _worlds(LINEAR, tmp_path_factory)
+
+
+def _worlds(worlds: Worlds, folders: pytest.TempPathFactory) -> Callable[[int], World]:
+    return cache(lambda size: World(size, folders.mktemp(f"world{size}"), *worlds[size]))

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 from causal_lm import CausalLM
 from torch import Tensor, nn
 
+from dsp_plugin.comm import Ledger
 from dsp_plugin.models.rectified_flow import RectifiedFlow
 from dsp_plugin.models.video_dit import VideoDiT
 
@@ -73,6 +74,30 @@ class Case:
             "batch": {"input_ids": 1, "position_ids": 1, "labels": 1},
             "loss": {"labels": "labels"},
         }
+
+    def unsharded(self) -> Case:
+        """The case whose run in one process must be equal: neither ZeRO nor ranks per sequence change it."""
+        return replace(self, method="none", size=1, world=self.replicas, zero=0, reload=False)
+
+    def regrouped(self) -> Case:
+        """The run after the first step: how ranks are grouped then."""
+        return self
+
+    def build(self) -> nn.Module:
+        """The model, with weights that depend on torch's seed."""
+        return build_model(self.model)
+
+    def batch(self, step: int, micro: int, replica: int) -> dict[str, Tensor]:
+        """The batch of one replica in one micro step: `MICRO` samples."""
+        return micro_batch(self.model, step, micro, replica)
+
+    def loss(self, model: Any, batch: dict[str, Tensor]) -> Tensor:
+        """The loss as the user's script takes it."""
+        return micro_loss(self.model, model, batch)
+
+    def sent(self, log: Ledger) -> int:
+        """Bytes that only a sharded sequence makes a rank send."""
+        return log.bytes(method=self.method, collective="all_to_all")
 
     def config(self) -> dict[str, Any]:
         """The user's DeepSpeed config."""
@@ -155,8 +180,8 @@ class Trained:
 def train_alone(case: Case) -> Trained:
     """The case in this process, in plain torch: no ranks, no DeepSpeed. bf16 has fp32 master weights beside."""
     torch.manual_seed(0)
-    master = build_model(case.model)
-    work = build_model(case.model).to(torch.bfloat16) if case.dtype == "bf16" else master
+    master = case.build()
+    work = case.build().to(torch.bfloat16) if case.dtype == "bf16" else master
     optimizer = parameters_optimizer(case, master.parameters())
     losses, norms, gradients = [], [], {}
     for step in range(case.steps):
@@ -166,7 +191,7 @@ def train_alone(case: Case) -> Trained:
         total = 0.0
         for micro in range(case.accumulation):
             for replica in range(case.replicas):
-                loss = micro_loss(case.model, work, micro_batch(case.model, step, micro, replica))
+                loss = case.loss(work, case.batch(step, micro, replica))
                 loss = loss / (case.accumulation * case.replicas)
                 loss.backward()
                 total += loss.item()

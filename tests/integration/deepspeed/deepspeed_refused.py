@@ -14,6 +14,8 @@ from causal_lm import CausalLM
 from deepspeed_sharing import base_config
 from torch import nn
 
+from dsp_plugin.models.linear_lm import LinearLM, LinearLMConfig
+
 
 @dataclass(frozen=True)
 class Refused:
@@ -115,6 +117,23 @@ REFUSED = {
     "dsp_without_plan": Refused(
         CONFIG, ("plan",), section={"method": "dsp", "batch": None, "attention": None, "loss": None}
     ),
+    "exchange_for_ulysses": Refused(
+        CONFIG, ("exchange='ring'", "method ulysses exchanges no states", "lasp"), section={"exchange": "ring"}
+    ),
+    "lasp_for_an_unknown_model": Refused(
+        CONFIG,
+        ("method='lasp'", "causal_lm.CausalLM is not a model that we know", "LinearLM", '"batch": {'),
+        section={"method": "lasp", "batch": None, "attention": None, "loss": None},
+    ),
+    "fewer_heads_than_ranks_in_a_hybrid": Refused(
+        CONFIG,
+        ("method='lasp'", "heads=3 < ulysses_size=4", "set a size of 3 or less"),
+        section={
+            **{"method": "lasp", "softmax_method": "ulysses", "size": 4},
+            **{"batch": None, "attention": None, "loss": None},
+        },
+        arguments={"model": "hybrid"},
+    ),
 }
 
 
@@ -130,7 +149,12 @@ def experts() -> nn.Module:
     return nn.Sequential(MoE(4, nn.Linear(4, 4), num_experts=2))
 
 
-MODELS: dict[str, Callable[[], nn.Module]] = {"pipeline": pipeline, "experts": experts}
+def hybrid() -> nn.Module:
+    """Linear and softmax attention, three heads."""
+    return LinearLM(LinearLMConfig(width=12, heads=3, layers=2, softmax_every=2))
+
+
+MODELS: dict[str, Callable[[], nn.Module]] = {"pipeline": pipeline, "experts": experts, "hybrid": hybrid}
 
 
 def attempt(refused: Refused) -> dict[str, Any]:

@@ -19,38 +19,35 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.utils import safe_get_full_grad
-from deepspeed_cases import (
-    Case,
-    bf16_cases,
-    build_model,
-    micro_batch,
-    micro_loss,
-    parameters_optimizer,
-    parity_cases,
-)
+from deepspeed_cases import Case, bf16_cases, parameters_optimizer, parity_cases
+from linear_cases import linear_cases
 
 # The only line that a user adds, here where sorted imports put it.
 import dsp_plugin
+from dsp_plugin.kernels import calls
+
+TRAINED = {"parity": parity_cases, "bf16": lambda world: bf16_cases(), "linear": linear_cases}
 
 
 def train(case: Case, folder: Path) -> dict[str, Any]:
     """The case under DeepSpeed, by the calls of a user's script."""
+    name = case.name
     # Peers seed differently: that they hold one model is then DeepSpeed's and our doing, not the seed's.
     torch.manual_seed(dist.get_rank() % case.size)
-    model = build_model(case.model)
+    model = case.build()
     engine, *_ = deepspeed.initialize(
         model=model, optimizer=parameters_optimizer(case, model.parameters()), config=case.config()
     )
-    replica = engine.sequence_parallel_groups.dp.rank
     losses, local, norms = [], [], []
     gradients: dict[str, torch.Tensor | None] = {}
     for step in range(case.steps):
-        total = 0.0
+        total, replica = 0.0, engine.sequence_parallel_groups.dp.rank
         for micro in range(case.accumulation):
             with dsp_plugin.ledger() as log:
-                loss = micro_loss(case.model, engine, micro_batch(case.model, step, micro, replica))
-                engine.backward(loss)
-            sent = log.bytes(method=case.method, collective="all_to_all")
+                loss = case.loss(engine, case.batch(step, micro, replica))
+                with calls() as made:
+                    engine.backward(loss)
+            sent, again = case.sent(log), made.forward
             if step == 0 and micro == case.accumulation - 1:
                 found = {name: safe_get_full_grad(p) for name, p in model.named_parameters()}
                 gradients = {name: None if g is None else g.detach().float().clone() for name, g in found.items()}
@@ -59,19 +56,30 @@ def train(case: Case, folder: Path) -> dict[str, Any]:
         local.append(total)
         losses.append(mean_over_ranks(total))
         norms.append(float(engine.get_global_grad_norm() or 0.0))
-        if case.reload and step == 0:
-            engine = reloaded(case, engine, folder / f"{case.name}.checkpoint")
+        if step == 0 and (case.reload or case.regrouped() != case):
+            path = folder / f"{case.name}.checkpoint"
+            case = case.regrouped()
+            engine = reloaded(case, engine, path)
             model = engine.module
+    # What an engine asked of checkpointing ends with it.
+    engine.destroy()
     if dist.get_rank() == 0:
-        torch.save(gradients, folder / f"{case.name}.pt")
-    return {"losses": losses, "local": local, "norms": norms, "samples": engine.global_samples, "sent": sent}
+        torch.save(gradients, folder / f"{name}.pt")
+    return {
+        "losses": losses,
+        "local": local,
+        "norms": norms,
+        "samples": engine.global_samples,
+        "sent": sent,
+        "again": again,
+    }
 
 
 def reloaded(case: Case, engine: Any, folder: Path) -> Any:
     """Saves, and goes on with a new engine whose weights came from elsewhere and are then loaded."""
     engine.save_checkpoint(str(folder))
     torch.manual_seed(99)
-    model = build_model(case.model)
+    model = case.build()
     fresh, *_ = deepspeed.initialize(
         model=model, optimizer=parameters_optimizer(case, model.parameters()), config=case.config()
     )
@@ -94,9 +102,8 @@ def main() -> None:
     deepspeed.init_distributed()
     world = dist.get_world_size()
     for group in sys.argv[2:]:
-        if group in ("parity", "bf16"):
-            cases = parity_cases(world) if group == "parity" else bf16_cases()
-            runs = {case.name: (lambda case=case: train(case, folder)) for case in cases}
+        if group in TRAINED:
+            runs = {case.name: (lambda case=case: train(case, folder)) for case in TRAINED[group](world)}
         else:
             runs = importlib.import_module(group).runs(folder)
         for name, run in runs.items():

@@ -16,8 +16,8 @@ PARITY = [case for world in (2, 3, 4) for case in parity_cases(world)]
 
 
 def reference(case: Case) -> Trained:
-    """The unsharded run, which neither ZeRO nor the number of ranks per sequence changes."""
-    return _reference(replace(case, method="none", size=1, world=case.replicas, zero=0, reload=False))
+    """The unsharded run."""
+    return _reference(case.unsharded())
 
 
 @cache
@@ -28,7 +28,12 @@ def _reference(case: Case) -> Trained:
 @pytest.mark.parametrize("case", PARITY, ids=lambda case: case.name)
 def test_training_equals_the_unsharded_run(case: Case, world: Callable[[int], Any]) -> None:
     """Losses of every step, every gradient of the first, and gradient norms where DeepSpeed reports them."""
-    expected, results = reference(case), world(case.world).results(case.name)
+    assert_equal_to_unsharded(case, world(case.world))
+
+
+def assert_equal_to_unsharded(case: Case, world: Any) -> None:
+    """What a world recorded of a case is what the unsharded run gives."""
+    expected, results = reference(case), world.results(case.name)
     for result in results:
         assert result["losses"] == pytest.approx(expected.losses, rel=LOSS_TOLERANCE)
         # DeepSpeed computes no norm without ZeRO.
@@ -37,7 +42,7 @@ def test_training_equals_the_unsharded_run(case: Case, world: Callable[[int], An
         assert result["sent"] > 0, "the sequence was not sharded"
         assert result["samples"] == case.steps * case.accumulation * MICRO * case.replicas
 
-    gradients = world(case.world).gradients(case.name)
+    gradients = world.gradients(case.name)
     assert gradients.keys() == expected.gradients.keys()
     for name, gradient in expected.gradients.items():
         found = gradients[name]

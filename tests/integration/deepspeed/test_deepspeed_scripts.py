@@ -15,8 +15,13 @@ from deepspeed_world import run_launcher, run_ranks
 from test_deepspeed_parity import LOSS_TOLERANCE
 from torch.utils.data import DataLoader, DistributedSampler
 
+from dsp_plugin import SequenceParallelConfig
+
 HERE = Path(__file__).parent
+ROOT = HERE.parents[2]
 SCRIPT = HERE / "user_script.py"
+LINEAR_SCRIPT = ROOT / "launch" / "train_linear_deepspeed.py"
+LINEAR_CONFIGS = sorted((ROOT / "configs" / "deepspeed").glob("linear_*.json"))
 CLIPPING = 1.0
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 OPTIMIZER = {"lr": 2e-3, "eps": 1e-4, "weight_decay": 0.01}
@@ -79,3 +84,33 @@ def test_unmodified_script(start: Callable[[list[str], Path], None], tmp_path: P
         result = json.loads((tmp_path / "out" / f"rank{rank}.json").read_text())
         assert result["losses"] == pytest.approx(expected_losses(), rel=LOSS_TOLERANCE)
         assert result["batch"] == 4
+
+
+def test_script_of_the_linear_language_model(tmp_path: Path) -> None:
+    """With the section its losses on two ranks are those that one rank has without. A hybrid, its layers recomputed."""
+    pytest.importorskip("deepspeed")
+    config = json.loads(LINEAR_CONFIGS[0].read_text())
+    section = {**config.pop("sequence_parallel"), "size": 2, "recompute": "keep_attention"}
+    model = ["--layers", "2", "--width", "16", "--heads", "2", "--softmax-every", "2", "--checkpoint"]
+    arguments = [*model, "--steps", "3", "--seq-length", "37", "--samples", "20"]
+    losses = {}
+    for ranks, settings in ((1, config), (2, {**config, "sequence_parallel": section})):
+        folder = tmp_path / str(ranks)
+        folder.mkdir()
+        path, metrics = folder / "deepspeed.json", folder / "metrics.json"
+        path.write_text(json.dumps(settings))
+        start = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+        script = [str(LINEAR_SCRIPT), "--deepspeed_config", str(path), "--metrics-out", str(metrics), *arguments]
+        run_launcher([*start, "-m", "dsp_plugin.launch", *script], ranks, folder, 120)
+        losses[ranks] = json.loads(metrics.read_text())["losses"]
+    assert len(losses[1]) == 3
+    assert losses[2] == pytest.approx(losses[1], rel=LOSS_TOLERANCE)
+
+
+@pytest.mark.parametrize("path", LINEAR_CONFIGS, ids=lambda path: path.stem)
+def test_configs_of_the_linear_language_model_are_legal(path: Path) -> None:
+    """A method and a size, and a batch that one sequence group of four ranks can work on."""
+    config = json.loads(path.read_text())
+    section = SequenceParallelConfig.from_deepspeed(config)
+    assert (section.method, section.size, section.batch) == ("lasp", 4, {})
+    assert config["zero_optimization"]["stage"] == int(path.stem[-1])

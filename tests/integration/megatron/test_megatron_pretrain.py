@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
+import subprocess
+import sys
 
 import pytest
 from megatron_runs import ROOT, torchrun
@@ -16,15 +19,27 @@ pytestmark = [
     ),
 ]
 SCRIPT = str(ROOT / "launch" / "pretrain_gpt.py")
-ARGUMENTS = (ROOT / "configs" / "megatron" / "gpt_tiny_cpu.args").read_text().split()
+CONFIGS = ROOT / "configs" / "megatron"
+ARGUMENTS = (CONFIGS / "gpt_tiny_cpu.args").read_text().split()
 
 
-def logged(ranks: int, *argv: str) -> list[tuple[str, str]]:
+def logged(ranks: int, *argv: str, arguments: list[str] = ARGUMENTS) -> list[tuple[str, str]]:
     """Loss and gradient norm of each iteration, as Megatron prints them."""
-    done = torchrun(ranks, "-m", "dsp_plugin.launch", "--cpu", SCRIPT, *ARGUMENTS, *argv)
-    lines = re.findall(r"lm loss: (\S+) .*?grad norm: (\S+) ", done.stdout)
-    assert len(lines) == 3, done.stdout[-5000:]
+    return iterations(torchrun(ranks, "-m", "dsp_plugin.launch", "--cpu", SCRIPT, *arguments, *argv).stdout)
+
+
+def iterations(output: str) -> list[tuple[str, str]]:
+    """The same, from what a run has printed."""
+    lines = re.findall(r"lm loss: (\S+) .*?grad norm: (\S+) ", output)
+    assert len(lines) == 3, output[-5000:]
     return lines
+
+
+def assert_same(found: list[tuple[str, str]], expected: list[tuple[str, str]]) -> None:
+    """Seven and four printed digits, the last of which may round differently."""
+    for (loss, norm), (expected_loss, expected_norm) in zip(found, expected, strict=True):
+        assert float(loss) == pytest.approx(float(expected_loss), rel=1e-6)
+        assert float(norm) == pytest.approx(float(expected_norm), abs=1.1e-3)
 
 
 @pytest.fixture(scope="module")
@@ -44,16 +59,35 @@ def stock() -> list[tuple[str, str]]:
     ids=["cp2", "lightseq: cp2", "tp2 x cp2, sequence parallel"],
 )
 def test_logs_the_losses_of_stock_megatron(ranks: int, arguments: str, stock: list[tuple[str, str]]) -> None:
-    for (loss, norm), (stock_loss, stock_norm) in zip(logged(ranks, *arguments.split()), stock, strict=True):
-        # Seven and four printed digits, the last of which may round differently.
-        assert float(loss) == pytest.approx(float(stock_loss), rel=1e-6)
-        assert float(norm) == pytest.approx(float(stock_norm), abs=1.1e-3)
+    assert_same(logged(ranks, *arguments.split()), stock)
+
+
+def test_launch_script_of_the_hybrid_trains_like_one_process() -> None:
+    spec = "--spec dsp_plugin.patches.megatron.linear_specs gated_delta_gpt"
+    tiny = CONFIGS / "hybrid_tiny_cpu.args"
+    settings = {
+        "TORCHRUN": f"{sys.executable} -m torch.distributed.run",
+        "ARGUMENTS": str(tiny),
+        **{"GPUS": "2", "TP": "1", "CP": "2", "DSP_PLUGIN_CPU": "1", "OMP_NUM_THREADS": "1"},
+    }
+    done = subprocess.run(
+        ["bash", str(ROOT / "launch" / "megatron_hybrid_lasp.sh")],
+        env={**os.environ, **settings},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-5000:]
+    one = logged(1, *spec.split(), arguments=tiny.read_text().split())
+    assert float(one[-1][0]) < float(one[0][0])
+    assert_same(iterations(done.stdout), one)
 
 
 def test_help_and_args_have_the_flags() -> None:
     done = torchrun(1, "-m", "dsp_plugin.launch", "--cpu", SCRIPT, "--help")
-    names = "method ulysses-size ring-size ulysses-order ring-gradient-dtype layout kernel debug recompute"
-    flags = [f"--sp-{name}" for name in names.split()]
+    names = "method ulysses-size ring-size ulysses-order ring-gradient-dtype layout kernel debug recompute exchange"
+    flags = [f"--sp-{name}" for name in (*names.split(), "softmax-method")]
     assert all(flag in done.stdout for flag in flags)
     assert "--context-parallel-size" in done.stdout
 
