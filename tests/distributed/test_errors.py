@@ -327,7 +327,9 @@ MISTAKES: dict[str, Mistake] = {
     "model with fewer heads than ranks": wrong(
         sharded_batch, "heads=1 < ulysses_size=", "set a size of 1", model=Model(heads=1)
     ),
-    "argument not passed": wrong(sharded_batch, "batch.labels=1", "with NoneType", "Pass it", call={"labels": None}),
+    "argument not passed": wrong(
+        sharded_batch, "loss.labels='labels'", "called without labels", "Pass labels", call={"labels": None}
+    ),
     "argument that is a list": wrong(sharded_batch, "batch.labels=1", "with list", "Pass it", call={"labels": [1, 2]}),
     "argument without the dim": wrong(
         sharded_batch, "batch.labels=1", "a tensor (8,)", "along dim 1", call={"labels": torch.zeros(8)}
