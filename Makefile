@@ -23,7 +23,7 @@ matrix: .venv/installed .venv312/installed
 	.venv/bin/python -m pytest --matrix
 	.venv312/bin/python -m pytest --matrix
 
-# Ratios measured side by side on this machine, written to benchmarks/results/. Ten minutes on two quiet cores.
+# Ratios measured side by side on this machine, written to benchmarks/results/. Twenty minutes on two quiet cores.
 bench: .venv/installed
 	.venv/bin/python -m benchmarks
 
