@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import pairwise
+
+from torch import Tensor
 
 from dsp_plugin.errors import SequenceParallelConfigError
 
@@ -83,6 +86,19 @@ class MaskSpec:
         if self.cu_seqlens is not None:
             parts.append(f"packed({len(self.cu_seqlens) - 1})")
         return "+".join(parts)
+
+
+def document_starts(cu_seqlens: Iterable[int] | Tensor | None, length: int) -> tuple[int, ...]:
+    """Where documents start but the first, in a sequence of ``length`` tokens; empty ones left out.
+
+    Raises:
+        SequenceParallelConfigError: the borders are malformed, or the last is not ``length``.
+    """
+    if cu_seqlens is None:
+        return ()
+    borders = cu_seqlens.tolist() if isinstance(cu_seqlens, Tensor) else cu_seqlens
+    documents = MaskSpec(cu_seqlens=tuple(borders)).documents(length)
+    return tuple(document.start for document in documents[1:])
 
 
 def _is_window(window: object) -> bool:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
 from dsp_plugin.errors import SequenceParallelConfigError
-from dsp_plugin.mask import MaskSpec
+from dsp_plugin.mask import document_starts
 
 
 def short_convolution(
@@ -42,7 +42,8 @@ def short_convolution(
         )
     check(x_BnC, weight_CW, bias_C)
     halo = x_BnC.new_zeros(x_BnC.shape[0], weight_CW.shape[1] - 1, x_BnC.shape[2])
-    return with_halo(halo, x_BnC, weight_CW, bias_C, first=0, borders=document_borders(cu_seqlens, x_BnC.shape[1]))
+    starts = document_starts(cu_seqlens, x_BnC.shape[1])
+    return with_halo(halo, x_BnC, weight_CW, bias_C, first=0, borders=(0, *starts) if starts else None)
 
 
 def with_halo(
@@ -60,7 +61,7 @@ def with_halo(
         halo_BhC: ``[B, W-1, C]``; zeros where the sequence has not begun.
         x_BnC: the run; it may be empty, and the result is a function of the halo even then, for the sake of gradients.
         first: global position of its first token.
-        borders: of documents, ``(0, ..., L)`` in global positions.
+        borders: where documents start, in global positions, 0 first; a last one at L does no harm.
     """
     width, tokens = weight_CW.shape[1], x_BnC.shape[1]
     padded = torch.cat([halo_BhC, x_BnC], 1) if width > 1 else x_BnC
@@ -86,19 +87,6 @@ def _into_document(first: int, tokens: int, borders: tuple[int, ...] | None, dev
         return position
     starts = torch.tensor(borders, dtype=torch.int64, device=device)
     return position - starts[torch.bucketize(position, starts, right=True) - 1]
-
-
-def document_borders(cu_seqlens: Iterable[int] | Tensor | None, length: int) -> tuple[int, ...] | None:
-    """The borders as `with_halo` takes them, of a sequence of ``length`` tokens.
-
-    Raises:
-        SequenceParallelConfigError: the borders are malformed, or the last is not ``length``.
-    """
-    if cu_seqlens is None:
-        return None
-    mask = MaskSpec(cu_seqlens=tuple(cu_seqlens.tolist() if isinstance(cu_seqlens, Tensor) else cu_seqlens))
-    mask.documents(length)
-    return mask.cu_seqlens
 
 
 def check(x_BnC: Tensor, weight_CW: Tensor, bias_C: Tensor | None) -> None:

@@ -27,7 +27,7 @@ from dsp_plugin.kernels import counter, linear_fla
 from dsp_plugin.kernels.linear_bidirectional import bidirectional
 from dsp_plugin.kernels.linear_chunks import Chunked, ChunkedForm, Chunks, Inputs, Read, Written
 from dsp_plugin.kernels.linear_state import scan, transition_gradient, transposed
-from dsp_plugin.mask import MaskSpec
+from dsp_plugin.mask import document_starts
 
 DECAYS = ("none", "head", "scalar", "vector", "delta", "gated-delta", "kda")
 LINEAR_KERNELS = ("auto", "fla", "chunked")
@@ -146,24 +146,11 @@ def linear_attention(
         return result
     inputs = Inputs(q, k, v, g, beta)
     check(inputs, initial_state, causal=causal, output_final_state=output_final_state, kernel=kernel)
-    borders = document_borders(cu_seqlens, q.shape[1])
+    borders = document_starts(cu_seqlens, q.shape[1])
     if not causal:
         return bidirectional(q, k, v, _scale(q, scale), (0, *borders, q.shape[1]))
     out, state = attend(inputs, initial_state, Alone(), scale=scale, starts=borders, kernel=kernel)
     return (out, state) if output_final_state else out
-
-
-def document_borders(cu_seqlens: Iterable[int] | Tensor | None, length: int) -> tuple[int, ...]:
-    """Where documents start but the first, in a sequence of ``length`` tokens.
-
-    Raises:
-        SequenceParallelConfigError: the borders are malformed, or the last is not ``length``.
-    """
-    if cu_seqlens is None:
-        return ()
-    borders = cu_seqlens.tolist() if isinstance(cu_seqlens, Tensor) else cu_seqlens
-    documents = MaskSpec(cu_seqlens=tuple(borders)).documents(length)
-    return tuple(document.start for document in documents[1:])
 
 
 def attend(

@@ -16,6 +16,8 @@ from dsp_plugin.errors import SequenceParallelConfigError
 from dsp_plugin.groups import Axis, SequenceParallelGroups
 from dsp_plugin.kernels import convolution
 from dsp_plugin.layout import Layout
+from dsp_plugin.mask import document_starts
+from dsp_plugin.methods.inputs import check_length
 from dsp_plugin.methods.method import WireBytes
 from dsp_plugin.recompute import on_tape
 
@@ -46,7 +48,7 @@ def left_halo(x_BnC: Tensor, tokens: int, *, layout: Layout, axis: Axis, method:
             why="a halo is of the ranks to the left, which hold the tokens before only when each rank holds one run",
             remedy="use layout contiguous, or convert with comm.relayout",
         )
-    _check_shard(x_BnC, layout, axis)
+    check_length(x_BnC, f"x {tuple(x_BnC.shape)}", layout, axis)
     if axis.size == 1 or tokens == 0:
         return x_BnC.new_zeros(x_BnC.shape[0], tokens, x_BnC.shape[2])
     tail = x_BnC[:, max(x_BnC.shape[1] - tokens, 0) :]
@@ -88,28 +90,18 @@ def convolve(
     """
     axis = groups.lasp
     convolution.check(x_BnC, weight_CW, bias_C)
-    borders = convolution.document_borders(cu_seqlens, layout.length)
-    _check_shard(x_BnC, layout, axis)
+    starts = document_starts(cu_seqlens, layout.length)
+    check_length(x_BnC, f"x {tuple(x_BnC.shape)}", layout, axis)
     if layout.kind != "contiguous":
         runs = Layout("contiguous", layout.length, layout.size)
         (in_order,) = relayout((x_BnC,), 1, layout, runs, axis=axis, method="lasp")
+        borders = (0, *starts, layout.length)
         out = convolve(in_order, weight_CW, bias_C, groups=groups, layout=runs, cu_seqlens=borders)
         return relayout((out,), 1, runs, layout, axis=axis, method="lasp")[0]
     # On a tape like attention: a recomputed stretch need not fetch it again.
     halo = on_tape(partial(left_halo, tokens=weight_CW.shape[1] - 1, layout=layout, axis=axis))(x_BnC)
     first = _runs(layout)[axis.rank].start
-    return convolution.with_halo(halo, x_BnC, weight_CW, bias_C, first=first, borders=borders)
-
-
-def _check_shard(x_BnC: Tensor, layout: Layout, axis: Axis) -> None:
-    if x_BnC.shape[1] != layout.sizes[axis.rank]:
-        raise SequenceParallelConfigError(
-            setting="sequence length",
-            value=x_BnC.shape[1],
-            why=f"rank {axis.rank} holds {layout.sizes[axis.rank]} of the {layout.length} tokens, and dim 1 of its "
-            f"tensor {tuple(x_BnC.shape)} has {x_BnC.shape[1]}",
-            remedy="pass this rank's shard under the layout that is given",
-        )
+    return convolution.with_halo(halo, x_BnC, weight_CW, bias_C, first=first, borders=(0, *starts) if starts else None)
 
 
 def _runs(layout: Layout) -> list[range]:

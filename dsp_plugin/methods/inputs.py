@@ -1,4 +1,4 @@
-"""What every softmax method asks of the tensors it is handed."""
+"""What every method asks of the tensors it is handed."""
 
 from __future__ import annotations
 
@@ -29,8 +29,6 @@ def check_shards(q: Tensor, k: Tensor, v: Tensor, layout: Layout, axis: Axis) ->
     Raises:
         SequenceParallelConfigError: shapes or dtypes do not fit each other or the layout.
     """
-    assert layout.size == axis.size, (layout, axis)
-    rank = axis.rank
     shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
     if not q.dim() == k.dim() == v.dim() == 4 or not (
         q.shape[:2] == k.shape[:2] and k.shape[:3] == v.shape[:3] and q.shape[3] == k.shape[3]
@@ -48,14 +46,28 @@ def check_shards(q: Tensor, k: Tensor, v: Tensor, layout: Layout, axis: Axis) ->
             why="q, k and v travel in one buffer and must share a dtype",
             remedy="cast them to the compute dtype first",
         )
-    expected = layout.sizes[rank]
-    if q.shape[SEQUENCE_DIM] != expected:
+    check_length(q, shapes, layout, axis)
+
+
+def check_length(x: Tensor, shapes: str, layout: Layout, axis: Axis) -> None:
+    """Refuse tensors that do not hold as many tokens as ``layout`` gives this rank.
+
+    Args:
+        x: ``[B, n, ...]``.
+        shapes: of it and what comes with it, for the error.
+
+    Raises:
+        SequenceParallelConfigError: n is another number.
+    """
+    assert layout.size == axis.size, (layout, axis)
+    expected = layout.sizes[axis.rank]
+    if x.shape[SEQUENCE_DIM] != expected:
         raise SequenceParallelConfigError(
             setting="sequence length",
-            value=q.shape[SEQUENCE_DIM],
-            why=f"of {layout.length} tokens in the {layout.kind} layout over {layout.size} ranks, rank {rank} holds "
-            f"{expected}, but its tensors are {shapes}",
-            remedy="shard the batch with the same layout and length that the attention is given",
+            value=x.shape[SEQUENCE_DIM],
+            why=f"of {layout.length} tokens in the {layout.kind} layout over {layout.size} ranks, rank {axis.rank} "
+            f"holds {expected} of the {layout.length}, but its tensors are {shapes}",
+            remedy="shard the batch with the same layout and length that the call is given",
         )
 
 

@@ -20,14 +20,14 @@ from torch import Tensor
 from dsp_plugin.comm.collectives import summed
 from dsp_plugin.comm.relayout import relayout, relayout_bytes
 from dsp_plugin.comm.wire import Sender
-from dsp_plugin.errors import SequenceParallelConfigError
 from dsp_plugin.groups import Axis, SequenceParallelGroups
-from dsp_plugin.kernels.linear import attend, check, decay_of, document_borders
+from dsp_plugin.kernels.linear import attend, check, decay_of
 from dsp_plugin.kernels.linear_bidirectional import bidirectional
 from dsp_plugin.kernels.linear_chunks import Inputs
 from dsp_plugin.kernels.merge import accumulation_dtype
 from dsp_plugin.layout import Layout, shard_sizes
-from dsp_plugin.methods.inputs import SEQUENCE_DIM
+from dsp_plugin.mask import document_starts
+from dsp_plugin.methods.inputs import SEQUENCE_DIM, check_length
 from dsp_plugin.methods.method import Method, WireBytes, Workload
 from dsp_plugin.methods.state_exchange import METHOD as NAME
 from dsp_plugin.methods.state_exchange import choose_exchange, state_exchange
@@ -73,8 +73,8 @@ def attention(
     axis = groups.lasp
     inputs = Inputs(q, k, v, g, beta)
     check(inputs, initial_state, causal=causal, output_final_state=output_final_state, kernel=kernel)
-    _check_shard(q, layout, axis)
-    borders = document_borders(cu_seqlens, layout.length)
+    check_length(q, f"q {tuple(q.shape)}, v {tuple(v.shape)}", layout, axis)
+    borders = document_starts(cu_seqlens, layout.length)
     contiguous = _in_order(layout)
     inputs = _moved(inputs, layout, contiguous, axis)
     if causal:
@@ -85,19 +85,6 @@ def attention(
         out, state = _without_order(inputs, contiguous, borders, scale, axis), None
     (out,) = relayout((out,), SEQUENCE_DIM, contiguous, layout, axis=axis, method=NAME)
     return (out, state) if output_final_state else out
-
-
-def _check_shard(q: Tensor, layout: Layout, axis: Axis) -> None:
-    assert layout.size == axis.size, (layout, axis)
-    expected = layout.sizes[axis.rank]
-    if q.shape[SEQUENCE_DIM] != expected:
-        raise SequenceParallelConfigError(
-            setting="sequence length",
-            value=q.shape[SEQUENCE_DIM],
-            why=f"of {layout.length} tokens in the {layout.kind} layout over {layout.size} ranks, rank {axis.rank} "
-            f"holds {expected}, but its q is {tuple(q.shape)}",
-            remedy="shard the batch with the same layout and length that the attention is given",
-        )
 
 
 def _in_order(layout: Layout) -> Layout:
@@ -222,7 +209,7 @@ def wire_bytes(workload: Workload, rank: int) -> WireBytes:
     moved = _relayout_bytes(workload, tokens, rank)
     if size == 1:
         return WireBytes(0, 0)
-    borders = document_borders(workload.mask.cu_seqlens, workload.length)
+    borders = document_starts(workload.mask.cu_seqlens, workload.length)
     if not workload.mask.causal:
         shared = len(_crossing(borders, _in_order(tokens))) * state // itemsize
         own = shard_sizes(shared, size)[rank]
