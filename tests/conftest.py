@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
+from compatibility import Recorder
 
 # As every spawned rank has; more threads than cores slow the small kernels of the tests many times over.
 torch.set_num_threads(1)
@@ -13,16 +17,30 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--matrix", action="store_true", help="run every case of the big matrices, not the covering subset"
     )
+    parser.addoption(
+        "--cells-out", type=Path, metavar="FILE", help="write what was found of every cell of docs/compatibility.md"
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "matrix: a case beyond the covering subset; runs with --matrix only")
+    config.addinivalue_line(
+        "markers", "cell(framework, method, feature, status, reason): the cell of docs/compatibility.md that it holds"
+    )
+    config.pluginmanager.register(Recorder(), "cells")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    config.pluginmanager.get_plugin("cells").collect(items)
     if config.getoption("--matrix"):
         return
     skip = pytest.mark.skip(reason="beyond the covering subset: run with --matrix")
     for item in items:
         if item.get_closest_marker("matrix"):
             item.add_marker(skip)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    path = session.config.getoption("--cells-out")
+    if path is not None:
+        session.config.pluginmanager.get_plugin("cells").write(path, sys.argv[1:])

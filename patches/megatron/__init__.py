@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib.util
 
 from dsp_plugin.errors import PatchError
-from dsp_plugin.patches.megatron import attention, gated_delta_net, norm, parallel_state, recompute
+from dsp_plugin.patches.megatron import attention, gated_delta_net, loss, norm, parallel_state, recompute
 from dsp_plugin.patches.megatron import layout as token_order
 from dsp_plugin.patches.megatron.state import MegatronState, Settings
 from dsp_plugin.patches.patch import PatchSet
@@ -122,6 +122,7 @@ def _patches(state: MegatronState) -> PatchSet:
             *token_order.patches(state),
             *gated_delta_net.patches(state),
             *norm.patches(),
+            *loss.patches(state),
             *recompute.patches(state),
         ),
     )

@@ -1,4 +1,4 @@
-"""Runs of real Megatron-core on CPU and gloo, each a torchrun of its own, and what it means that two are equal."""
+"""Runs of real Megatron-core on CPU and gloo, on standing ranks or by torchrun, and when two are equal."""
 
 from __future__ import annotations
 
@@ -9,13 +9,28 @@ import signal
 import subprocess
 import sys
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import torch
+from standing_world import Worlds
 from torch import Tensor
 
 ROOT = Path(__file__).parents[3]
 CORE_SCRIPT = ROOT / "launch" / "pretrain_gpt_core.py"
+
+# Arguments that change the model or the loss, and how many values each takes.
+MODEL_FLAGS = {
+    "--num-query-groups": 1,
+    "--mask-newlines": 0,
+    "--calculate-per-token-loss": 0,
+    "--window-size": 2,
+    "--mtp-num-layers": 1,
+    "--bf16": 0,
+    "--untie-embeddings-and-output-weights": 0,
+    "--linear-decay": 1,
+    "--softmax-every": 1,
+}
 
 
 @dataclass(frozen=True)
@@ -68,25 +83,40 @@ def torchrun(ranks: int, *argv: str, timeout: float = 150.0, check: bool = True)
     return subprocess.CompletedProcess(command, process.returncode, output, "")
 
 
-def train(folder: Path, ranks: int, *argv: str, plugin: bool = True, script: Path = CORE_SCRIPT) -> Run:
-    """Trains with the script for 3 steps, with Ulysses unless `argv` says else, or with stock Megatron."""
+@cache
+def worlds() -> Worlds:
+    """The worlds of this session."""
+    return Worlds()
+
+
+def train(
+    folder: Path,
+    ranks: int,
+    *argv: str,
+    plugin: bool = True,
+    script: Path = CORE_SCRIPT,
+    timeout: float = 150.0,
+) -> Run:
+    """Trains with the script, with Ulysses unless `argv` says else, or with stock Megatron.
+
+    Raises:
+        RunFailure: a rank failed, or did not end in `timeout` seconds.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     metrics, gradients = folder / "metrics.json", folder / "gradients.pt"
     method = ["--sp-method", "ulysses"] if plugin and "--sp-method" not in argv else []
-    done = torchrun(
-        ranks,
-        "-m",
-        "dsp_plugin.launch",
-        "--cpu",
-        str(script),
-        *argv,
-        *method,
-        "--metrics-out",
-        str(metrics),
-        "--dump-grads",
-        str(gradients),
-    )
-    return Run(json.loads(metrics.read_text())["losses"], torch.load(gradients), done.stdout)
+    out = ["--metrics-out", str(metrics), "--dump-grads", str(gradients)]
+    printed = worlds().run(ranks, script, [*argv, *method, *out], timeout)
+    return Run(json.loads(metrics.read_text())["losses"], torch.load(gradients), "".join(printed))
+
+
+def model_arguments(argv: list[str]) -> list[str]:
+    """The part of a command line that changes the model or the loss, and not how it is sharded."""
+    kept: list[str] = []
+    for place, argument in enumerate(argv):
+        if argument in MODEL_FLAGS:
+            kept += argv[place : place + 1 + MODEL_FLAGS[argument]]
+    return kept
 
 
 def assert_parity(run: Run, reference: Run) -> None:

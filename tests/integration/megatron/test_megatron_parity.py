@@ -11,7 +11,7 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
-from megatron_runs import Run, assert_parity, train
+from megatron_runs import Run, assert_parity, model_arguments, train
 
 TP2, PP2, CP2 = (f"--{axis}-parallel-size 2" for axis in ("tensor-model", "pipeline-model", "context"))
 CP4 = "--context-parallel-size 4"
@@ -67,24 +67,6 @@ COMBINATIONS = {
         f"{CP2} --recompute-granularity selective --untie-embeddings-and-output-weights",
     ),
 }
-MODEL_FLAGS = {
-    "--num-query-groups": 1,
-    "--mask-newlines": 0,
-    "--calculate-per-token-loss": 0,
-    "--window-size": 2,
-    "--mtp-num-layers": 1,
-    "--bf16": 0,
-    "--untie-embeddings-and-output-weights": 0,
-}
-
-
-def model_arguments(argv: list[str]) -> list[str]:
-    """The part of a command line that changes the model or the loss, and not how it is sharded."""
-    kept: list[str] = []
-    for place, argument in enumerate(argv):
-        if argument in MODEL_FLAGS:
-            kept += argv[place : place + 1 + MODEL_FLAGS[argument]]
-    return kept
 
 
 @pytest.mark.timeout(400)
