@@ -10,6 +10,7 @@ from importlib.metadata import entry_points
 
 from dsp_plugin.comm import ledger
 from dsp_plugin.config import SequenceParallelConfig
+from dsp_plugin.data import PackedDocuments, SequenceParallelBatchSampler, SequenceParallelStream
 from dsp_plugin.errors import CollectiveMismatchError, PatchError, SequenceParallelConfigError, UnsupportedError
 from dsp_plugin.groups import Axis, SequenceParallelGroups
 from dsp_plugin.kernels.convolution import short_convolution
@@ -28,12 +29,15 @@ __all__ = [
     "CollectiveMismatchError",
     "Layout",
     "MaskSpec",
+    "PackedDocuments",
     "Parallelized",
     "PatchError",
     "Plan",
+    "SequenceParallelBatchSampler",
     "SequenceParallelConfig",
     "SequenceParallelConfigError",
     "SequenceParallelGroups",
+    "SequenceParallelStream",
     "Stage",
     "UnsupportedError",
     "ledger",

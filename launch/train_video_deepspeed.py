@@ -10,11 +10,8 @@ the same JSON train with every video's tokens spread over the ranks.
 from __future__ import annotations
 
 import argparse
-import json
 import resource
 import sys
-import time
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +26,7 @@ from deepspeed.accelerator import get_accelerator
 HERE = Path(__file__).resolve().parent
 sys.path += [str(HERE), str(HERE.parent / "models"), str(HERE.parent / "dsp_plugin" / "models")]
 
+from deepspeed_training import History, argument_parser, resume, train, train_batch_size  # noqa: E402
 from moving_digits import NULL_TOKEN, VOCABULARY, MovingDigits, encode  # noqa: E402
 from rectified_flow import RectifiedFlow, RectifiedFlowObjective  # noqa: E402
 from video_dit import VideoDiT  # noqa: E402
@@ -36,11 +34,7 @@ from video_dit import VideoDiT  # noqa: E402
 
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--deepspeed_config", type=Path, required=True, help="DeepSpeed's JSON; names train_batch_size")
-    parser.add_argument("--local_rank", type=int, default=-1, help="set by the deepspeed launcher")
-    parser.add_argument("--steps", type=int, default=300, help="optimizer steps")
-    parser.add_argument("--seed", type=int, default=0, help="of weights, data and generated frames")
+    parser = argument_parser(__doc__, steps=300)
     parser.add_argument("--videos", type=int, default=10_000, help="videos in an epoch")
     parser.add_argument("--width", type=int, default=96)
     parser.add_argument("--heads", type=int, default=4)
@@ -49,66 +43,11 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--positions", choices=("rotary", "sinusoidal"), default="rotary")
     parser.add_argument("--frames", type=int, default=7)
     parser.add_argument("--canvas", type=int, default=20, help="side of a frame, in pixels")
-    parser.add_argument("--metrics-out", type=Path, help="write losses, times and peak memory to this JSON")
     parser.add_argument("--samples-out", type=Path, help="write generated frames to this PNG")
     parser.add_argument("--sample-steps", type=int, default=25, help="Euler steps of the sampler")
     parser.add_argument("--guidance", type=float, default=2.5, help="classifier-free guidance of the sampler")
     parser.add_argument("--tensorboard", type=Path, help="write TensorBoard logs to this folder")
     return parser.parse_args()
-
-
-@dataclass
-class History:
-    """What the run records, one entry per optimizer step."""
-
-    tokens_per_step: int
-    loss: list[float] = field(default_factory=list)
-    seconds: list[float] = field(default_factory=list)
-
-    def add(self, loss: float, seconds: float) -> None:
-        """Appends one optimizer step."""
-        self.loss.append(loss)
-        self.seconds.append(seconds)
-
-    def tokens_per_second(self) -> list[float]:
-        """Video tokens of the global batch over each step's seconds."""
-        return [self.tokens_per_step / seconds for seconds in self.seconds]
-
-
-def mean_over_ranks(value: torch.Tensor) -> float:
-    """The mean of a scalar tensor over all ranks."""
-    total = value.detach().float().clone()
-    dist.all_reduce(total)
-    return total.item() / dist.get_world_size()
-
-
-def train(engine: Any, loader: Any, steps: int, history: History, writer: Any) -> None:
-    """Trains for `steps` optimizer steps, going through the data again if it ends first."""
-    micro_losses: list[torch.Tensor] = []
-    started = time.perf_counter()
-    while engine.global_steps < steps:
-        for batch in loader:
-            loss = engine(**{name: tensor.to(engine.device) for name, tensor in batch.items()})
-            engine.backward(loss)
-            micro_losses.append(loss.detach())
-            finished_step = engine.is_gradient_accumulation_boundary()
-            engine.step()
-            if not finished_step:
-                continue
-
-            mean_loss = mean_over_ranks(torch.stack(micro_losses).mean())
-            micro_losses.clear()
-            now = time.perf_counter()
-            history.add(mean_loss, now - started)
-            started = now
-            if writer is not None:
-                writer.add_scalar("train/loss", mean_loss, len(history.loss))
-                writer.add_scalar("train/tokens_per_second", history.tokens_per_second()[-1], len(history.loss))
-            if dist.get_rank() == 0 and (len(history.loss) % 25 == 0 or len(history.loss) in (1, steps)):
-                rate = history.tokens_per_second()[-1]
-                print(f"step {len(history.loss):4d}  loss {mean_loss:.6f}  {rate:,.0f} tokens/s", flush=True)
-            if engine.global_steps >= steps:
-                return
 
 
 def generate(engine: Any, args: argparse.Namespace) -> torch.Tensor:
@@ -157,7 +96,6 @@ def peak_memory() -> dict[str, int]:
 def main() -> None:
     """Trains, then writes what was asked for."""
     args = parse_arguments()
-    batch_size = json.loads(args.deepspeed_config.read_text())["train_batch_size"]
     deepspeed.init_distributed()
     torch.manual_seed(args.seed)
     model = VideoDiT(
@@ -182,22 +120,23 @@ def main() -> None:
 
         writer = SummaryWriter(str(args.tensorboard))
     patches = (args.canvas // args.patch) ** 2
-    history = History(tokens_per_step=batch_size * args.frames * patches)
-    train(engine, loader, args.steps, history, writer)
+    history = History(tokens_per_step=train_batch_size(args) * args.frames * patches)
+
+    def log(step: int) -> None:
+        if writer is not None:
+            writer.add_scalar("train/loss", history.loss[-1], step)
+            writer.add_scalar("train/tokens_per_second", history.tokens_per_second()[-1], step)
+
+    resume(engine, args, history)
+    train(engine, loader, args, history, log)
 
     memory: list[Any] = [None] * dist.get_world_size()
     torch.distributed.all_gather_object(memory, peak_memory())
     videos = generate(engine, args) if args.samples_out is not None else None
     if dist.get_rank() == 0:
         if args.metrics_out is not None:
-            metrics = {
-                "losses": history.loss,
-                "seconds": history.seconds,
-                "tokens_per_second": history.tokens_per_step * len(history.seconds) / sum(history.seconds),
-                "ranks": memory,
-            }
-            args.metrics_out.parent.mkdir(parents=True, exist_ok=True)
-            args.metrics_out.write_text(json.dumps(metrics, indent=1))
+            rate = history.tokens_per_step * len(history.seconds) / sum(history.seconds)
+            history.write(args.metrics_out, tokens_per_second=rate, ranks=memory)
         if videos is not None:
             save_sheet(videos, args.samples_out)
         if writer is not None:

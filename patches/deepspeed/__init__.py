@@ -3,15 +3,15 @@
 Sequence parallelism is folded into DeepSpeed's data parallelism: DeepSpeed averages gradients over the whole world,
 which is what the gradient contract of the library asks for, and never learns that some of its data-parallel ranks hold
 parts of one sample. What folding would otherwise get wrong is put right here, one module per seam: `batch` (what the
-batch sizes mean), `refusals` (what cannot be combined), `engine` (groups, hooks and data loading), `same_sample` and
-`random_state` (what sequence peers share).
+batch sizes mean), `refusals` (what cannot be combined), `engine` (groups, hooks and data loading), `checkpoint`,
+`same_sample` and `random_state` (what sequence peers share). `shared_memory` lets runs on CPU be started again.
 
 Without the section no call behaves differently.
 """
 
 from __future__ import annotations
 
-from dsp_plugin.patches.deepspeed import batch, engine, initialize
+from dsp_plugin.patches.deepspeed import batch, checkpoint, engine, initialize, shared_memory
 from dsp_plugin.patches.deepspeed.versions import DISTRIBUTION, SUPPORTED
 from dsp_plugin.patches.patch import Patch, PatchSet
 
@@ -65,6 +65,30 @@ PATCHES = PatchSet(
             supported=SUPPORTED,
             make=engine.counting_replicas,
             parameters=("self", "micro_batch_size"),
+        ),
+        Patch(
+            name="record in checkpoints how they were made",
+            target="deepspeed.runtime.engine:DeepSpeedEngine.save_checkpoint",
+            distribution=DISTRIBUTION,
+            supported=SUPPORTED,
+            make=checkpoint.recording,
+            parameters=("self", "save_dir", "tag"),
+        ),
+        Patch(
+            name="check checkpoints, and run nothing that is in them",
+            target="deepspeed.runtime.engine:DeepSpeedEngine.load_checkpoint",
+            distribution=DISTRIBUTION,
+            supported=SUPPORTED,
+            make=checkpoint.checking,
+            parameters=("self", "load_dir", "tag", "load_optimizer_states", "load_module_only"),
+        ),
+        Patch(
+            name="leave no shared memory behind",
+            target="deepspeed.comm.torch:TorchBackend.__init__",
+            distribution=DISTRIBUTION,
+            supported=SUPPORTED,
+            make=shared_memory.unnaming,
+            parameters=("self",),
         ),
     ),
 )

@@ -66,9 +66,10 @@ class SameSampleCheck:
         raise SequenceParallelConfigError(
             f"sequence peers got different samples: ranks {list(self._sp.ranks)} share one sequence, but their forward "
             f"inputs differ: {'; '.join(found[:3])}{'; ...' if len(found) > 3 else ''}. Pass the dataset as "
-            "deepspeed.initialize(training_data=...) or to engine.deepspeed_io(...), or build the loader's sampler as "
-            "DistributedSampler(dataset, num_replicas=engine.sequence_parallel_groups.dp.size, "
-            "rank=engine.sequence_parallel_groups.dp.rank). Noise and augmentations must be drawn equally on the ranks "
+            "deepspeed.initialize(training_data=...) or to engine.deepspeed_io(...), or give your DataLoader "
+            "batch_sampler=dsp_plugin.SequenceParallelBatchSampler(len(dataset), "
+            "groups=engine.sequence_parallel_groups, global_batch_size=..., micro_batch_size=...). "
+            "Noise and augmentations must be drawn equally on the ranks "
             "of one sequence, too: do not seed by global rank after deepspeed.initialize."
         )
 

@@ -17,7 +17,7 @@ HERE = Path(__file__).parent
 # What each world runs, in order, and the seconds until it counts as hung.
 Worlds = dict[int, tuple[tuple[str, ...], int]]
 GROUPS: Worlds = {
-    2: (("parity", "bf16"), 240),
+    2: (("parity",), 240),
     3: (("parity",), 200),
     4: (("parity", "deepspeed_sharing", "deepspeed_refused"), 290),
 }
@@ -72,6 +72,13 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], World]:
 def linear_world(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], World]:
     """The same for linear attention."""
     return _worlds(LINEAR, tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def matrix_world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], World]:
+    """The same for the compatibility matrix, as much of it as the session runs."""
+    group = "matrix" if request.config.getoption("--matrix") else "covering"
+    return _worlds({4: ((group,), 390)}, tmp_path_factory)
 
 
 def _worlds(worlds: Worlds, folders: pytest.TempPathFactory) -> Callable[[int], World]:

@@ -72,7 +72,7 @@ def sizes(given: dict[str, int]) -> dict[str, Any]:
     """What an engine says of its batch, before and after one optimizer step."""
     engine = engine_of(base_config(**given))
     for _ in range(engine.gradient_accumulation_steps()):
-        engine.backward(engine(**micro_batch("lm", 0, 0, engine.sequence_parallel_groups.dp.rank)))
+        engine.backward(engine(**micro_batch("lm", 0, engine.sequence_parallel_groups.dp.rank)))
         engine.step()
     return {
         "info": [value() for value in engine.get_batch_info()],
@@ -168,7 +168,13 @@ def monitor(folder: Path) -> dict[str, Any]:
     output = {"enabled": True, "output_path": str(folder), "job_name": "monitor"}
     engine = engine_of(base_config(train_batch_size=8, train_micro_batch_size_per_gpu=2, csv_monitor=output))
     for micro in range(4):
-        engine.backward(engine(**micro_batch("lm", 0, micro, engine.sequence_parallel_groups.dp.rank)))
+        engine.backward(
+            engine(
+                **micro_batch(
+                    "lm", 0, micro * engine.sequence_parallel_groups.dp.size + engine.sequence_parallel_groups.dp.rank
+                )
+            )
+        )
         engine.step()
     written = (folder / "monitor" / "Train_Samples_lr.csv").read_text() if dist.get_rank() == 0 else ""
     return {"csv": written}
@@ -182,7 +188,7 @@ def zero_init() -> dict[str, Any]:
     with deepspeed.zero.Init(config_dict_or_path=config):
         model = CausalLM()
     engine = engine_of(config, model)
-    loss = engine(**micro_batch("lm", 0, 0, engine.sequence_parallel_groups.dp.rank))
+    loss = engine(**micro_batch("lm", 0, engine.sequence_parallel_groups.dp.rank))
     engine.backward(loss)
     engine.step()
     return {"loss": loss.item(), "train": engine.train_batch_size()}
@@ -211,7 +217,7 @@ def random_state() -> dict[str, Any]:
     numpy.random.seed(rank)
     engine = engine_of(base_config(), CausalLM(dropout=0.5))
     drawn = [torch.rand(()).item(), random.random(), float(numpy.random.rand())]
-    batch = micro_batch("lm", 0, 0, 0)
+    batch = micro_batch("lm", 0, 0)
     losses = [engine(**batch).item() for _ in range(2)]
     engine.backward(engine(**batch))
     engine.step()

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import subprocess
 import sys
 import traceback
 from pathlib import Path
@@ -19,14 +20,20 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.utils import safe_get_full_grad
-from deepspeed_cases import Case, bf16_cases, parameters_optimizer, parity_cases
+from deepspeed_cases import Case, parameters_optimizer, parity_cases
 from linear_cases import linear_cases
+from matrix_cases import matrix_cases
 
 # The only line that a user adds, here where sorted imports put it.
 import dsp_plugin
 from dsp_plugin.kernels import calls
 
-TRAINED = {"parity": parity_cases, "bf16": lambda world: bf16_cases(), "linear": linear_cases}
+TRAINED = {
+    "parity": parity_cases,
+    "linear": linear_cases,
+    "covering": lambda world: matrix_cases(everything=False),
+    "matrix": lambda world: matrix_cases(everything=True),
+}
 
 
 def train(case: Case, folder: Path) -> dict[str, Any]:
@@ -78,14 +85,29 @@ def train(case: Case, folder: Path) -> dict[str, Any]:
 def reloaded(case: Case, engine: Any, folder: Path) -> Any:
     """Saves, and goes on with a new engine whose weights came from elsewhere and are then loaded."""
     engine.save_checkpoint(str(folder))
+    config = case.config()
+    if case.universal:
+        if dist.get_rank() == 0:
+            convert(folder)
+        dist.barrier()
+        config["checkpoint"] = {"load_universal": True}
     torch.manual_seed(99)
     model = case.build()
     fresh, *_ = deepspeed.initialize(
-        model=model, optimizer=parameters_optimizer(case, model.parameters()), config=case.config()
+        model=model, optimizer=parameters_optimizer(case, model.parameters()), config=config
     )
     path, _ = fresh.load_checkpoint(str(folder))
     assert path is not None
     return fresh
+
+
+def convert(folder: Path) -> None:
+    """Converts the latest checkpoint by the command that DeepSpeed documents."""
+    latest = folder / (folder / "latest").read_text()
+    command = ["-m", "deepspeed.checkpoint.ds_to_universal", "--num_extract_workers", "1", "--num_merge_workers", "1"]
+    files = ["--input_folder", str(latest), "--output_folder", f"{latest}_universal", "--inject_missing_state"]
+    done = subprocess.run([sys.executable, *command, *files], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
 
 
 def mean_over_ranks(value: float) -> float:

@@ -32,17 +32,12 @@ class LinearCase(Case):
     Attributes:
         length: tokens.
         softmax_method: for hybrid models.
-        recompute: what checkpointed layers do with attention; None for layers that are not checkpointed.
-        size_after: ranks that share a sequence after the first step, from a checkpoint; 0 to stay. The replicas that
-            this takes away become micro batches.
     """
 
     model: Any
     exchange: str = "auto"
     softmax_method: str | None = None
     length: int = 13
-    recompute: str | None = None
-    size_after: int = 0
 
     @property
     def name(self) -> str:
@@ -51,8 +46,6 @@ class LinearCase(Case):
             self.exchange if self.exchange != "auto" else "",
             self.softmax_method or "",
             f"{self.length}tokens" if self.length == LONG else "",
-            self.recompute or "",
-            f"then_sp{self.size_after}" if self.size_after else "",
         ]
         return "-".join([super().name, *filter(None, extras)])
 
@@ -69,14 +62,7 @@ class LinearCase(Case):
 
     def unsharded(self) -> LinearCase:
         """The case whose run in one process must be equal."""
-        plain = replace(self, method="none", size=1, world=self.replicas, zero=0, reload=False)
-        return replace(plain, exchange="auto", softmax_method=None, recompute=None, size_after=0)
-
-    def regrouped(self) -> LinearCase:
-        """The run after the first step."""
-        if not self.size_after:
-            return self
-        return replace(self, size=self.size_after, accumulation=self.accumulation * self.size_after // self.size)
+        return replace(super().unsharded(), exchange="auto", softmax_method=None)
 
     def build(self) -> nn.Module:
         """The model, with weights that depend on torch's seed."""
@@ -157,9 +143,9 @@ def linear_cases(world: int) -> list[LinearCase]:
             Lasp("hybrid", size=4, zero=0, softmax_method="lightseq"),
             Lasp("hybrid", size=2, zero=1, softmax_method="ulysses", accumulation=2),
             Lasp("hybrid", size=4, zero=1, softmax_method="lightseq", recompute="keep_attention"),
-            Lasp("gated-delta", size=2, zero=1, size_after=4),
+            Lasp("gated-delta", size=2, zero=1, then=("lasp", 4)),
             Lasp("hybrid", size=4, zero=2, softmax_method="ulysses"),
-            Lasp("hybrid", size=2, zero=3, softmax_method="usp", size_after=4),
+            Lasp("hybrid", size=2, zero=3, softmax_method="usp", then=("lasp", 4)),
         ],
     }
     return cases[world]

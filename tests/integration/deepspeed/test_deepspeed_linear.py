@@ -38,4 +38,4 @@ def test_the_cases_cover_what_they_should() -> None:
         assert {"lightseq", "ulysses"} <= {case.softmax_method for case in cases}
     for model in ("head", "gated-delta", "hybrid"):
         assert {case.zero for case in CASES if case.model == model} == {0, 1, 2, 3}
-    assert {case.zero for case in CASES if case.size_after} == {1, 3}
+    assert {case.zero for case in CASES if case.then} == {1, 3}

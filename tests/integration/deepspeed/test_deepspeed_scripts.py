@@ -91,7 +91,7 @@ def test_script_of_the_linear_language_model(tmp_path: Path) -> None:
     pytest.importorskip("deepspeed")
     config = json.loads(LINEAR_CONFIGS[0].read_text())
     section = {**config.pop("sequence_parallel"), "size": 2, "recompute": "keep_attention"}
-    model = ["--layers", "2", "--width", "16", "--heads", "2", "--softmax-every", "2", "--checkpoint"]
+    model = ["--layers", "2", "--width", "16", "--heads", "2", "--softmax-every", "2", "--recompute"]
     arguments = [*model, "--steps", "3", "--seq-length", "37", "--samples", "20"]
     losses = {}
     for ranks, settings in ((1, config), (2, {**config, "sequence_parallel": section})):
