@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
+from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from dsp_plugin.comm import meter
 from dsp_plugin.config import SequenceParallelConfig
 from dsp_plugin.errors import SequenceParallelConfigError
 from dsp_plugin.groups import Axis
@@ -45,6 +47,8 @@ class BatchSharder:
         values.update(values.pop(further, {}) if further is not None else {})
         dims = self._dims(values)
         layout = self._layout(values, dims)
+        if torch.is_grad_enabled():
+            meter.count(tokens=_tokens_of(values, dims))
         positions = self._config.positions
         if positions is not None and positions not in dims:
             if values.get(positions) is None:
@@ -124,6 +128,12 @@ class BatchSharder:
                 f"tokens of every shard from 0",
                 remedy="name the argument that takes global positions; null if the model uses none",
             )
+
+
+def _tokens_of(values: Mapping[str, Any], dims: Mapping[str, int]) -> int:
+    """Tokens of whole sequences in a call."""
+    name, dim = next(iter(dims.items()))
+    return prod(values[name].shape[: dim % values[name].dim() + 1])
 
 
 def _check_sequence(values: Mapping[str, Any], name: str, dim: int, setting: str) -> Tensor:

@@ -37,7 +37,7 @@ def record(config: SequenceParallelConfig | None, framework: str, sizes: Mapping
         "format": FORMAT,
         "plugin": metadata.version("dsp-plugin"),
         "framework": framework,
-        "config": None if config is None else config.model_dump(mode="json"),
+        "config": _all_settings(config),
         "sizes": dict(sizes),
     }
 
@@ -133,7 +133,7 @@ def check(
         where = ", ".join(f"{name} {old}" for name, old in saved.items())
         raise SequenceParallelConfigError(
             setting=", ".join(broken),
-            value=", ".join(str(changed[name][1]) for name in broken),
+            value=changed[broken[0]][1] if len(broken) == 1 else [changed[name][1] for name in broken],
             why=f"the checkpoint was written by a run of {where}, and its files cannot be loaded under another "
             f"{' or '.join(broken)} ({'; '.join(notes)})",
             remedy=remedy or f"start with {', '.join(f'{name} {changed[name][0]}' for name in broken)} again",
@@ -141,8 +141,12 @@ def check(
     return notes
 
 
+def _all_settings(config: SequenceParallelConfig | None) -> dict[str, Any] | None:
+    return None if config is None else config.model_dump(mode="json")
+
+
 def _config_notes(saved: Mapping[str, Any] | None, config: SequenceParallelConfig | None) -> Iterator[str]:
-    given = None if config is None else config.model_dump(mode="json")
+    given = _all_settings(config)
     if saved is None or given is None:
         if saved is not given:
             yield f"sequence_parallel {_in_words(saved)} -> {_in_words(given)}"

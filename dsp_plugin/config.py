@@ -6,7 +6,18 @@ from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 from typing import Any, Literal, Self, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, StrictBool, StrictInt, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    StrictBool,
+    StrictInt,
+    ValidationError,
+    model_validator,
+)
 
 from dsp_plugin.config_checks import check_combination, check_method, check_softmax_method
 from dsp_plugin.errors import SequenceParallelConfigError
@@ -33,6 +44,10 @@ _MEGATRON_FLAGS = {
     "heads": "sp_heads",
     "exchange": "sp_exchange",
     "softmax_method": "sp_softmax_method",
+    "log_every": "sp_log_every",
+    "log_tensorboard": "sp_log_tensorboard",
+    "log_wandb": "sp_log_wandb",
+    "peak_tflops": "sp_peak_tflops",
 }
 
 # What to write where a value has the wrong type, by setting.
@@ -83,6 +98,10 @@ class SequenceParallelConfig(BaseModel):
             ``auto`` takes the one that should cost least.
         softmax_method: under a linear method, the method that serves a hybrid model's softmax layers. It takes the same
             layout, and ``ulysses_size`` and ``ring_size`` are its.
+        log_every: optimizer steps between lines of the step log; 0 for none.
+        log_tensorboard: folder for TensorBoard to get them, too.
+        log_wandb: project of Weights & Biases, likewise.
+        peak_tflops: of a device, which the log takes model FLOP utilization of; None where its name says enough.
         debug: ranks compare op, shapes and dtypes before each collective; also ``DSP_PLUGIN_DEBUG=1``.
         plan: ``package.module:name`` of a `Plan` for the model; needed where the model is not one we know.
         attention: globs over module names: the modules whose `scaled_dot_product_attention` or `linear_attention`
@@ -110,6 +129,10 @@ class SequenceParallelConfig(BaseModel):
     heads: PositiveInt | None = None
     exchange: ExchangeName = "auto"
     softmax_method: str = "lightseq"
+    log_every: NonNegativeInt = 0
+    log_tensorboard: str | None = None
+    log_wandb: str | None = None
+    peak_tflops: PositiveFloat | None = None
     plan: str | None = Field(default=None, pattern=r"^[\w.]+:[\w.]+$")
     attention: tuple[str, ...] = ()
     batch: dict[str, StrictInt] = Field(default_factory=dict)

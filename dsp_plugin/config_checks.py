@@ -25,6 +25,7 @@ def check_combination(config: SequenceParallelConfig) -> None:
     _check_layout(config)
     _check_plan(config)
     _check_batch(config)
+    _check_log(config)
 
 
 def check_method(method: Any) -> None:
@@ -53,6 +54,17 @@ def check_softmax_method(name: Any) -> None:
         )
     if not isinstance(name, str) or name not in softmax:
         _refuse_name("softmax_method", name, softmax)
+
+
+def _check_log(config: SequenceParallelConfig) -> None:
+    for setting in ("log_tensorboard", "log_wandb", "peak_tflops"):
+        if getattr(config, setting) is not None and not config.log_every:
+            raise SequenceParallelConfigError(
+                setting=setting,
+                value=getattr(config, setting),
+                why="log_every is 0, so there is no step log to write",
+                remedy="set log_every to 10, say, or drop it",
+            )
 
 
 def _refuse_name(setting: str, name: Any, known: list[str]) -> None:

@@ -7,7 +7,7 @@ names of their own so that a framework can register, and the ledger can tell, wh
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Self
 
@@ -77,31 +77,39 @@ class SequenceParallelGroups:
     dp: Axis
 
     @classmethod
-    def build(cls, config: SequenceParallelConfig) -> Self:
-        """Cut torch.distributed's world into ``dp x ring x ulysses``, Ulysses ranks adjacent unless set otherwise.
+    def build(
+        cls, config: SequenceParallelConfig, data_rows: Sequence[Sequence[int]] | None = None, **other_sizes: int
+    ) -> Self:
+        """Cut data-parallel ranks into ``dp x ring x ulysses``, Ulysses ranks adjacent unless set otherwise.
 
         Every rank of the world must call this; the process groups are created in the same order everywhere.
+
+        Args:
+            data_rows: the global ranks of every data-parallel group of the framework, the same on all ranks, each rank
+                of the world in one of them; one row of the whole world when None.
+            other_sizes: the parallel sizes that made more than one row of it, by name, for errors.
 
         Raises:
             SequenceParallelConfigError: the sizes do not divide the world.
         """
         if not dist.is_initialized():
-            config.check_world(1)
+            config.check_world(1, **other_sizes)
             return cls.single()
         world_size = dist.get_world_size()
-        config.check_world(world_size)
+        config.check_world(world_size, **other_sizes)
+        rows = torch.arange(world_size).unsqueeze(0) if data_rows is None else torch.tensor(data_rows)
         ulysses_size, ring_size = config.ulysses_size, config.ring_size
         if config.ulysses_order == "adjacent":
-            grid = torch.arange(world_size).view(-1, ring_size, ulysses_size)
+            grid = rows.view(-1, ring_size, ulysses_size)
         else:
-            grid = torch.arange(world_size).view(-1, ulysses_size, ring_size).transpose(1, 2)
-        sp = _axis("sp", torch.arange(world_size).view(-1, config.size))
+            grid = rows.view(-1, ulysses_size, ring_size).transpose(1, 2)
+        sp = _axis("sp", rows.view(-1, config.size))
         # An axis that spans the whole sequence group shares its process group: one communicator, not two.
         return cls.from_axes(
             sp=sp,
             ulysses=sp if ring_size == 1 else _axis("ulysses", grid.flatten(0, 1)),
             ring=sp if ulysses_size == 1 < ring_size else _axis("ring", grid.transpose(1, 2).flatten(0, 1)),
-            dp=_axis("dp", torch.arange(world_size).view(-1, config.size).t()),
+            dp=_axis("dp", rows.view(len(rows), -1, config.size).transpose(1, 2).flatten(0, 1)),
             debug=config.debug,
         )
 

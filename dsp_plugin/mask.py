@@ -78,6 +78,18 @@ class MaskSpec:
             )
         return tuple(range(a, b) for a, b in pairwise(self.cu_seqlens) if b > a)
 
+    def pairs(self, length: int) -> int:
+        """How many (query, key) pairs see each other in a sequence of ``length`` tokens."""
+        left, right = self.band()
+        total = 0
+        for document in self.documents(length):
+            n = len(document)
+            # Of the n * n pairs, those out of reach on either side are two triangles.
+            behind = max(n - 1 - left, 0) if left is not None else 0
+            ahead = max(n - 1 - right, 0) if right is not None else 0
+            total += n * n - behind * (behind + 1) // 2 - ahead * (ahead + 1) // 2
+        return total
+
     def describe(self) -> str:
         """A short name for tables: ``causal``, ``full``, ``causal+window(7, 0)+packed(3)``."""
         parts = ["causal" if self.causal else "full"]

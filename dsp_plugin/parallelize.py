@@ -140,7 +140,7 @@ def _shard_batch(
         assert layout_now is not None
         first, rebuild = first_tensor(output)
         if count_now is not None:
-            whole = _global_loss(first, count_now, groups)
+            whole = global_loss(first, count_now, groups)
         else:
             assert config.gather_output is not None
             whole = _global_output(first, config.gather_output, layout_now, config.method, groups)
@@ -154,7 +154,12 @@ def _shard_batch(
         undo.append(route.install(part))
 
 
-def _global_loss(local_mean: Tensor, count: Tensor, groups: SequenceParallelGroups) -> Tensor:
+def global_loss(local_mean: Tensor, count: Tensor, groups: SequenceParallelGroups) -> Tensor:
+    """The mean loss of the whole sequence from the mean over the ``count`` labels of this rank; see `loss.contract`.
+
+    Raises:
+        SequenceParallelConfigError: it is no scalar.
+    """
     if local_mean.numel() != 1:
         raise SequenceParallelConfigError(
             setting="loss",

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dsp_plugin.comm import meter
 from dsp_plugin.config import SequenceParallelConfig
 from dsp_plugin.errors import SequenceParallelConfigError
 from dsp_plugin.groups import SequenceParallelGroups
@@ -169,6 +170,8 @@ class ShardedRegion:
         self._leave()
         if training and self._groups.sp.size > 1:
             self._visit = RegionVisit(self._groups.sp)
+        if torch.is_grad_enabled():
+            meter.count(tokens=prod(x.shape[:-1]))
         self._pass = _Pass(sizes, self._plans[key], self._visit.seed if self._visit is not None else None)
 
     def _leave(self) -> None:

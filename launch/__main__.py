@@ -1,13 +1,14 @@
 """Runs a user's unmodified script with the plugin in place.
 
-    python -m dsp_plugin.launch [--cpu[=force]] [--report FOLDER] SCRIPT [ARGS ...]
+    python -m dsp_plugin.launch [--cpu[=force]] [--report FOLDER] [--timeout SECONDS] SCRIPT [ARGS ...]
     torchrun --nproc-per-node 8 -m dsp_plugin.launch SCRIPT [ARGS ...]
 
 DeepSpeed scripts need nothing more: the "sequence_parallel" section of their DeepSpeed config is honoured.
-    Megatron-core scripts take
---context-parallel-size N --sp-method ulysses. The --sp-* flags are read here and hidden from the script; a script that
-has --sp-* flags of its own gets them after a lone --. With --report every rank writes what it sent and its peak memory
-to FOLDER/rank-R.json.
+Megatron-core scripts take --context-parallel-size N --sp-method ulysses; a Megatron-LM checkout in the script's folder
+is the one that is used. The --sp-* flags are read here and hidden from the script; a script that has --sp-* flags of
+its own gets them after a lone --. With --report every rank writes what it sent and its peak memory to
+FOLDER/rank-R.json. When a rank dies, or is silent for --timeout seconds (300), the others say so and end; 0 turns that
+off (docs/failures.md).
 """
 
 from __future__ import annotations
@@ -26,8 +27,10 @@ import torch
 
 from dsp_plugin.errors import PatchError, SequenceParallelConfigError, UnsupportedError
 from dsp_plugin.launch.report import report
-from dsp_plugin.patches import cpu, megatron
+from dsp_plugin.liveness import seconds
+from dsp_plugin.patches import cpu, megatron, restarts
 from dsp_plugin.patches.autoload import after_import
+from dsp_plugin.patches.liveness import watched
 from dsp_plugin.patches.megatron import arguments
 from dsp_plugin.patches.patch import PatchSet
 
@@ -51,6 +54,7 @@ class Command:
         script: path of the user's script.
         arguments: what the script sees.
         flags: the ``--sp-*`` flags, as attributes `sp_*`.
+        timeout: seconds of silence after which a rank is taken for dead; 0 watches nobody.
     """
 
     cpu: str | None
@@ -58,6 +62,7 @@ class Command:
     script: str
     arguments: tuple[str, ...]
     flags: argparse.Namespace
+    timeout: float
 
     @classmethod
     def parse(cls, argv: Sequence[str]) -> Command:
@@ -69,6 +74,7 @@ class Command:
         rest = list(argv)
         cpu_mode = None
         report_folder = None
+        timeout: str | None = None
         before: list[str] = []
         # The deepspeed launcher puts the local rank right behind the module; it is meant for the script.
         local_rank: list[str] = []
@@ -79,6 +85,8 @@ class Command:
                 cpu_mode = value or "1"
             elif name == "--report":
                 report_folder = Path(value or (rest.pop(0) if rest else ""))
+            elif name == "--timeout":
+                timeout = value or (rest.pop(0) if rest else "")
             elif name in ("--local_rank", "--local-rank"):
                 local_rank = [flag] if value else [flag, *rest[:1]]
                 rest = rest if value else rest[1:]
@@ -88,7 +96,8 @@ class Command:
                     before.append(rest.pop(0))
             else:
                 raise SequenceParallelConfigError(
-                    f"unknown option {flag!r} before the script; the launcher takes --cpu, --report and --sp-* there. "
+                    f"unknown option {flag!r} before the script; the launcher takes --cpu, --report, --timeout and "
+                    f"--sp-* there. "
                     f"Options of the script follow it: {PROGRAM} SCRIPT {flag} ..."
                 )
         if not rest:
@@ -99,7 +108,7 @@ class Command:
                 f"no script at {script!r} (in {os.getcwd()}). Usage: {PROGRAM} SCRIPT [ARGS ...]"
             )
         flags, remaining = _take_flags([*before, *rest])
-        return cls(cpu_mode, report_folder, script, (*local_rank, *remaining), flags)
+        return cls(cpu_mode, report_folder, script, (*local_rank, *remaining), flags, seconds(timeout))
 
 
 def _take_flags(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -128,13 +137,17 @@ def prepare(command: Command) -> None:
     # First of all: megatron is a namespace package, and a user's checkout beside the script is part of it.
     sys.path[0] = str(Path(command.script).resolve().parent)
     sys.argv = [command.script, *command.arguments]
+    # DeepSpeed's launcher has a name of its own for what everybody else calls so.
+    if "LOCAL_SIZE" in os.environ:
+        os.environ.setdefault("LOCAL_WORLD_SIZE", os.environ["LOCAL_SIZE"])
     mode = cpu.requested(command.cpu)
     if mode is not None:
         cpu.install(force=mode == "force")
     flags = command.flags
     if flags.sp_method is not None:
         given = {name.removeprefix("sp_"): value for name, value in vars(flags).items() if value is not None}
-        megatron.install(**given, heads=arguments.heads_per_rank(command.arguments))
+        state = megatron.install(**given, heads=arguments.heads_per_rank(command.arguments))
+        arguments.check_sequence_length(command.arguments, state.settings.layout_kind())
         if mode is None and not torch.cuda.is_available() and os.environ.get("RANK", "0") == "0":
             print(
                 f"{PROGRAM}: no CUDA device here; --cpu runs Megatron-core on CPU and gloo", file=sys.stderr, flush=True
@@ -146,6 +159,8 @@ def prepare(command: Command) -> None:
             why="set without --sp-method, so nothing would use it",
             remedy="add --sp-method ulysses",
         )
+    else:
+        megatron.install_checkpoints()
     after_import("megatron.training.arguments", PatchSet("megatron arguments", arguments.patches(flags)).apply)
 
 
@@ -162,7 +177,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     except (SequenceParallelConfigError, UnsupportedError, PatchError) as error:
         print(f"{PROGRAM}: error: {error}", file=sys.stderr, flush=True)
         raise SystemExit(2) from None
-    with report(command.report):
+    restarts.install()
+    with watched(command.timeout), report(command.report):
         runpy.run_path(command.script, run_name="__main__")
 
 

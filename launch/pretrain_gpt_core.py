@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
+from megatron.core import parallel_state, tensor_parallel
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec, get_gpt_mtp_block_spec
@@ -36,6 +36,7 @@ from megatron.core.utils import get_batch_on_this_cp_rank
 from torch import Tensor
 
 from dsp_plugin.kernels.linear import DECAYS
+from dsp_plugin.launch import core_checkpoint
 from dsp_plugin.patches.megatron.linear_specs import hybrid_layer_specs
 
 VOCABULARY = 256
@@ -80,10 +81,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--metrics-out", type=Path, help="JSON file for the losses")
     parser.add_argument("--tensorboard", type=Path, help="folder for TensorBoard logs")
     parser.add_argument(
-        "--dump-grads", type=Path, help="torch file for the gradients of the first step, as full tensors"
+        "--dump-grads", type=Path, help="torch file for the gradients of the run's first step, as full tensors"
     )
-    parser.add_argument("--save", type=Path, help="folder for a distributed checkpoint of the trained weights")
-    parser.add_argument("--load", type=Path, help="folder of one to start from, saved at any parallel sizes")
+    core_checkpoint.add_arguments(parser)
     return parser.parse_args()
 
 
@@ -103,7 +103,7 @@ def main() -> None:
     config = model_config(args)
     chunks = build_model(args, config)
     if args.load is not None:
-        load_weights(chunks, args.load)
+        core_checkpoint.load_weights(chunks, args.load)
     optimizer = get_megatron_optimizer(
         OptimizerConfig(
             optimizer="adam",
@@ -119,23 +119,25 @@ def main() -> None:
     config.finalize_model_grads_func = finalize_model_grads
     text = standard_library(args.seq_length, args.global_batch_size * args.train_iters)
 
-    losses: list[float] = []
+    losses = [] if args.checkpoint is None else core_checkpoint.resume(args.checkpoint, chunks, optimizer)
+    first = len(losses)
     started = time.perf_counter()
-    for step in range(args.train_iters):
+    for step in range(first, args.train_iters):
         optimizer.zero_grad()
         losses.append(train_step(args, chunks, text, step))
-        if step == 0 and args.dump_grads is not None:
+        if step == first and args.dump_grads is not None:
             dump_gradients(args, chunks)
         optimizer.step()
         if is_reporter():
             print(f"step {step + 1}/{args.train_iters} | lm loss {losses[-1]:.6f}", flush=True)
+        if args.checkpoint is not None and args.save_every and (step + 1) % args.save_every == 0:
+            core_checkpoint.save(args.checkpoint, chunks, optimizer, losses)
     seconds = time.perf_counter() - started
 
     if args.save is not None:
-        args.save.mkdir(parents=True, exist_ok=True)
-        dist_checkpointing.save(sharded_weights(chunks), str(args.save))
+        core_checkpoint.save_weights(chunks, args.save)
     if args.metrics_out is not None and is_reporter():
-        tokens = args.seq_length * args.global_batch_size * args.train_iters
+        tokens = args.seq_length * args.global_batch_size * (args.train_iters - first)
         metrics = {"losses": losses, "tokens_per_second": tokens / seconds, "world_size": dist.get_world_size()}
         args.metrics_out.write_text(json.dumps(metrics))
     if args.tensorboard is not None and is_reporter():
@@ -253,18 +255,6 @@ def initialize_weights(model: GPTModel, seed: int) -> None:
             generator = torch.Generator().manual_seed(seed + zlib.crc32(name.encode()))
             whole = torch.randn(shape, generator=generator) * 0.05
             parameter.copy_(whole.chunk(tp_size, parameter.partition_dim)[tp_rank] if sharded else whole)
-
-
-def sharded_weights(chunks: list[DistributedDataParallel]) -> dict[str, Any]:
-    """What Megatron's distributed checkpoints take: which part of each whole weight this rank holds."""
-    return {f"model{stage}": chunk.module.sharded_state_dict() for stage, chunk in enumerate(chunks)}
-
-
-def load_weights(chunks: list[DistributedDataParallel], folder: Path) -> None:
-    """Loads this rank's part of a checkpoint, in place."""
-    weights = dist_checkpointing.load(sharded_weights(chunks), str(folder))
-    for stage, chunk in enumerate(chunks):
-        chunk.module.load_state_dict(weights[f"model{stage}"])
 
 
 def global_parameters(model: Any) -> Iterator[tuple[str, Any]]:

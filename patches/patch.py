@@ -9,9 +9,11 @@ from __future__ import annotations
 import importlib
 import inspect
 import os
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from importlib import metadata
+from pathlib import Path
 from types import TracebackType
 from typing import Any, cast
 
@@ -183,10 +185,28 @@ class Patch:
         )
 
     def _version(self) -> str | None:
+        checkout = self._checkout_version()
+        if checkout is not None:
+            return checkout
         try:
             return metadata.version(self.distribution)
         except metadata.PackageNotFoundError:
             return None
+
+    def _checkout_version(self) -> str | None:
+        """The version of a checkout beside the user's script that was imported in place of what is installed."""
+        imported = sys.modules.get(self.distribution.replace("-", "."))
+        source = getattr(imported, "__file__", None)
+        if source is None:
+            return None
+        try:
+            home = str(metadata.distribution(self.distribution).locate_file(""))
+        except metadata.PackageNotFoundError:
+            home = None
+        if home is not None and Path(source).resolve().is_relative_to(Path(home).resolve()):
+            return None
+        version = getattr(imported, "__version__", None)
+        return None if version is None else str(version)
 
 
 @dataclass(frozen=True)

@@ -90,9 +90,9 @@ _open: list[Ledger] = []
 
 
 @contextmanager
-def ledger() -> Iterator[Ledger]:
-    """Open a ledger for the block; ledgers nest, and each sees all traffic while it is open."""
-    log = Ledger()
+def ledger(log: Ledger | None = None) -> Iterator[Ledger]:
+    """Open a ledger, a new one by default, for the block; ledgers nest, and each sees all traffic while it is open."""
+    log = Ledger() if log is None else log
     _open.append(log)
     try:
         yield log

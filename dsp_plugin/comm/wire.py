@@ -15,6 +15,7 @@ from torch import Tensor
 
 from dsp_plugin.comm.agreement import Shapes, agree
 from dsp_plugin.comm.ledger import Phase, record
+from dsp_plugin.comm.meter import waiting
 from dsp_plugin.groups import Axis
 
 # torch 2.13 renamed it and warns at the old name.
@@ -60,13 +61,14 @@ def exchange(
     _enter("all_to_all", buffer.dtype, send_counts, receive_counts, sender, whole_shapes)
     received = buffer.new_empty(sum(receive_counts))
     width = buffer.element_size()
-    dist.all_to_all_single(
-        received.view(torch.uint8),
-        buffer.view(torch.uint8),
-        [count * width for count in receive_counts],
-        [count * width for count in send_counts],
-        group=axis.group,
-    )
+    with waiting(buffer.is_cuda):
+        dist.all_to_all_single(
+            received.view(torch.uint8),
+            buffer.view(torch.uint8),
+            [count * width for count in receive_counts],
+            [count * width for count in send_counts],
+            group=axis.group,
+        )
     return received
 
 
@@ -91,11 +93,13 @@ def collect(buffer: Tensor, counts: Sequence[int], sender: Sender, whole_shapes:
     _enter("all_gather", buffer.dtype, sends, receives, sender, whole_shapes)
     if len(set(counts)) == 1:
         gathered = buffer.new_empty(sum(counts))
-        _all_gather_single(gathered.view(torch.uint8), buffer.view(torch.uint8), group=axis.group)
+        with waiting(buffer.is_cuda):
+            _all_gather_single(gathered.view(torch.uint8), buffer.view(torch.uint8), group=axis.group)
         return list(gathered.split(list(counts)))
     parts = [buffer if peer == axis.rank else buffer.new_empty(count) for peer, count in enumerate(counts)]
     transfers = [(peer, buffer, parts[peer]) for peer in range(axis.size) if peer != axis.rank]
-    _wait(_post([(p, send) for p, send, _ in transfers], [(p, part) for p, _, part in transfers], axis))
+    works = _post([(p, send) for p, send, _ in transfers], [(p, part) for p, _, part in transfers], axis)
+    _wait(works, buffer.is_cuda)
     return parts
 
 
@@ -121,7 +125,7 @@ class Transfers:
         assert axis.rank not in receives
         send_counts = [sends[peer].numel() if peer in sends else 0 for peer in range(axis.size)]
         _enter(collective, like.dtype, send_counts, [receives.get(peer, 0) for peer in range(axis.size)], sender)
-        self._sent = dict(sends)
+        self._sent, self._on_cuda = dict(sends), like.is_cuda
         self._received = {peer: like.new_empty(count) for peer, count in receives.items()}
         self._works = _post(list(self._sent.items()), list(self._received.items()), axis)
 
@@ -129,7 +133,7 @@ class Transfers:
         """What arrived, flat, by sender; returns once everything sent and received is done. May be called again."""
         # gloo counts completions: to wait for one twice is to wait for ever.
         works, self._works = self._works, []
-        _wait(works)
+        _wait(works, self._on_cuda)
         return self._received
 
 
@@ -153,7 +157,7 @@ class Collection:
 
     def wait(self) -> tuple[Tensor, ...]:
         """The buffer of every rank, in rank order."""
-        self._work.wait()
+        _wait([self._work], self._sent.is_cuda)
         return self._gathered.chunk(self._parts)
 
 
@@ -168,9 +172,10 @@ def _post(sends: list[tuple[int, Tensor]], receives: list[tuple[int, Tensor]], a
     return dist.batch_isend_irecv(operations) if operations else []
 
 
-def _wait(works: list[dist.Work]) -> None:
-    for work in works:
-        work.wait()
+def _wait(works: list[dist.Work], on_cuda: bool) -> None:
+    with waiting(on_cuda):
+        for work in works:
+            work.wait()
 
 
 def _enter(

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
-from typing import TYPE_CHECKING
+from functools import partial, wraps
+from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
+from dsp_plugin.comm.meter import count, metering
+from dsp_plugin.mask import MaskSpec
 from dsp_plugin.methods import dsp, lasp, lightseq, ring, ulysses, usp
 from dsp_plugin.methods.method import Method, WireBytes, Workload
 from dsp_plugin.recompute import on_tape
@@ -18,11 +21,31 @@ if TYPE_CHECKING:
 
 _ALL = (dsp.METHOD, ulysses.METHOD, ring.METHOD, usp.METHOD, lightseq.METHOD, lasp.METHOD)
 
-# Every attention answers from the tape of a checkpointed stretch, if there is one.
-METHODS: dict[str, Method] = {
-    method.name: replace(method, attention=on_tape(method.attention) if method.attention is not None else None)
-    for method in _ALL
-}
+
+def _metered(attention: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Counts the work of softmax attention, 4 B H D operations a pair of tokens, once where it is recomputed."""
+
+    @wraps(attention)
+    def metered(q: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if metering() and torch._C._current_graph_task_id() == -1:
+            layout, mask = kwargs["layout"], kwargs.get("mask") or MaskSpec()
+            batch, _, heads, dim = q.shape
+            work = 4 * batch * heads * dim * mask.pairs(layout.length)
+            count(attention_flops=work // layout.size)
+        return attention(q, *args, **kwargs)
+
+    return metered
+
+
+def _complete(method: Method) -> Method:
+    """Every attention answers from the tape of a checkpointed stretch, if there is one, and is metered."""
+    if method.attention is None:
+        return method
+    attention = on_tape(method.attention)
+    return replace(method, attention=_metered(attention) if method.kind == "softmax" else attention)
+
+
+METHODS: dict[str, Method] = {method.name: _complete(method) for method in _ALL}
 
 
 def attention_of(config: SequenceParallelConfig, name: str | None = None) -> Callable[..., Tensor]:

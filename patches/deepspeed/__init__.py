@@ -4,14 +4,15 @@ Sequence parallelism is folded into DeepSpeed's data parallelism: DeepSpeed aver
 which is what the gradient contract of the library asks for, and never learns that some of its data-parallel ranks hold
 parts of one sample. What folding would otherwise get wrong is put right here, one module per seam: `batch` (what the
 batch sizes mean), `refusals` (what cannot be combined), `engine` (groups, hooks and data loading), `checkpoint`,
-`same_sample` and `random_state` (what sequence peers share). `shared_memory` lets runs on CPU be started again.
+`step_log`, `same_sample` and `random_state` (what sequence peers share). `shared_memory` lets runs on CPU be started
+again.
 
 Without the section no call behaves differently.
 """
 
 from __future__ import annotations
 
-from dsp_plugin.patches.deepspeed import batch, checkpoint, engine, initialize, shared_memory
+from dsp_plugin.patches.deepspeed import batch, checkpoint, engine, initialize, pipeline, shared_memory, step_log
 from dsp_plugin.patches.deepspeed.versions import DISTRIBUTION, SUPPORTED
 from dsp_plugin.patches.patch import Patch, PatchSet
 
@@ -51,6 +52,30 @@ PATCHES = PatchSet(
             parameters=("self", "dataset", "data_sampler"),
         ),
         Patch(
+            name="give sequence peers of a pipeline the same samples",
+            target="deepspeed.runtime.pipe.engine:PipelineEngine._build_data_iter",
+            distribution=DISTRIBUTION,
+            supported=SUPPORTED,
+            make=engine.counting_replicas,
+            parameters=("self", "dataset"),
+        ),
+        Patch(
+            name="count the batches of a pipeline in samples",
+            target="deepspeed.runtime.pipe.engine:PipelineEngine.__init__",
+            distribution=DISTRIBUTION,
+            supported=SUPPORTED,
+            make=pipeline.folding,
+            parameters=("self",),
+        ),
+        Patch(
+            name="refuse logits of a shard",
+            target="deepspeed.runtime.pipe.engine:PipelineEngine.eval_batch",
+            distribution=DISTRIBUTION,
+            supported=SUPPORTED,
+            make=pipeline.refusing_logits,
+            parameters=("self", "data_iter", "return_logits", "compute_loss"),
+        ),
+        Patch(
             name="set the train batch size in samples",
             target="deepspeed.runtime.engine:DeepSpeedEngine.set_train_batch_size",
             distribution=DISTRIBUTION,
@@ -81,6 +106,27 @@ PATCHES = PatchSet(
             supported=SUPPORTED,
             make=checkpoint.checking,
             parameters=("self", "load_dir", "tag", "load_optimizer_states", "load_module_only"),
+        ),
+        Patch(
+            name="log losses",
+            target="deepspeed.runtime.engine:DeepSpeedEngine.backward",
+            distribution=DISTRIBUTION,
+            supported=SUPPORTED,
+            make=step_log.collecting,
+        ),
+        Patch(
+            name="log steps",
+            target="deepspeed.runtime.engine:DeepSpeedEngine.step",
+            distribution=DISTRIBUTION,
+            supported=SUPPORTED,
+            make=step_log.stepping,
+        ),
+        Patch(
+            name="log steps of a pipeline",
+            target="deepspeed.runtime.pipe.engine:PipelineEngine.train_batch",
+            distribution=DISTRIBUTION,
+            supported=SUPPORTED,
+            make=step_log.batching,
         ),
         Patch(
             name="leave no shared memory behind",

@@ -6,6 +6,7 @@ import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from dsp_plugin.config import DEEPSPEED_SECTION, SequenceParallelConfig
 from dsp_plugin.groups import Axis, SequenceParallelGroups
 from dsp_plugin.known_models import softmax_heads
 from dsp_plugin.parallelize import parallelize
-from dsp_plugin.patches.deepspeed import random_state, recompute
+from dsp_plugin.patches.deepspeed import pipeline, random_state, recompute, step_log, tensor_parallel
 from dsp_plugin.patches.deepspeed.refusals import refuse_conflicts
 from dsp_plugin.patches.deepspeed.same_sample import SameSampleCheck
 from dsp_plugin.patches.transformers import ShardedCausalLM, checked_section, serves
@@ -43,13 +44,19 @@ def parallelizing(upstream: Callable[..., None]) -> Callable[..., None]:
             upstream(self, *args, **kwargs)
             return
         module = given["model"]
-        refuse_conflicts(param_dict, module, given.get("mpu"), given.get("mesh_device"))
+        staged, tensor_size = pipeline.is_pipeline(module), tensor_parallel.size_of(param_dict)
+        # A PipelineModule is its own model parallel unit.
+        refuse_conflicts(param_dict, module, None if staged else given.get("mpu"), given.get("mesh_device"))
 
+        writers = step_log.writers_of(section)
         _unhook(module)
         hook, section = _route(module, param_dict, section)
-        groups = SequenceParallelGroups.build(section)
-        # The check comes first among the hooks, to see the inputs whole.
-        undo = [SameSampleCheck(groups.sp, _device, always=groups.sp.debug).attach(module).remove]
+        groups = _groups(module, section, tensor_size)
+        if tensor_size > 1:
+            tensor_parallel.keep_vocabulary_whole(given["config_class"])
+        # The check comes first among the hooks, to see the inputs whole. A stage has its own, of what it is fed.
+        check = SameSampleCheck(groups.sp, _device, always=groups.sp.debug)
+        undo: list[Callable[[], object]] = [] if staged else [check.attach(module).remove]
         setattr(module, UNDO, undo)
         buffers = {name for name, _ in module.named_buffers()}
         # torch.nn.Module takes plain attributes before its own __init__; deepspeed_io needs these during upstream's.
@@ -64,10 +71,17 @@ def parallelizing(upstream: Callable[..., None]) -> Callable[..., None]:
             _unhook(module)
             raise
 
+        assert set(groups.sp.ranks) <= set(dist.get_process_group_ranks(self.data_parallel_group))
         _share_buffers(module, buffers, groups.sp)
+        if tensor_size > 1:
+            tensor_parallel.share_random_state()
         seed = random_state.shared_seed(groups.sp)
         undo += [hook.remove for hook in random_state.ForwardSeed(seed, groups.dp.rank, self).attach(module)]
         random_state.share(groups.sp)
+        if section.log_every:
+            undo.append(step_log.start(self, section, groups, writers))
+        if staged:
+            pipeline.count_replicas(self, groups.dp)
 
     return __init__
 
@@ -90,8 +104,11 @@ def _route(
     module: nn.Module, param_dict: Mapping[str, Any], section: SequenceParallelConfig
 ) -> tuple[Callable[..., Any], SequenceParallelConfig]:
     """What hooks the module, and the section with what the module says of itself."""
+    if pipeline.is_pipeline(module):
+        return partial(pipeline.PipelineStage, device=_device), section
     if serves(module, section):
-        return ShardedCausalLM, checked_section(module, param_dict[DEEPSPEED_SECTION])
+        size = tensor_parallel.size_of(param_dict)
+        return ShardedCausalLM, checked_section(module, param_dict[DEEPSPEED_SECTION], tensor_parallel_size=size)
     heads = None if section.batch else softmax_heads(module)
     if heads is not None:
         known = SequenceParallelConfig.from_deepspeed(
@@ -103,14 +120,40 @@ def _route(
     return parallelize, section
 
 
+def _groups(module: Any, section: SequenceParallelConfig, tensor_size: int) -> SequenceParallelGroups:
+    """The groups inside what DeepSpeed takes for data parallelism."""
+    if pipeline.is_pipeline(module):
+        return SequenceParallelGroups.build(section, module._grid.dp_groups, pipeline_stages=module.num_stages)
+    if tensor_size > 1:
+        section.check_world(dist.get_world_size(), autotp_size=tensor_size)
+        rows = tensor_parallel.data_rows(dist.get_world_size(), tensor_size)
+        return SequenceParallelGroups.build(section, rows, autotp_size=tensor_size)
+    return SequenceParallelGroups.build(section)
+
+
+class _Replicas:
+    """A model parallel unit that knows of replicas only."""
+
+    def __init__(self, dp: Axis) -> None:
+        self._dp = dp
+
+    def get_data_parallel_world_size(self) -> int:
+        """How many replicas there are."""
+        return self._dp.size
+
+    def get_data_parallel_rank(self) -> int:
+        """This rank's replica."""
+        return self._dp.rank
+
+
 @contextmanager
 def _as_replicas(engine: Any, dp: Axis) -> Iterator[None]:
-    folded = engine.dp_world_size, engine.global_rank
-    engine.dp_world_size, engine.global_rank = dp.size, dp.rank
+    folded = engine.dp_world_size, engine.global_rank, engine.mpu
+    engine.dp_world_size, engine.global_rank, engine.mpu = dp.size, dp.rank, _Replicas(dp)
     try:
         yield
     finally:
-        engine.dp_world_size, engine.global_rank = folded
+        engine.dp_world_size, engine.global_rank, engine.mpu = folded
 
 
 def _unhook(module: nn.Module) -> None:

@@ -7,7 +7,9 @@ from typing import Any
 
 from torch import nn
 
+from dsp_plugin.config import SequenceParallelConfig
 from dsp_plugin.errors import SequenceParallelConfigError, UnsupportedError
+from dsp_plugin.patches.deepspeed import pipeline, tensor_parallel
 
 Config = Mapping[str, Any]
 
@@ -22,7 +24,7 @@ def refuse_conflicts(config: Config, model: nn.Module, mpu: object, mesh: object
         mesh: `mesh_param`, or the device mesh made from it, or None.
 
     Raises:
-        SequenceParallelConfigError: ranks are described twice.
+        SequenceParallelConfigError: ranks are described twice, or a pipeline's batch not at all.
         UnsupportedError: a feature that does not compose yet.
     """
     for setting, value in _second_descriptions(config, mpu, mesh):
@@ -33,8 +35,16 @@ def refuse_conflicts(config: Config, model: nn.Module, mpu: object, mesh: object
             "would be told twice, and would scale gradients by its own rule",
             remedy=f'remove {setting}, or the "sequence_parallel" section',
         )
-    for feature, why, remedy in _unsupported(config, model):
+    section = SequenceParallelConfig.from_deepspeed(config)
+    assert section is not None
+    for feature, why, remedy in (
+        *pipeline.unsupported(config, section, model),
+        *tensor_parallel.unsupported(config, section, model),
+        *_unsupported(config, model),
+    ):
         raise UnsupportedError(f"{feature} with sequence_parallel: {why}. {remedy}.")
+    if pipeline.is_pipeline(model):
+        pipeline.check_section(section, model)
 
 
 def _second_descriptions(config: Config, mpu: object, mesh: object) -> Iterator[tuple[str, object]]:
@@ -49,26 +59,13 @@ def _second_descriptions(config: Config, mpu: object, mesh: object) -> Iterator[
 
 def _unsupported(config: Config, model: nn.Module) -> Iterator[tuple[str, str, str]]:
     """Feature, why, remedy."""
-    from deepspeed import PipelineModule
     from deepspeed.moe.layer import MoE
 
-    if isinstance(model, PipelineModule):
-        yield (
-            "PipelineModule",
-            "DeepSpeed's pipeline engine cuts ranks into stages, which does not compose with sequence groups yet",
-            "Train the layers as one torch.nn.Module (ZeRO 0 to 3)",
-        )
     if any(isinstance(module, MoE) for module in model.modules()) or _enabled(config, "expert_parallel"):
         yield (
             "mixture of experts (deepspeed.moe, expert_parallel)",
             "expert groups are cut from the ranks that sequence groups use",
             "Use dense layers, or remove the section",
-        )
-    if config.get("tensor_parallel", {}).get("autotp_size", 0) > 1:
-        yield (
-            "tensor_parallel.autotp_size > 1",
-            "tensor and sequence groups are not cut from one grid yet",
-            "Set tensor_parallel.autotp_size to 1; ZeRO 3 shards parameters in its place",
         )
     if _enabled(config, "hybrid_engine"):
         yield "hybrid_engine", "it replaces the layers that carry our hooks", "Set hybrid_engine.enabled to false"

@@ -44,9 +44,17 @@ class SameSampleCheck:
         return module.register_forward_pre_hook(self._check, with_kwargs=True)
 
     def _check(self, module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
-        if self._sp.size == 1 or (self._seen[module.training] >= CHECKED_FORWARDS and not self._always):
+        self.compare(module.training, args, kwargs)
+
+    def compare(self, training: bool, args: Sequence[object], kwargs: Mapping[str, object]) -> None:
+        """Compares what a forward, or a loss, is about to be given whole. Collective.
+
+        Raises:
+            SequenceParallelConfigError: peers were given different samples.
+        """
+        if self._sp.size == 1 or (self._seen[training] >= CHECKED_FORWARDS and not self._always):
             return
-        self._seen[module.training] += 1
+        self._seen[training] += 1
         leaves = list(described_leaves(args, kwargs))
         mine = torch.tensor([len(leaves), combined(leaves)], dtype=torch.int64, device=self._device())
         theirs = [torch.empty_like(mine) for _ in range(self._sp.size)]

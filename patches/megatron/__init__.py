@@ -8,14 +8,30 @@ sequence.
 from __future__ import annotations
 
 import importlib.util
+import logging
+import sys
+from collections.abc import Callable
 
 from dsp_plugin.errors import PatchError
-from dsp_plugin.patches.megatron import attention, gated_delta_net, loss, norm, parallel_state, recompute
+from dsp_plugin.patches.autoload import after_import
+from dsp_plugin.patches.megatron import (
+    attention,
+    checkpoint,
+    gated_delta_net,
+    loss,
+    norm,
+    optimizer,
+    parallel_state,
+    recompute,
+    step_log,
+)
 from dsp_plugin.patches.megatron import layout as token_order
 from dsp_plugin.patches.megatron.state import MegatronState, Settings
-from dsp_plugin.patches.patch import PatchSet
+from dsp_plugin.patches.patch import Patch, PatchSet
 
-__all__ = ["MegatronState", "Settings", "install", "installed", "uninstall"]
+logger = logging.getLogger(__name__)
+
+__all__ = ["MegatronState", "Settings", "install", "install_checkpoints", "installed", "uninstall"]
 
 
 def install(
@@ -32,6 +48,10 @@ def install(
     exchange: str | None = None,
     softmax_method: str | None = None,
     heads: int | None = None,
+    log_every: int = 0,
+    log_tensorboard: str | None = None,
+    log_wandb: str | None = None,
+    peak_tflops: float | None = None,
 ) -> MegatronState:
     """Patches Megatron-core so that its context-parallel ranks run `method`; to be called before it is initialized.
 
@@ -47,6 +67,7 @@ def install(
         ulysses_order, ring_gradient_dtype: see `SequenceParallelConfig`.
         exchange, softmax_method: of ``"lasp"``: how states travel, and who serves the softmax layers of the model.
         heads: query heads on one tensor-parallel rank, by which ``"usp"`` chooses sizes that are not given.
+        log_every, log_tensorboard, log_wandb, peak_tflops: the step log, see `SequenceParallelConfig`.
 
     Returns:
         What the patches share; calling again with the same settings returns the same object.
@@ -69,6 +90,10 @@ def install(
         exchange,
         softmax_method,
         heads,
+        log_every,
+        log_tensorboard,
+        log_wandb,
+        peak_tflops,
     )
     settings.check()
     if importlib.util.find_spec("megatron") is None or importlib.util.find_spec("megatron.core") is None:
@@ -97,6 +122,26 @@ def install(
     return state
 
 
+def install_checkpoints() -> None:
+    """Patches saving and loading alone, for runs that shard no sequence: they share checkpoints with those that do.
+
+    What of Megatron-core is not imported yet is patched when it is. A version that the patches are not for is left as
+    it is, with a warning.
+    """
+    for module, patches in ((checkpoint.MODULE, checkpoint.patches), (optimizer.DISTRIBUTED, optimizer.patches)):
+
+        def apply(patches: Callable[[], tuple[Patch, ...]] = patches) -> None:
+            try:
+                PatchSet("checkpoints of Megatron-core", patches()).apply()
+            except PatchError as error:
+                logger.warning("%s", error)
+
+        if module in sys.modules:
+            apply()
+        else:
+            after_import(module, apply)
+
+
 def installed() -> MegatronState | None:
     """What `install` returned in this process; None where it was not called, or undone."""
     return parallel_state.registered_state()
@@ -111,6 +156,9 @@ def uninstall() -> None:
     state = installed()
     if state is not None:
         _patches(state).revert()
+    for module, patches in ((checkpoint.MODULE, checkpoint.patches), (optimizer.DISTRIBUTED, optimizer.patches)):
+        if module in sys.modules:
+            PatchSet("checkpoints of Megatron-core", patches()).revert()
 
 
 def _patches(state: MegatronState) -> PatchSet:
@@ -124,5 +172,8 @@ def _patches(state: MegatronState) -> PatchSet:
             *norm.patches(),
             *loss.patches(state),
             *recompute.patches(state),
+            *step_log.patches(state),
+            *checkpoint.patches(),
+            *optimizer.patches(),
         ),
     )

@@ -13,8 +13,9 @@ from itertools import zip_longest
 from typing import Any
 
 from dsp_plugin.config import KERNEL_CHOICES
+from dsp_plugin.errors import SequenceParallelConfigError
 from dsp_plugin.methods.state_exchange import EXCHANGES
-from dsp_plugin.patches.megatron.state import servable
+from dsp_plugin.patches.megatron.state import NATIVE_LAYOUT, servable
 from dsp_plugin.patches.megatron.versions import DISTRIBUTION, SUPPORTED
 from dsp_plugin.patches.patch import Patch
 
@@ -47,6 +48,10 @@ def add_flags(parser: argparse.ArgumentParser, defaults: argparse.Namespace | No
     group.add_argument("--sp-kernel", help=f"local attention kernel: {', '.join(KERNEL_CHOICES)}")
     group.add_argument("--sp-debug", action="store_true", help="compare ranks before each collective")
     group.add_argument("--sp-recompute", help="what recomputation does with attention: full, or keep_attention")
+    group.add_argument("--sp-log-every", type=int, help="steps between lines of the step log")
+    group.add_argument("--sp-log-tensorboard", help="folder for TensorBoard to get them, too")
+    group.add_argument("--sp-log-wandb", help="project of Weights & Biases, likewise")
+    group.add_argument("--sp-peak-tflops", type=float, help="of a device, for model FLOP utilization in the step log")
     if defaults is not None:
         parser.set_defaults(**vars(defaults))
     return parser
@@ -54,14 +59,47 @@ def add_flags(parser: argparse.ArgumentParser, defaults: argparse.Namespace | No
 
 def heads_per_rank(argv: Sequence[str]) -> int | None:
     """Query heads on one tensor-parallel rank, from a script's arguments in Megatron's names; None where unclear."""
-    values: dict[str, str] = {}
+    heads, ranks = _number(argv, "--num-attention-heads"), _number(argv, "--tensor-model-parallel-size", 1)
+    if heads is None or ranks is None or not 0 < ranks <= heads:
+        return None
+    return heads // ranks
+
+
+def check_sequence_length(argv: Sequence[str], layout: str) -> None:
+    """Refuses a sequence that Megatron cannot cut, from a script's arguments in Megatron's names.
+
+    Args:
+        argv: the script's arguments.
+        layout: order of the tokens, ``"zigzag"`` or ``"contiguous"``.
+
+    Raises:
+        SequenceParallelConfigError: `--seq-length` is not a multiple of what the ranks hold.
+    """
+    length, ranks = _number(argv, "--seq-length"), _number(argv, "--context-parallel-size", 1)
+    if length is None or ranks is None or ranks < 2:
+        return
+    pieces = 2 * ranks if layout == NATIVE_LAYOUT else ranks
+    if length % pieces:
+        rule = f"2 * --context-parallel-size = {pieces}" if layout == NATIVE_LAYOUT else f"the {pieces} ranks"
+        below, above = length - length % pieces, length + -length % pieces
+        raise SequenceParallelConfigError(
+            setting="--seq-length",
+            value=length,
+            why=f"in {layout} order Megatron's ranks hold equal parts of it, so it must be a multiple of {rule}",
+            remedy=f"set --seq-length to {f'{below} or ' if below else ''}{above}, and pad or pack the data to it",
+        )
+
+
+def _number(argv: Sequence[str], flag: str, default: int | None = None) -> int | None:
+    """The last value of a flag, the default where it is not given; None where it is no whole number."""
+    found = None
     for argument, following in zip_longest(argv, argv[1:], fillvalue=""):
         name, _, value = argument.partition("=")
-        values[name] = value or following
-    heads, ranks = values.get("--num-attention-heads", ""), values.get("--tensor-model-parallel-size", "1")
-    if not (heads.isdecimal() and ranks.isdecimal() and 0 < int(ranks) <= int(heads)):
-        return None
-    return int(heads) // int(ranks)
+        if name == flag:
+            found = value or following
+    if found is None:
+        return default
+    return int(found) if found.isdecimal() else None
 
 
 def _mend_help(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:

@@ -21,8 +21,8 @@ from dsp_plugin.errors import SequenceParallelConfigError, UnsupportedError
 from dsp_plugin.layout import Layout
 from dsp_plugin.mask import MaskSpec
 from dsp_plugin.methods import attention_of
-from dsp_plugin.patches.megatron.mask import check_mask
-from dsp_plugin.patches.megatron.state import MegatronState, order_of
+from dsp_plugin.patches.megatron.mask import document_borders
+from dsp_plugin.patches.megatron.state import MegatronState, attending, order_of
 from dsp_plugin.patches.megatron.versions import DISTRIBUTION, SUPPORTED
 from dsp_plugin.patches.patch import Patch
 
@@ -101,8 +101,17 @@ def _check_layer(state: MegatronState, config: Any, core: Any, process_groups: A
 
     Raises:
         UnsupportedError: the layer's attention is not plain softmax attention, or runs on other groups than Megatron's.
-        SequenceParallelConfigError: the method cannot serve the layer's heads.
+        SequenceParallelConfigError: the method cannot serve the layer, or its heads.
     """
+    if state.settings.method not in attending():
+        raise SequenceParallelConfigError(
+            setting="--sp-method",
+            value=state.settings.method,
+            why="this model's layers attend along the one dim that its tokens have, and the method shards a dim along "
+            "which a layer does not compute",
+            remedy=f"use one of {', '.join(attending())}; dsp is for models of several dims, such as "
+            "dsp_plugin.patches.megatron.video_dit",
+        )
     check_groups(state, config, process_groups)
     assert state.config is not None
     core = getattr(core, "func", core)
@@ -179,7 +188,7 @@ class CoreAttention(nn.Module):
             query: ``[s/cp, b, h, d]``, h the query heads of one tensor-parallel rank, rotary embeddings applied.
             key: ``[s/cp, b, k, d]``.
             value: ``[s/cp, b, k, dv]``.
-            attention_mask: None, or True where hidden; it must say no more than `attn_mask_type` does.
+            attention_mask: None, or True where hidden: what `attn_mask_type` says, in documents.
             attn_mask_type: Megatron's; that of the layer when None.
 
         Returns:
@@ -194,7 +203,7 @@ class CoreAttention(nn.Module):
         _refuse_inputs(query, key, attention_bias, packed_seq_params)
         layout = Layout(order_of(config), query.shape[0] * groups.sp.size, groups.sp.size)
         kind = (attn_mask_type or self.attn_mask_type).name
-        causal = self._causal(kind, attention_mask, layout)
+        mask = self._mask(kind, attention_mask, layout)
         dropout_p = self.dropout_p if self.training else 0.0
         out = attention_of(config, config.for_softmax)(
             query.transpose(0, 1),
@@ -202,7 +211,7 @@ class CoreAttention(nn.Module):
             value.transpose(0, 1),
             groups=groups,
             layout=layout,
-            mask=MaskSpec(causal=causal, window=self.window),
+            mask=mask,
             scale=self.scale,
             dropout_p=dropout_p,
             dropout_seed=self._draw_seed(query.device) if dropout_p > 0.0 else None,
@@ -210,8 +219,8 @@ class CoreAttention(nn.Module):
         )
         return out.transpose(0, 1).flatten(2)
 
-    def _causal(self, kind: str, attention_mask: Tensor | None, layout: Layout) -> bool:
-        """Whether the mask is causal, having checked that a mask tensor agrees."""
+    def _mask(self, kind: str, attention_mask: Tensor | None, layout: Layout) -> MaskSpec:
+        """The mask of a type, in the documents that a mask tensor keeps apart."""
         if kind not in _CAUSAL + _FULL:
             raise UnsupportedError(
                 setting="attn_mask_type",
@@ -221,9 +230,10 @@ class CoreAttention(nn.Module):
                 remedy="use one of these, with window_size for sliding windows",
             )
         causal = kind in _CAUSAL
+        borders = None
         if attention_mask is not None:
-            check_mask(attention_mask, causal, layout, self.state)
-        return causal
+            borders = document_borders(attention_mask, causal, layout, self.state)
+        return MaskSpec(causal=causal, window=self.window, cu_seqlens=borders)
 
     def _draw_seed(self, device: torch.device) -> int:
         """A seed from Megatron's generator for model-parallel regions: new on each call and replayed by recomputation.
@@ -255,7 +265,8 @@ def _refuse_inputs(query: Tensor, key: Tensor, attention_bias: Tensor | None, pa
             setting="packed_seq_params",
             value=getattr(packed_seq_params, "qkv_format", "thd"),
             why="Megatron cuts packed sequences document by document, an order that no method of the plugin takes here",
-            remedy="train on unpacked sequences, or use Transformer Engine's context parallelism without --sp-method",
+            remedy="keep documents apart by --reset-attention-mask, train on unpacked sequences, or use Transformer "
+            "Engine's context parallelism without --sp-method",
         )
     if attention_bias is not None:
         raise UnsupportedError(

@@ -22,12 +22,13 @@ LAYOUTS: tuple[LayoutKind, ...] = (NATIVE_LAYOUT, "contiguous")
 
 
 def servable() -> list[str]:
-    """The methods that Megatron's attention layers can run: attention over tokens in an order they can have."""
-    return [
-        name
-        for name, method in METHODS.items()
-        if method.kind in ("softmax", "linear") and any(layout in method.layouts for layout in LAYOUTS)
-    ]
+    """The methods that context-parallel ranks can run: those that take tokens in an order they can have."""
+    return [name for name, method in METHODS.items() if any(layout in method.layouts for layout in LAYOUTS)]
+
+
+def attending() -> list[str]:
+    """Those that serve Megatron's attention layers; another switches dims between the layers of a model made for it."""
+    return [name for name in servable() if METHODS[name].kind in ("softmax", "linear")]
 
 
 def order_of(config: SequenceParallelConfig) -> LayoutKind:
@@ -58,6 +59,10 @@ class Settings:
     exchange: str | None = None
     softmax_method: str | None = None
     heads: int | None = None
+    log_every: int = 0
+    log_tensorboard: str | None = None
+    log_wandb: str | None = None
+    peak_tflops: float | None = None
 
     def config(self, size: int) -> SequenceParallelConfig:
         """The whole configuration for `size` context-parallel ranks.
@@ -68,13 +73,6 @@ class Settings:
         flags = {f"sp_{name}": value for name, value in dataclasses.asdict(self).items()}
         config = SequenceParallelConfig.from_megatron(SimpleNamespace(**flags, context_parallel_size=size))
         assert config is not None
-        if config.method not in servable():
-            raise SequenceParallelConfigError(
-                setting="--sp-method",
-                value=config.method,
-                why="Megatron's layers shard inside attention, and this method does not compute attention",
-                remedy=f"use one of {', '.join(servable())}",
-            )
         if order_of(config) not in LAYOUTS:
             raise SequenceParallelConfigError(
                 setting="--sp-layout",

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dsp_plugin.config import DEEPSPEED_SECTION, SequenceParallelConfig
-from dsp_plugin.errors import UnsupportedError
+from dsp_plugin.errors import SequenceParallelConfigError, UnsupportedError
 from dsp_plugin.patches.transformers.seams import SEAMS
 
 if TYPE_CHECKING:
@@ -34,7 +34,9 @@ def heads_of(model: PreTrainedModel) -> Heads:
     return Heads(query, getattr(declared, "num_key_value_heads", None) or query)
 
 
-def checked_section(model: PreTrainedModel, section: Mapping[str, Any]) -> SequenceParallelConfig:
+def checked_section(
+    model: PreTrainedModel, section: Mapping[str, Any], tensor_parallel_size: int = 1
+) -> SequenceParallelConfig:
     """The user's section, with sizes that fit the model's heads. Refuses what cannot be sharded.
 
     Raises:
@@ -49,9 +51,18 @@ def checked_section(model: PreTrainedModel, section: Mapping[str, Any]) -> Seque
             setting=f"{what} of {type(model).__name__} with sequence_parallel", value=value, why=why, remedy=remedy
         )
     heads = heads_of(model)
-    config = SequenceParallelConfig.from_deepspeed({DEEPSPEED_SECTION: {"heads": heads.query, **section}})
+    if heads.kv % tensor_parallel_size:
+        raise SequenceParallelConfigError(
+            setting="tensor_parallel.autotp_size",
+            value=tensor_parallel_size,
+            why=f"it does not divide the {heads.kv} key/value heads, so tensor-parallel ranks would hold unlike many, "
+            "or none",
+            remedy="choose a divisor",
+        )
+    local = max(heads.query // tensor_parallel_size, 1)
+    config = SequenceParallelConfig.from_deepspeed({DEEPSPEED_SECTION: {"heads": local, **section}})
     assert config is not None
-    config.check_model(heads=heads.query, kv_heads=heads.kv)
+    config.check_model(heads=heads.query, kv_heads=heads.kv, tensor_parallel_size=tensor_parallel_size)
     return config
 
 

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dsp_plugin.comm import meter
 from dsp_plugin.comm.collectives import split
 from dsp_plugin.config import SequenceParallelConfig
 from dsp_plugin.errors import SequenceParallelConfigError, UnsupportedError
@@ -73,6 +74,8 @@ class InputSharder:
         values = _by_name(model, args, kwargs)
         _refuse_requests(model, values)
         batch, length = _tokens(values)
+        if torch.is_grad_enabled():
+            meter.count(tokens=batch * length)
         labels = _following(values, batch, length)
         positions = values.get("position_ids")
         if positions is not None:

@@ -8,11 +8,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from starters import environment
 
 from dsp_plugin.errors import SequenceParallelConfigError
 from dsp_plugin.launch.__main__ import Command, main
 from dsp_plugin.patches.megatron import Settings
-from dsp_plugin.patches.megatron.arguments import heads_per_rank
+from dsp_plugin.patches.megatron.arguments import check_sequence_length, heads_per_rank
 
 ROOT = Path(__file__).parents[2]
 
@@ -76,7 +77,6 @@ def test_mistakes_are_named(argv: list[str], words: list[str], script: str) -> N
     ("flags", "words"),
     [
         (["--sp-method", "ulises"], ["ulises", "the nearest is 'ulysses'"]),
-        (["--sp-method", "dsp"], ["--sp-method='dsp'", "does not compute attention", "ulysses"]),
         (["--sp-method", "ring", "--sp-layout", "striped"], ["--sp-layout='striped'", "zigzag or contiguous"]),
         (["--sp-method", "usp", "--sp-ulysses-order", "near"], ["ulysses_order='near'"]),
         (["--sp-method", "ulysses", "--sp-layout", "spiral"], ["spiral"]),
@@ -127,6 +127,17 @@ def test_script_runs_as_if_alone(script: str, tmp_path_factory: pytest.TempPathF
     assert done.stdout.strip() == expected
 
 
+@pytest.mark.parametrize(("given", "expected"), [({}, "3"), ({"LOCAL_WORLD_SIZE": "2"}, "2")])
+def test_ranks_of_a_node_are_known_under_the_deepspeed_launcher(
+    given: dict[str, str], expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    for name, value in {"LOCAL_SIZE": "3", **given}.items():
+        monkeypatch.setenv(name, value)
+    (tmp_path / "says.py").write_text("import os\nprint(os.environ['LOCAL_WORLD_SIZE'])\n")
+    assert launch(str(tmp_path / "says.py"), cwd=tmp_path).stdout == f"{expected}\n"
+
+
 def test_exit_status_and_traceback_are_the_scripts(tmp_path: Path) -> None:
     path = tmp_path / "fails.py"
     path.write_text("import sys\nsys.exit(7)\n")
@@ -143,21 +154,135 @@ def test_help_shows_the_flags(capsys: pytest.CaptureFixture[str]) -> None:
     assert all(flag in printed for flag in ("--cpu", "--sp-method", "--sp-kernel", "--context-parallel-size"))
 
 
-@pytest.mark.parametrize("template", sorted((ROOT / "launch").glob("megatron*.sh")), ids=lambda path: path.name)
-def test_templates_form_a_command_that_the_launcher_accepts(template: Path) -> None:
+@pytest.mark.parametrize("job", sorted((ROOT / "launch").glob("*_*.sh")), ids=lambda path: path.name)
+@pytest.mark.parametrize("starter", ["", "elastic.sh", "slurm.sbatch", "hostfile.sh"])
+def test_jobs_form_a_command_that_the_launcher_accepts(starter: str, job: Path, tmp_path: Path) -> None:
+    hosts = tmp_path / "hosts"
+    hosts.write_text("node0 slots=8\n")
+    start = [str(ROOT / "launch" / starter)] if starter else []
+    if starter == "hostfile.sh":
+        start.append(str(hosts))
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
     done = subprocess.run(
-        ["bash", str(template), "--train-iters", "5"],
-        env={**os.environ, "TORCHRUN": "echo", "TP": "4", "CP": "2"},
+        ["bash", *start, str(job), "--train-iters", "5"],
+        env={**kept, "DRY_RUN": "1", "RDZV": "host0:29400", "TP": "4", "CP": "2"},
         capture_output=True,
         text=True,
         timeout=60,
         check=True,
     )
     words = done.stdout.split()
-    command = Command.parse(words[words.index("dsp_plugin.launch") + 1 :])
-    assert command.flags.sp_method == ("lasp" if "lasp" in template.name else "ulysses")
-    assert command.arguments[command.arguments.index("--context-parallel-size") + 1] == "2"
+    assert words[0] == ("deepspeed" if starter == "hostfile.sh" else "torchrun")
+    place = words.index("dsp_plugin.launch")
+    assert words[place - 1] == ("--module" if starter == "hostfile.sh" else "-m")
+    command = Command.parse(words[place + 1 :])
+    framework, _, method = job.stem.split("_")
+    if framework == "megatron":
+        assert command.flags.sp_method == method
+        assert command.arguments[command.arguments.index("--context-parallel-size") + 1] == "2"
+    else:
+        assert Path(command.arguments[command.arguments.index("--deepspeed_config") + 1]).is_file()
     assert command.arguments[-2:] == ("--train-iters", "5")
+
+
+def documented() -> list[str]:
+    """The commands of docs/launching.md that start a job."""
+    lines = (ROOT / "docs" / "launching.md").read_text().splitlines()
+    return [line.strip() for line in lines if line.startswith("    ") and "launch/" in line]
+
+
+@pytest.mark.parametrize("command", documented())
+def test_documented_commands_start_what_they_say(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    hosts = tmp_path / "hosts"
+    hosts.write_text("host0 slots=8\nhost1 slots=8\n")
+    (tmp_path / "pretrain_gpt.py").touch()
+    (tmp_path / "launch").symlink_to(ROOT / "launch")
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    sbatch = 'sbatch() { while [[ $1 == -* ]]; do shift 2; done; bash "$@"; }'
+    done = subprocess.run(
+        ["bash", "-c", f"{sbatch}\n{command}"],
+        env={**environment(tmp_path), "DRY_RUN": "1"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    words = done.stdout.split()
+    launched = Command.parse(words[words.index("dsp_plugin.launch") + 1 :])
+    job = next(word for word in command.split() if "_" in word and word.endswith(".sh"))
+    more = command.partition(job)[2].split()
+    given = (*launched.arguments, *(f"--sp-exchange {launched.flags.sp_exchange}".split()))
+    assert all(word in given for word in more)
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        ([], ["JOB"]),
+        (["hosts.txt"], ["JOB"]),
+        (["no/hosts", "job.sh"], ["no hostfile at 'no/hosts'", "slots="]),
+    ],
+)
+def test_hostfile_starter_says_what_it_takes(argv: list[str], words: list[str]) -> None:
+    done = subprocess.run(
+        ["bash", str(ROOT / "launch" / "hostfile.sh"), *argv], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 2
+    assert all(word in done.stdout + done.stderr for word in words)
+
+
+@pytest.mark.parametrize(
+    ("argv", "layout", "words"),
+    [
+        (["--seq-length", "62", "--context-parallel-size", "2"], "zigzag", ["zigzag", "2 * ", "= 4", "60 or 64"]),
+        (["--seq-length=62", "--context-parallel-size=4"], "contiguous", ["contiguous", "the 4 ranks", "60 or 64"]),
+        (["--seq-length", "3", "--context-parallel-size", "4"], "zigzag", ["--seq-length to 8,"]),
+        (["--seq-length", "8", "--context-parallel-size", "4", "--seq-length", "9"], "zigzag", ["--seq-length=9"]),
+    ],
+)
+def test_length_that_ranks_cannot_share_is_refused(argv: list[str], layout: str, words: list[str]) -> None:
+    with pytest.raises(SequenceParallelConfigError) as error:
+        check_sequence_length(argv, layout)
+    assert all(word in str(error.value) for word in words), str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("argv", "layout"),
+    [
+        (["--seq-length", "64", "--context-parallel-size", "4"], "zigzag"),
+        (["--seq-length", "12", "--context-parallel-size", "4"], "contiguous"),
+        (["--seq-length", "63"], "zigzag"),
+        (["--context-parallel-size", "4"], "zigzag"),
+        (["--seq-length", "long", "--context-parallel-size", "4"], "zigzag"),
+    ],
+)
+def test_length_that_ranks_can_share_or_that_is_unknown_passes(argv: list[str], layout: str) -> None:
+    check_sequence_length(argv, layout)
+
+
+SPAWNS = """
+import multiprocessing, sys
+from pathlib import Path
+
+def work(path):
+    Path(path).write_text(__name__)
+
+if __name__ == "__main__":
+    print("started")
+    process = multiprocessing.get_context("spawn").Process(target=work, args=(sys.argv[1],))
+    process.start()
+    process.join()
+    sys.exit(process.exitcode)
+"""
+
+
+def test_processes_that_the_script_spawns_find_its_functions_and_do_not_run_it_again(tmp_path: Path) -> None:
+    (tmp_path / "spawns.py").write_text(SPAWNS)
+    done = launch(str(tmp_path / "spawns.py"), str(tmp_path / "out"), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "started\n"
+    assert (tmp_path / "out").read_text() == "__mp_main__"
 
 
 @pytest.mark.parametrize(

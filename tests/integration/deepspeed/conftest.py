@@ -81,5 +81,12 @@ def matrix_world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPa
     return _worlds({4: ((group,), 390)}, tmp_path_factory)
 
 
+@pytest.fixture(scope="session")
+def grid_world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], World]:
+    """The same for stages and tensor-parallel ranks beside sequence groups."""
+    group = "grid_matrix" if request.config.getoption("--matrix") else "grid_covering"
+    return _worlds({4: ((group,), 390)}, tmp_path_factory)
+
+
 def _worlds(worlds: Worlds, folders: pytest.TempPathFactory) -> Callable[[int], World]:
     return cache(lambda size: World(size, folders.mktemp(f"world{size}"), *worlds[size]))

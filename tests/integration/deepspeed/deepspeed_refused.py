@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from causal_lm import CausalLM
 from deepspeed_sharing import base_config
 from torch import nn
 
+from dsp_plugin.methods import METHODS
 from dsp_plugin.models.linear_lm import LinearLM, LinearLMConfig
 
 
@@ -27,6 +28,7 @@ class Refused:
         arguments: further arguments, or the name of a model in `MODELS` as "model".
         error: the name of the exception's type.
         says: fragments of its message.
+        cell: method and feature of the cell that it holds, if any, and the reason as the page has it.
     """
 
     error: str
@@ -34,6 +36,7 @@ class Refused:
     config: dict[str, Any] = field(default_factory=dict)
     section: dict[str, Any] = field(default_factory=dict)
     arguments: dict[str, Any] = field(default_factory=dict)
+    cell: tuple[str, str, str] | None = None
 
 
 CONFIG, UNSUPPORTED = "SequenceParallelConfigError", "UnsupportedError"
@@ -90,9 +93,31 @@ REFUSED = {
     ),
     "mesh_param": Refused(CONFIG, ("mesh_param=(2, 2)", "told twice"), arguments={"mesh_param": (2, 2)}),
     "mpu": Refused(CONFIG, ("mpu='object'", "told twice"), arguments={"mpu": object()}),
-    "pipeline": Refused(UNSUPPORTED, ("PipelineModule", "one torch.nn.Module"), arguments={"model": "pipeline"}),
+    "pipeline_batch": Refused(
+        CONFIG,
+        ("batch", "(inputs, labels)", '"inputs.0"'),
+        arguments={"model": "pipeline"},
+    ),
+    "pipeline_positions": Refused(
+        CONFIG,
+        ("positions", "hand tensors on without names", "inputs.1"),
+        section={"batch": {"inputs": 1, "labels": 1}},
+        arguments={"model": "pipeline"},
+    ),
+    "pipeline_attention": Refused(
+        CONFIG,
+        ("attention", "no module of any stage"),
+        section={"batch": {"inputs.0": 1, "labels": 1}, "positions": "inputs.1", "attention": ["*.attn"]},
+        arguments={"model": "pipeline"},
+    ),
+    "pipeline_above_world": Refused(
+        CONFIG,
+        ("size * pipeline_stages = 4 * 2 = 8 does not divide the 4 ranks",),
+        section={"size": 4, "batch": {"inputs.0": 1, "labels": 1}, "positions": "inputs.1"},
+        arguments={"model": "pipeline"},
+    ),
     "experts": Refused(UNSUPPORTED, ("mixture of experts", "dense"), arguments={"model": "experts"}),
-    "autotp": Refused(
+    "autotp_plain_model": Refused(
         UNSUPPORTED, ("tensor_parallel.autotp_size", "to 1"), config={"tensor_parallel": {"autotp_size": 2}}
     ),
     "hybrid_engine": Refused(UNSUPPORTED, ("hybrid_engine", "false"), config={"hybrid_engine": {"enabled": True}}),
@@ -135,6 +160,51 @@ REFUSED = {
         arguments={"model": "hybrid"},
     ),
 }
+# A section of nothing but a method and a size.
+BARE = {"batch": None, "attention": None, "loss": None}
+
+
+def refused_pipelines() -> Iterator[tuple[str, Refused]]:
+    """Cells of a `PipelineModule`."""
+    for method in METHODS:
+        section = {"method": method, **(BARE if method == "dsp" else {})}
+        for zero in (0, 1, 2) if method == "dsp" else (2,):
+            says = ("PipelineModule and a plan", "a stage holds its own layers only")
+            reason = "a stage knows its own layers only, not the dim that the one before it left sharded"
+            if zero == 2:
+                says = ("PipelineModule", "stage 2", "DeepSpeed's own pipeline engine takes ZeRO 0 and 1")
+                reason = "DeepSpeed's pipeline engine takes ZeRO 0 and 1 only"
+            yield (
+                f"pipeline_{method}_zero{zero}",
+                Refused(
+                    UNSUPPORTED,
+                    says,
+                    {"zero_optimization": {"stage": zero}},
+                    section,
+                    {"model": "pipeline"},
+                    (method, f"PipelineModule, ZeRO {zero}", reason),
+                ),
+            )
+
+
+def refused_tensor_parallel() -> Iterator[tuple[str, Refused]]:
+    """Cells of AutoTP."""
+    for method, model in (("dsp", "causal_lm"), ("lasp", "hybrid")):
+        for zero in range(4):
+            yield (
+                f"autotp_{method}_zero{zero}",
+                Refused(
+                    UNSUPPORTED,
+                    ("tensor_parallel.autotp_size", "Transformers' causal language models", f"method {method}"),
+                    {"tensor_parallel": {"autotp_size": 2}, "zero_optimization": {"stage": zero}},
+                    {"method": method, **BARE},
+                    {"model": model},
+                    (method, f"AutoTP, ZeRO {zero}", "AutoTP is for Transformers' causal LMs, with softmax methods"),
+                ),
+            )
+
+
+REFUSED |= dict(refused_pipelines()) | dict(refused_tensor_parallel())
 
 
 def pipeline() -> nn.Module:

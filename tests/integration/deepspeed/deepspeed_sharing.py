@@ -22,6 +22,7 @@ from causal_lm import CausalLM
 from deepspeed_cases import ODD_LENGTH, Case, micro_batch
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
+from dsp_plugin import SequenceParallelBatchSampler
 from dsp_plugin.errors import SequenceParallelConfigError
 
 SIZE = 2
@@ -180,6 +181,32 @@ def monitor(folder: Path) -> dict[str, Any]:
     return {"csv": written}
 
 
+def sampler_loader() -> dict[str, Any]:
+    """A script's own loader with our sampler: two steps, then another loader that goes on from the engine's count."""
+    engine = engine_of(base_config())
+
+    def loader(trained: int) -> DataLoader[dict[str, torch.Tensor]]:
+        sampler = SequenceParallelBatchSampler(
+            SAMPLES,
+            groups=engine.sequence_parallel_groups,
+            global_batch_size=engine.train_batch_size(),
+            micro_batch_size=engine.train_micro_batch_size_per_gpu(),
+            seed=1,
+            trained=trained,
+        )
+        return DataLoader(Numbered(), batch_sampler=sampler)
+
+    whole = [batch["input_ids"][:, 0].tolist() for batch in loader(0)]
+    losses = []
+    for batch in list(loader(0))[:2]:
+        loss = engine(**batch)
+        engine.backward(loss)
+        engine.step()
+        losses.append(loss.item())
+    resumed = [batch["input_ids"][:, 0].tolist() for batch in loader(engine.global_samples)]
+    return {"whole": whole, "resumed": resumed, "trained": engine.global_samples, "losses": losses}
+
+
 def zero_init() -> dict[str, Any]:
     """A model built partitioned, from a config whose batch sizes only hold per replica."""
     config = base_config(train_batch_size=4, train_micro_batch_size_per_gpu=2, gradient_accumulation_steps=1)
@@ -250,6 +277,7 @@ def runs(folder: Path) -> dict[str, Callable[[], dict[str, Any]]]:
         training_data,
         wrong_loader,
         right_loader,
+        sampler_loader,
         zero_init,
         without_section,
         random_state,

@@ -82,7 +82,8 @@ def test_loader_of_plain_data_parallelism_is_refused(results: Results) -> None:
             f"rank {ranks[0]} has 'input_ids' [2, 13] int64",
             f"rank {ranks[1]} has 'input_ids'",
             "training_data",
-            "engine.sequence_parallel_groups.dp.rank",
+            "SequenceParallelBatchSampler",
+            "groups=engine.sequence_parallel_groups",
         ):
             assert fragment in result["refused"]
         assert "'position_ids'" not in result["refused"], "equal inputs are not blamed"
@@ -93,6 +94,19 @@ def test_loader_over_replicas_is_accepted(results: Results) -> None:
     found = results("right_loader")
     assert_equal_on_peers(found)
     assert found[0]["losses"] != found[2]["losses"]
+
+
+def test_sampler_serves_a_loader_of_the_script_and_goes_on_from_the_engines_count(results: Results) -> None:
+    """Peers are given the same samples and replicas others, in whole optimizer steps that cover the epoch."""
+    found = results("sampler_loader")
+    assert_equal_on_peers(found)
+    seen = [sample for result in (found[0], found[2]) for batch in result["whole"] for sample in batch]
+    assert set(seen) == set(range(SAMPLES))
+    assert len(seen) == SAMPLES + 1
+    assert found[0]["losses"] != found[2]["losses"]
+    for result in found:
+        assert result["trained"] == 8
+        assert result["resumed"] == result["whole"][2:]
 
 
 def test_monitors_count_samples(results: Results) -> None:

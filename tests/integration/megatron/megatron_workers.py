@@ -165,7 +165,15 @@ def layer(settings: dict[str, Any] | None = None, core: Any = None) -> Any:
 def masks() -> dict[str, tuple[dict[str, Any], str, Tensor | None]]:
     """By name: configuration, mask type, and the dense mask over the whole sequence that goes with it."""
     future = torch.ones(LENGTH, LENGTH, dtype=torch.bool).triu(1)[None, None]
+    # Of 5, 1, 17 and the rest, and one whose border rank 0 alone sees in zigzag order.
+    documents, late = future.clone(), future.clone()
+    for border in (5, 6, 23):
+        documents[..., border:, :border] = True
+    late[..., 24:, :24] = True
     return {
+        "documents": ({}, "causal", documents),
+        "documents, a mask for each sample": ({}, "causal", documents.expand(BATCH, 1, -1, -1).contiguous()),
+        "documents, one rank sees the border": ({}, "causal", late),
         "causal": ({}, "causal", None),
         "causal, its mask given": ({}, "causal", future),
         "causal, a mask for each sample": ({}, "causal", future.expand(BATCH, 1, -1, -1).contiguous()),
@@ -242,18 +250,19 @@ def refused_layers() -> dict[str, str]:
         documents = torch.ones(LENGTH, LENGTH, dtype=torch.bool).triu(1)
         documents[24:, :24] = True
         mine = Layout("zigzag", LENGTH, dist.get_world_size()).shard(documents[None, None], 2, dist.get_rank())
-        found["rows changed"] = str(
-            bool(
-                (
-                    mine
-                    != Layout("zigzag", LENGTH, dist.get_world_size()).shard(
-                        torch.ones(LENGTH, LENGTH, dtype=torch.bool).triu(1)[None, None], 2, dist.get_rank()
-                    )
-                ).any()
-            )
+        causal = Layout("zigzag", LENGTH, dist.get_world_size()).shard(
+            torch.ones(LENGTH, LENGTH, dtype=torch.bool).triu(1)[None, None], 2, dist.get_rank()
         )
+        found["rows changed"] = str(bool((mine != causal).any()))
+        unlike = torch.cat([mine, causal.expand(BATCH - 1, -1, -1, -1)])
+        holes = causal.clone()
+        # A token that the next one does not see, on the first rank.
+        holes[0, 0, 1, 0] |= dist.get_rank() == 0
+        holes[0, 0, 2, 1] |= dist.get_rank() == 0
         for name, call in {
-            "documents": lambda: core(q, k, k, mine, attn_mask_type=AttnMaskType.causal),
+            "other documents in each sample": lambda: core(q, k, k, unlike, attn_mask_type=AttnMaskType.causal),
+            "holes": lambda: core(q, k, k, holes, attn_mask_type=AttnMaskType.causal),
+            "documents without causality": lambda: core(q, k, k, mine, attn_mask_type=AttnMaskType.no_mask),
             "mask of another shape": lambda: core(q, k, k, mine[..., :-1], attn_mask_type=AttnMaskType.causal),
             "arbitrary mask": lambda: core(q, k, k, None, attn_mask_type=AttnMaskType.arbitrary),
             "bias": lambda: core(q, k, k, None, attention_bias=torch.zeros(1)),

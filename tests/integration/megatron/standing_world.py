@@ -21,7 +21,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from multiprocessing.connection import Client, Connection, Listener, wait
 from pathlib import Path
 from typing import Any
@@ -38,8 +38,9 @@ class RunFailure(AssertionError):  # noqa: N818
 class World:
     """Ranks that wait for the next script."""
 
-    connections: list[Connection] = field(default_factory=list)
-    pids: list[int] = field(default_factory=list)
+    folder: Path
+    connections: list[Connection]
+    pids: list[int]
 
     def run(self, script: Path, argv: Sequence[str], timeout: float) -> list[str]:
         """Runs a script on all ranks; returns what each printed.
@@ -81,7 +82,7 @@ class World:
         with contextlib.suppress(ProcessLookupError):
             os.kill(self.pids[rank], signal.SIGABRT)
         time.sleep(1)
-        path = stack_file(self.pids[rank])
+        path = stack_file(self.folder, self.pids[rank])
         return "still running\n" + (path.read_text() if path.exists() else "")
 
     def kill(self) -> None:
@@ -97,10 +98,11 @@ class Worlds:
     """The worlds of a test session, by size."""
 
     def __init__(self) -> None:
-        self._address = str(Path(tempfile.mkdtemp(prefix="standing-world-")) / "socket")
-        self._listener = Listener(self._address, "AF_UNIX", backlog=64)
+        self._folder = tempfile.TemporaryDirectory(prefix="standing-world-")
+        address = f"{self._folder.name}/socket"
+        self._listener = Listener(address, "AF_UNIX", backlog=64)
         self._origin = subprocess.Popen(
-            [sys.executable, __file__, self._address],
+            [sys.executable, __file__, address],
             env={
                 **{name: value for name, value in os.environ.items() if not name.startswith("DSP_PLUGIN_")},
                 "OMP_NUM_THREADS": "1",
@@ -131,7 +133,8 @@ class Worlds:
             connection = self._listener.accept()
             rank, pid = connection.recv()
             found[rank] = (pid, connection)
-        return World([found[rank][1] for rank in range(ranks)], [found[rank][0] for rank in range(ranks)])
+        pids, connections = zip(*(found[rank] for rank in range(ranks)), strict=True)
+        return World(Path(self._folder.name), list(connections), list(pids))
 
     def close(self) -> None:
         """Ends every process."""
@@ -139,6 +142,7 @@ class Worlds:
             os.killpg(self._origin.pid, signal.SIGKILL)
         self._origin.wait()
         self._listener.close()
+        self._folder.cleanup()
 
 
 def free_port() -> int:
@@ -148,9 +152,9 @@ def free_port() -> int:
         return int(listener.getsockname()[1])
 
 
-def stack_file(pid: int) -> Path:
+def stack_file(folder: Path, pid: int) -> Path:
     """Where a rank writes its stacks."""
-    return Path(tempfile.gettempdir()) / f"standing-world-{pid}.txt"
+    return folder / f"stacks-{pid}.txt"
 
 
 def main(address: str) -> None:
@@ -177,7 +181,7 @@ def main(address: str) -> None:
 
 def serve(address: str, rank: int, ranks: int) -> None:
     """A rank: runs scripts until the session hangs up; never returns."""
-    stacks = stack_file(os.getpid()).open("w")
+    stacks = stack_file(Path(address).parent, os.getpid()).open("w")
     faulthandler.enable(stacks)
     connection = Client(address, "AF_UNIX")
     connection.send((rank, os.getpid()))
@@ -194,7 +198,6 @@ def serve(address: str, rank: int, ranks: int) -> None:
                 except BaseException:
                     answer = (False, traceback.format_exc())
             connection.send((answer[0], printed.getvalue() + answer[1]))
-    stack_file(os.getpid()).unlink(missing_ok=True)
     os._exit(0)
 
 

@@ -29,6 +29,9 @@ def errors() -> list[dict[str, float]]:
         "window, layer skipped",
         "scaled by the layer number",
         "own scale",
+        "documents",
+        "documents, a mask for each sample",
+        "documents, one rank sees the border",
     ],
 )
 def test_equals_upstreams_dense_attention(case: str, errors: list[dict[str, float]]) -> None:
@@ -50,7 +53,9 @@ def refused() -> list[dict[str, str]]:
         ("too few heads", ["heads=1", "size=2"]),
         ("another size", ["TransformerConfig.context_parallel_size=4", "context_parallel_size=2"]),
         ("another group", ["pg_collection.cp", "(0, 1)"]),
-        ("documents", ["attention_mask=", "--reset-attention-mask"]),
+        ("other documents in each sample", ["attention_mask=", "--micro-batch-size 1"]),
+        ("holes", ["attention_mask=", "--reset-attention-mask"]),
+        ("documents without causality", ["attention_mask=", "other tokens than none"]),
         ("mask of another shape", ["attention_mask="]),
         ("arbitrary mask", ["attn_mask_type='arbitrary'"]),
         ("bias", ["attention_bias="]),

@@ -72,7 +72,7 @@ def cells() -> Iterator[Any]:
 
 
 @pytest.mark.timeout(400)
-@pytest.mark.parametrize(("method", "feature"), cells())
+@pytest.mark.parametrize(("method", "feature"), list(cells()))
 def test_trains_like_one_process_of_stock_megatron(
     method: str, feature: str, reference: Callable[..., Run], tmp_path: Path
 ) -> None:

@@ -1,0 +1,252 @@
+"""The video DiT on Megatron-core trains as the plain `VideoDiT` does in one process, with the same weights and batches.
+
+fp32, gradient clipping, 4 microbatches unless a case says else; losses of 3 optimizer steps, and every gradient of the
+first one. The reference is no Megatron at all.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+from megatron_runs import ROOT, Run, assert_parity, train
+from standing_world import RunFailure
+from video_reference import plain_run
+
+from dsp_plugin.methods.dsp import switch_bytes
+
+VIDEO_SCRIPT = ROOT / "launch" / "pretrain_video_core.py"
+COUNTED_SCRIPT = Path(__file__).with_name("counted_video.py")
+TP2, PP2, CP2 = (f"--{axis}-parallel-size 2" for axis in ("tensor-model", "pipeline-model", "context"))
+CP4 = "--context-parallel-size 4"
+VPP2 = "--virtual-pipeline-model-parallel-size 2"
+TPSP = f"{TP2} --sequence-parallel"
+FULL, SELECTIVE = "--recompute-granularity full", "--recompute-granularity selective"
+ZERO = "--use-distributed-optimizer"
+DSP = ("--sp-method", "dsp")
+DEPTH, WIDTH, PATCHES, MICROBATCHES, STEPS, ELEMENT = 4, 96, 25, 4, 3, 4
+
+
+def cells(*features: str) -> list[pytest.MarkDecorator]:
+    """The cells of docs/compatibility.md that a case holds."""
+    return [pytest.mark.cell("megatron", "dsp", feature) for feature in features]
+
+
+# Ranks, arguments, and the cells. There are 25 patches, which nothing divides, and 8 frames unless a case says else.
+CASES: dict[str, tuple[int, str, tuple[str, ...]]] = {
+    "tp2 x cp2 x pp2, sequence parallel": (8, f"{TPSP} {CP2} {PP2}", ("TP2 x SP2 x PP2",)),
+    "cp2 x pp2 x dp2, distributed optimizer, 7 frames": (8, f"{CP2} {PP2} {ZERO} --frames 7", ("SP2 x PP2 x DP2",)),
+    "cp2, micro-batch of 2": (2, f"{CP2} --micro-batch-size 2", ("micro-batches > 1",)),
+    "tp2 x cp2, sinusoidal positions": (4, f"{TP2} {CP2} --positions sinusoidal", ("TP",)),
+    "tp2 x cp2, sequence parallel, 6 frames, selective recompute": (
+        4,
+        f"{TPSP} {CP2} --frames 6 {SELECTIVE}",
+        ("TP-SP", "unequal token counts", "recompute"),
+    ),
+    "cp2 x pp2, 7 frames": (4, f"{CP2} {PP2} --frames 7", ("PP", "unequal token counts")),
+    "cp2 x pp2, interleaved, 7 frames, full recompute": (
+        4,
+        f"{CP2} {PP2} {VPP2} --frames 7 {FULL}",
+        ("interleaved PP", "recompute"),
+    ),
+    "cp2 x dp2, distributed optimizer": (4, f"{CP2} {ZERO}", ("distributed optimizer",)),
+    "cp4, 7 frames": (4, f"{CP4} --frames 7", ("unequal token counts",)),
+}
+MATRIX: dict[str, tuple[int, str, tuple[str, ...]]] = {
+    "one rank": (1, "", ()),
+    "tp2": (2, TP2, ()),
+    "tp2, sequence parallel": (2, TPSP, ()),
+    "pp2": (2, PP2, ()),
+    "pp2, interleaved": (2, f"{PP2} {VPP2}", ()),
+    "cp2, full recompute": (2, f"{CP2} {FULL}", ("recompute",)),
+    "cp3, 7 frames, sinusoidal positions": (3, "--context-parallel-size 3 --frames 7 --positions sinusoidal", ()),
+    "tp2 x cp2, sequence parallel, sinusoidal positions, distributed optimizer": (
+        4,
+        f"{TPSP} {CP2} --positions sinusoidal {ZERO}",
+        ("TP-SP",),
+    ),
+    "tp2 x pp2, sequence parallel, interleaved": (4, f"{TPSP} {PP2} {VPP2}", ()),
+    "tp2 x cp2 x dp2, sequence parallel, 6 frames, full recompute": (
+        8,
+        f"{TPSP} {CP2} --frames 6 {FULL} {ZERO}",
+        ("TP-SP", "recompute"),
+    ),
+    "tp4, sequence parallel": (4, "--tensor-model-parallel-size 4 --sequence-parallel", ()),
+}
+
+
+@pytest.fixture(scope="module")
+def plain() -> Callable[..., Run]:
+    """Runs of the plain model, by what changes it."""
+    return cache(plain_run)
+
+
+def model_arguments(argv: list[str]) -> dict[str, Any]:
+    """The part of a command line that changes the model or the data."""
+    found: dict[str, Any] = {}
+    if "--frames" in argv:
+        found["frames"] = int(argv[argv.index("--frames") + 1])
+    if "--positions" in argv:
+        found["positions"] = argv[argv.index("--positions") + 1]
+    return found
+
+
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize(
+    ("ranks", "arguments"),
+    [
+        *(pytest.param(ranks, argv, id=name, marks=cells(*held)) for name, (ranks, argv, held) in CASES.items()),
+        *(
+            pytest.param(ranks, argv, id=name, marks=[pytest.mark.matrix, *cells(*held)])
+            for name, (ranks, argv, held) in MATRIX.items()
+        ),
+    ],
+)
+def test_trains_like_the_plain_model(ranks: int, arguments: str, plain: Callable[..., Run], tmp_path: Path) -> None:
+    argv = arguments.split()
+    run = train(tmp_path, ranks, *argv, *DSP, script=VIDEO_SCRIPT, timeout=300)
+    assert_parity(run, plain(**model_arguments(argv)))
+
+
+@pytest.mark.timeout(400)
+@pytest.mark.cell("megatron", "dsp", "bf16")
+def test_bf16_stays_within_its_own_noise(plain: Callable[..., Run], tmp_path: Path) -> None:
+    small = ("--num-layers", "2", "--bf16")
+    one = train(tmp_path / "one", 1, *small, plugin=False, script=VIDEO_SCRIPT, timeout=300)
+    noise = max(abs(a - b) for a, b in zip(plain(depth=2).losses, one.losses, strict=True))
+    four = train(tmp_path / "four", 4, *TPSP.split(), *CP2.split(), *small, *DSP, script=VIDEO_SCRIPT, timeout=300)
+    assert 0 < noise < 0.02
+    assert max(abs(a - b) for a, b in zip(four.losses, one.losses, strict=True)) <= noise
+
+
+def switched(rank: int, *, tp: int, cp: int, pp: int, parts: int, frames: int, micro_batch: int) -> tuple[int, int]:
+    """What DSP's formula says that a global rank sends, forward and backward; ranks are tp x cp x pp, tp innermost."""
+    cp_rank, stage = rank // tp % cp, rank * pp // (tp * cp * pp)
+    shape = (frames // parts, PATCHES, micro_batch, WIDTH)
+    to_s, to_t = (
+        switch_bytes(shape, source, target, size=cp, rank=cp_rank, element_size=ELEMENT)
+        for source, target in ((0, 1), (1, 0))
+    )
+    layers = DEPTH // pp
+    # The first block of all cuts its tokens out of the video; the last one leaves them where they are.
+    back = layers - (stage == 0)
+    times = STEPS * MICROBATCHES // micro_batch
+    return (
+        times * (layers * to_s.forward + back * to_t.forward),
+        times * (layers * to_s.backward + back * to_t.backward),
+    )
+
+
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize(
+    ("ranks", "arguments", "sizes"),
+    [
+        pytest.param(4, f"{CP4} --frames 7 --micro-batch-size 2", {"cp": 4, "frames": 7, "micro_batch": 2}, id="cp4"),
+        pytest.param(4, f"{CP2} {PP2} --frames 7", {"cp": 2, "pp": 2, "frames": 7}, id="cp2 x pp2"),
+        pytest.param(
+            4,
+            f"{TPSP} {CP2} --frames 6",
+            {"tp": 2, "cp": 2, "parts": 2, "frames": 6},
+            id="tp2 x cp2, sequence parallel",
+        ),
+        pytest.param(
+            4, f"{TP2} {CP2} --frames 7", {"tp": 2, "cp": 2, "frames": 7}, id="tp2 x cp2", marks=pytest.mark.matrix
+        ),
+    ],
+)
+def test_switches_send_the_bytes_of_the_formula_and_nothing_else(
+    ranks: int, arguments: str, sizes: dict[str, int], plain: Callable[..., Run], tmp_path: Path
+) -> None:
+    argv = arguments.split()
+    run = train(tmp_path, ranks, *argv, *DSP, script=COUNTED_SCRIPT, timeout=300)
+    assert_parity(run, plain(**model_arguments(argv)))
+    for rank in range(ranks):
+        sent = json.loads((tmp_path / f"sent-{rank}.json").read_text())
+        forward, backward = switched(rank, **{"tp": 1, "pp": 1, "parts": 1, "micro_batch": 1, **sizes})
+        assert forward > 0
+        assert sent == {"forward": forward, "backward": backward, "other": 0}, rank
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Weights and optimizer after one step of four context-parallel ranks with the distributed optimizer."""
+    folder = tmp_path_factory.mktemp("checkpoint")
+    saving = ("--checkpoint", str(folder / "run"), "--save-every", "1", "--train-iters", "1")
+    train(folder, 4, *CP4.split(), ZERO, *DSP, *saving, script=VIDEO_SCRIPT, timeout=300)
+    return folder / "run"
+
+
+SP, SIZES = "checkpoint, other SP size", "checkpoint, other TP, PP, DP"
+RESUMED: dict[str, tuple[int, str, tuple[str, ...]]] = {
+    "tp2 x pp2, sequence parallel": (4, f"{TPSP} {PP2} {ZERO}", (SIZES,)),
+    "cp2 x dp2": (4, f"{CP2} {ZERO}", (SP, SIZES)),
+}
+RESUMED_MATRIX: dict[str, tuple[int, str, tuple[str, ...]]] = {
+    "one rank": (1, ZERO, (SP,)),
+    "cp2": (2, f"{CP2} {ZERO}", (SP,)),
+    "cp2 x pp2, interleaved": (4, f"{CP2} {PP2} {VPP2} {ZERO}", (SIZES,)),
+    "tp2 x cp2": (4, f"{TP2} {CP2} {ZERO}", (SIZES,)),
+}
+
+
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize(
+    ("ranks", "arguments"),
+    [
+        *(pytest.param(ranks, argv, id=name, marks=cells(*held)) for name, (ranks, argv, held) in RESUMED.items()),
+        *(
+            pytest.param(ranks, argv, id=name, marks=[pytest.mark.matrix, *cells(*held)])
+            for name, (ranks, argv, held) in RESUMED_MATRIX.items()
+        ),
+    ],
+)
+def test_goes_on_at_other_sizes(
+    ranks: int, arguments: str, checkpoint: Path, plain: Callable[..., Run], tmp_path: Path
+) -> None:
+    argv = (*arguments.split(), *DSP, "--checkpoint", str(checkpoint))
+    assert_parity(train(tmp_path, ranks, *argv, script=VIDEO_SCRIPT, timeout=300), plain(dumped=1))
+
+
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize(
+    ("arguments", "script", "words"),
+    [
+        pytest.param(
+            f"{CP2} --sp-method dsp",
+            None,
+            ["--sp-method='dsp'", "the one dim that its tokens have", "one of ulysses, ring"],
+            id="a language model",
+        ),
+        pytest.param(
+            f"{CP2} --sp-method ulysses",
+            VIDEO_SCRIPT,
+            ["context_parallel_size=2", "--sp-method is ulysses", "--sp-method dsp"],
+            id="another method",
+        ),
+        pytest.param(
+            f"{TPSP} --frames 7 --sp-method dsp",
+            VIDEO_SCRIPT,
+            ["frames=7", "7 / 2 leaves 1", "without --sequence-parallel"],
+            id="frames",
+        ),
+        pytest.param(
+            f"{CP2} {FULL} --sp-method dsp --sp-recompute keep_attention",
+            VIDEO_SCRIPT,
+            ["--sp-recompute='keep_attention'", "does not look inside attention"],
+            id="keep_attention",
+        ),
+    ],
+)
+def test_what_it_cannot_do_is_refused_on_every_rank(
+    arguments: str, script: Path | None, words: list[str], tmp_path: Path
+) -> None:
+    with pytest.raises(RunFailure) as failure:
+        train(tmp_path, 2, *arguments.split(), **({} if script is None else {"script": script}))
+    by_rank = str(failure.value).split("--- rank ")[1:]
+    assert len(by_rank) == 2
+    for said in by_rank:
+        assert all(word in said for word in words), said
