@@ -65,7 +65,7 @@ def mean_over_ranks(value: torch.Tensor) -> float:
 
 def resume(engine: Any, args: argparse.Namespace, history: History) -> None:
     """Loads the last checkpoint, if there is one, and the history of the steps before it."""
-    if args.checkpoint is None or not (args.checkpoint / "latest").exists():
+    if args.checkpoint is None or not list(args.checkpoint.glob("latest*")):
         return
     _, state = engine.load_checkpoint(str(args.checkpoint))
     history.loss, history.seconds = list(state["losses"]), list(state["seconds"])

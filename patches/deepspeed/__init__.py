@@ -122,13 +122,6 @@ PATCHES = PatchSet(
             make=step_log.stepping,
         ),
         Patch(
-            name="log steps of a pipeline",
-            target="deepspeed.runtime.pipe.engine:PipelineEngine.train_batch",
-            distribution=DISTRIBUTION,
-            supported=SUPPORTED,
-            make=step_log.batching,
-        ),
-        Patch(
             name="leave no shared memory behind",
             target="deepspeed.comm.torch:TorchBackend.__init__",
             distribution=DISTRIBUTION,

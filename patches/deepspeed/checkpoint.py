@@ -19,14 +19,15 @@ from torch import nn
 
 from dsp_plugin import checkpoint
 from dsp_plugin.config import SequenceParallelConfig
+from dsp_plugin.groups import SequenceParallelGroups
 from dsp_plugin.patches import safe_load
-from dsp_plugin.patches.deepspeed.engine import CONFIG
+from dsp_plugin.patches.deepspeed.engine import CONFIG, GROUPS
 
 logger = logging.getLogger(__name__)
 
 UNIVERSAL = (
     "start with the same number of ranks, or convert the checkpoint with `python -m deepspeed.checkpoint."
-    "ds_to_universal --input_folder FOLDER/TAG --output_folder FOLDER/TAG_universal` and set "
+    "ds_to_universal --input_folder FOLDER/TAG --output_folder FOLDER/TAG_universal --inject_missing_state` and set "
     '"checkpoint": {"load_universal": true}'
 )
 
@@ -45,7 +46,7 @@ def recording(upstream: Callable[..., Any]) -> Callable[..., Any]:
         if config is not None and dist.get_rank() == 0 and given["save_dir"]:
             tag = given.get("tag") or f"global_step{self.global_steps}"
             folder = Path(given["save_dir"]) / str(tag)
-            checkpoint.write(folder, checkpoint.record(config, "deepspeed", _sizes(config)))
+            checkpoint.write(folder, checkpoint.record(config, "deepspeed", _sizes(self)))
         return upstream(self, *args, **kwargs)
 
     return save_checkpoint
@@ -92,8 +93,9 @@ def _check(engine: Any, config: SequenceParallelConfig, given: dict[str, Any]) -
     if recorded is None:
         return
     shards = engine.zero_optimization() and given["load_optimizer_states"] and not given["load_module_only"]
-    fixed = ("world",) if shards and not universal else ()
-    notes = checkpoint.check(recorded, config, "deepspeed", _sizes(config), fixed=fixed, remedy=UNIVERSAL)
+    # A file of weights for each stage and tensor-parallel rank, at any ZeRO stage.
+    fixed = () if universal else ("model", "world") if shards else ("model",)
+    notes = checkpoint.check(recorded, config, "deepspeed", _sizes(engine), fixed=fixed, remedy=UNIVERSAL)
     if notes and dist.get_rank() == 0:
         logger.warning("checkpoint %s was written by another setup: %s", folder / str(tag), "; ".join(notes))
 
@@ -106,9 +108,11 @@ def _restore_buffers(module: nn.Module, folder: Path) -> None:
             buffer.copy_(states[name])
 
 
-def _sizes(config: SequenceParallelConfig) -> dict[str, int]:
-    world = dist.get_world_size()
-    return {"world": world, "dp": world // config.size, "sp": config.size}
+def _sizes(engine: Any) -> dict[str, int]:
+    """Ranks by axis; ``model`` is what pipeline stages and tensor parallelism make together."""
+    groups: SequenceParallelGroups = vars(engine)[GROUPS]
+    world, dp, sp = dist.get_world_size(), groups.dp.size, groups.sp.size
+    return {"world": world, "model": world // (dp * sp), "dp": dp, "sp": sp}
 
 
 def _classes() -> list[Any]:

@@ -86,20 +86,6 @@ def stepping(upstream: Callable[..., Any]) -> Callable[..., Any]:
     return step
 
 
-def batching(upstream: Callable[..., Any]) -> Callable[..., Any]:
-    """Replaces ``PipelineEngine.train_batch``, which takes the optimizer's step itself."""
-
-    @functools.wraps(upstream)
-    def train_batch(self: Any, *args: Any, **kwargs: Any) -> Any:
-        loss = upstream(self, *args, **kwargs)
-        log: StepLog | None = vars(self).get(LOG)
-        if log is not None:
-            log.step(self.global_steps, loss if isinstance(loss, Tensor) else None)
-        return loss
-
-    return train_batch
-
-
 def _size(parameter: nn.Parameter) -> int:
     """Elements of the whole parameter, of which ZeRO 3 leaves a rank a part."""
     return int(getattr(parameter, "ds_numel", parameter.numel()))

@@ -68,8 +68,9 @@ def test_evaluation_sees_one_loss(case: GridCase, grid_world: Callable[[int], An
 
 @pytest.mark.parametrize("case", [case for case in params() if case.values[0].recompute])
 def test_attention_runs_again_only_where_told(case: GridCase, grid_world: Callable[[int], Any]) -> None:
-    """Forward kernels of one `train_batch`: twice as many where attention is recomputed."""
-    kept = 2 if case.method == "ring" else 1
+    """Forward kernels of one `train_batch`, by micro batch: more than once only where attention is recomputed."""
+    # A layer's attention in a ring of two, zigzag, is five blocks; that of Ulysses is one.
+    kept = 5 if case.method == "ring" else 1
     for result in grid_world(WORLD).results(case.name):
         once = result["forwards"] / case.accumulation
         assert once > kept if case.recompute == "full" else once <= kept, once
