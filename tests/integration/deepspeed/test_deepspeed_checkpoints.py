@@ -70,7 +70,7 @@ def test_a_universal_checkpoint_goes_on_in_another_world(zero: int, tmp_path: Pa
     first = ("--steps", str(SAVED_AT), "--checkpoint", str(saved), "--save-every", str(SAVED_AT))
     assert train(tmp_path / "first", 4, zero, section, *first) == pytest.approx(expected[:SAVED_AT], rel=1e-6)
     tag = f"global_step{SAVED_AT}"
-    assert json.loads((saved / tag / FILE).read_text())["sizes"] == {"world": 4, "dp": 2, "sp": 2}
+    assert json.loads((saved / tag / FILE).read_text())["sizes"] == {"world": 4, "model": 1, "dp": 2, "sp": 2}
 
     with pytest.raises(
         AssertionError, match=r"world=2: the checkpoint was written by a run of world 4.*ds_to_universal"
