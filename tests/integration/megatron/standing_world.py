@@ -12,6 +12,7 @@ import contextlib
 import faulthandler
 import io
 import os
+import random
 import runpy
 import signal
 import socket
@@ -152,10 +153,12 @@ class Worlds:
 
 
 def free_port() -> int:
-    """A TCP port that nobody listens on now."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
+    """A TCP port that nobody listens on now, out of the range from which the kernel takes those of connections."""
+    while True:
+        port = random.SystemRandom().randrange(10_000, 30_000)
+        with socket.socket() as listener, contextlib.suppress(OSError):
+            listener.bind(("127.0.0.1", port))
+            return port
 
 
 def stack_file(folder: Path, pid: int) -> Path:
