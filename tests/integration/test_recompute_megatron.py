@@ -131,7 +131,8 @@ def train(case: Case) -> dict[str, Any]:
             return {
                 "losses": losses if script.is_reporter() else None,
                 "gradients": gradients,
-                "forward": (made.forward, sent.bytes(phase="forward")),
+                # The token counts of a mean loss are sent behind what is recomputed.
+                "forward": (made.forward, sent.bytes(phase="forward") - sent.bytes(method="loss")),
                 "backward": made.backward,
             }
         finally:
