@@ -203,7 +203,8 @@ def page(runs: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _shown_run(run: Mapping[str, Any]) -> str:
-    return f"- {run['date']}: {', '.join(f'{name} {version}' for name, version in run['versions'].items())}"
+    found = ", ".join(f"{name} {version}" for name, version in run["versions"].items())
+    return f"- {run['date']}: {found}; {run['command']}"
 
 
 def _shown(key: Key, runs: Sequence[Mapping[str, Any]], notes: dict[str, int]) -> str:
