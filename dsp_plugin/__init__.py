@@ -19,7 +19,7 @@ from dsp_plugin.layout import Layout
 from dsp_plugin.mask import MaskSpec
 from dsp_plugin.methods import METHODS
 from dsp_plugin.parallelize import Parallelized, parallelize
-from dsp_plugin.plan import Plan, Stage
+from dsp_plugin.plan import Plan, Region, Stage
 
 __version__ = "0.1.0"
 
@@ -33,6 +33,7 @@ __all__ = [
     "Parallelized",
     "PatchError",
     "Plan",
+    "Region",
     "SequenceParallelBatchSampler",
     "SequenceParallelConfig",
     "SequenceParallelConfigError",

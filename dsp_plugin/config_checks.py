@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from dsp_plugin.config import SequenceParallelConfig
 
 # Methods that a plan's stages can use.
-PLANNED = ("dsp", "ulysses")
+PLANNED = ("dsp", "ulysses", "ring", "usp")
 
 
 def check_combination(config: SequenceParallelConfig) -> None:
@@ -129,7 +129,7 @@ def _check_plan(config: SequenceParallelConfig) -> None:
         raise SequenceParallelConfigError(
             setting="plan",
             value=config.plan,
-            why=f"inside a plan's stages runs dsp or ulysses, not {config.method}",
+            why=f"inside a plan's stages runs one of {', '.join(PLANNED)}, not {config.method}",
             remedy="use one of these, or shard the batch",
         )
 

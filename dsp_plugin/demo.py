@@ -21,7 +21,8 @@ from rich.table import Table
 
 from dsp_plugin.errors import UnsupportedError
 from dsp_plugin.methods import METHODS, WireBytes, Workload
-from dsp_plugin.planner.stages import Activation, StageSpec, plan_stages
+from dsp_plugin.planner.moves import Activation
+from dsp_plugin.planner.stages import StageSpec, plan_stages
 
 FIRST_STEPS, FIRST_TOLERANCE, CURVE_TOLERANCE = 3, 1e-6, 1e-3
 

@@ -15,10 +15,13 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
+from typing import Any, Literal
 
 from torch import nn
 
 from dsp_plugin.errors import SequenceParallelConfigError
+from dsp_plugin.pattern import Pattern, parse
+from dsp_plugin.plan_checks import check_plan
 
 
 @dataclass(frozen=True)
@@ -29,21 +32,44 @@ class Stage:
         modules: glob over module names; ``*`` stands for one name, ``**`` for any number of them.
         computes_along: the token dims it mixes tokens along; it treats every other dim as batch.
         tokens: the forward argument that carries the tokens, and comes back as the (first) output.
+        layout: pattern of the tokens as its forward takes and returns them, see `pattern`; ``Plan.tokens`` when None.
         follows: further forward arguments that run along token dims, with their patterns; each is cut to this rank's
-            part of the dim that is sharded while the stage runs. Arguments not named here are used whole.
+            part of the dim that is sharded while the stage runs. Patterns separated by ``|`` are told apart by their
+            number of dims; a tuple or list is cut tensor by tensor. Arguments not named here are used whole.
         attention: glob, relative to the stage's module, of the modules whose `scaled_dot_product_attention` runs along
-            ``computes_along``. With it Ulysses can serve the stage when a dim it computes along is sharded.
+            ``computes_along``. With it Ulysses, a ring or both can serve the stage when a dim it computes along is
+            sharded.
         heads: query heads of that attention, for the planner.
         kv_heads: key/value heads; ``heads`` when None.
+        when: an argument of the plan's root; the stage is left out of forward passes in which it is false.
     """
 
     modules: str
     computes_along: tuple[str, ...]
     tokens: int | str = 0
+    layout: str | None = None
     follows: Mapping[int | str, str] = field(default_factory=dict)
     attention: str | None = None
     heads: int | None = None
     kv_heads: int | None = None
+    when: str | None = None
+
+
+@dataclass(frozen=True)
+class Region:
+    """The module inside which tokens are sharded, where that is not just from the first stage to the last.
+
+    Attributes:
+        module: its name.
+        tokens: the forward argument that is split; the (first) output is gathered.
+        layout: pattern of that argument; ``Plan.tokens`` when None. Its features may differ from those of the stages.
+        leaves: pattern of the output; ``layout`` when None. It may lack dims that the module reduces.
+    """
+
+    module: str
+    tokens: int | str = 0
+    layout: str | None = None
+    leaves: str | None = None
 
 
 @dataclass(frozen=True)
@@ -51,63 +77,66 @@ class Plan:
     """The stages of a model, and the layout of the tokens they hand on.
 
     Tokens are whole on every rank up to the first stage and after the last; between stages a model may only do what
-    treats every token alike.
+    treats every token alike, on the dims that are sharded there.
 
     Attributes:
         tokens: pattern of the activation, one name per dim, features last, as in ``b t s c``.
-        stages: by kind; they run in the order of the model's modules.
-        batch_dim: the name in ``tokens`` that data parallelism shards.
+        stages: by kind.
+        batch_dim: the name in ``tokens`` that data parallelism shards; None makes the batch one more dim to shard.
+        order: in which stages run: ``modules``, that in which the model registers them; or ``layers``, by the numbers
+            that ``*`` stands for, and for the same numbers as listed in ``stages``.
+        inputs: forward arguments of the plan's root, with patterns that tell sizes; ``_`` for what is of no interest.
+        sizes: sizes that no shape tells.
+        buffers: attributes used between stages, by their paths from the root, with patterns; while tokens are sharded
+            they are cut to this rank's part.
+        overrides: attributes, by their paths from the root, that have another value while tokens are sharded.
+        between: the dim that has to be sharded outside of stages; they switch to another one and back.
+        region: where tokens are sharded; from the first stage to the last when None.
     """
 
     tokens: str
     stages: tuple[Stage, ...]
-    batch_dim: str = "b"
+    batch_dim: str | None = "b"
+    order: Literal["modules", "layers"] = "modules"
+    inputs: Mapping[int | str, str] = field(default_factory=dict)
+    sizes: Mapping[str, int] = field(default_factory=dict)
+    buffers: Mapping[str, str] = field(default_factory=dict)
+    overrides: Mapping[str, Any] = field(default_factory=dict)
+    between: str | None = None
+    region: Region | None = None
+
+    @property
+    def dims(self) -> tuple[str, ...]:
+        """The token dims, without the features."""
+        return tuple(self.tokens.split()[:-1])
+
+    @property
+    def features(self) -> str:
+        """The name of the features."""
+        return self.tokens.split()[-1]
+
+    def layout_of(self, stage: Stage) -> Pattern:
+        """How a stage takes and returns the tokens."""
+        return parse(stage.layout or self.tokens)
 
     def __post_init__(self) -> None:
-        names = self.tokens.split()
-        if len(names) != len(set(names)) or len(names) < 3:
-            raise SequenceParallelConfigError(
-                setting="plan.tokens",
-                value=self.tokens,
-                why="expected a distinct name for each dim, features last",
-                remedy='write "b t s c"',
-            )
-        for stage in self.stages:
-            unknown = [dim for dim in stage.computes_along if dim not in names[:-1]]
-            if unknown:
-                raise SequenceParallelConfigError(
-                    setting=f"plan stage {stage.modules!r} computes_along",
-                    value=stage.computes_along,
-                    why=f"{unknown} not among the token dims {names[:-1]} of {self.tokens!r}",
-                    remedy="use the names of plan.tokens",
-                )
-            if stage.attention is not None and stage.heads is None:
-                raise SequenceParallelConfigError(
-                    setting=f"plan stage {stage.modules!r} heads",
-                    why=f"attention={stage.attention!r} is given without its number of heads",
-                    remedy="add heads=..., so that the planner can price Ulysses inside the stage",
-                )
-            for argument, pattern in stage.follows.items():
-                if not set(pattern.split()) & set(names[:-1]):
-                    raise SequenceParallelConfigError(
-                        setting=f"plan stage {stage.modules!r} follows",
-                        value={argument: pattern},
-                        why=f"the pattern names none of the token dims {names[:-1]}, so it would never be cut",
-                        remedy="name every dim of the argument, the token dims as in plan.tokens",
-                    )
-        if not self.stages:
-            raise SequenceParallelConfigError(
-                setting="plan.stages",
-                value=self.stages,
-                why="a plan needs at least one stage",
-                remedy="name the modules that mix tokens",
-            )
+        check_plan(self)
 
 
 PlanSource = Plan | Callable[[nn.Module], Plan]
 
 # Model classes, by qualified name so that nothing is imported before the user does, and where their plans are.
-KNOWN_PLANS: dict[str, str] = {"dsp_plugin.models.video_dit.VideoDiT": "dsp_plugin.models.video_dit_plan:plan"}
+KNOWN_PLANS: dict[str, str] = {
+    "dsp_plugin.models.video_dit.VideoDiT": "dsp_plugin.models.video_dit_plan:plan",
+    "dsp_plugin.models.vit.VisionTransformer": "dsp_plugin.models.vit_plan:plan",
+    "diffusers.models.transformers.latte_transformer_3d.LatteTransformer3DModel": (
+        "dsp_plugin.patches.diffusers.latte:plan"
+    ),
+    "diffusers.models.transformers.transformer_wan.WanTransformer3DModel": "dsp_plugin.patches.diffusers.wan:plan",
+    "transformers.models.timesformer.modeling_timesformer.TimesformerModel": (
+        "dsp_plugin.patches.transformers.timesformer:plan"
+    ),
+}
 
 
 def resolve_plan(module: nn.Module, reference: str | None) -> tuple[nn.Module, Plan]:
@@ -123,9 +152,10 @@ def resolve_plan(module: nn.Module, reference: str | None) -> tuple[nn.Module, P
     if reference is not None:
         return module, _load(module, reference)
     for part in module.modules():
-        name = f"{type(part).__module__}.{type(part).__qualname__}"
-        if name in KNOWN_PLANS:
-            return part, _load(part, KNOWN_PLANS[name])
+        for kind in type(part).__mro__:
+            known = KNOWN_PLANS.get(f"{kind.__module__}.{kind.__qualname__}")
+            if known is not None:
+                return part, _load(part, known)
     raise SequenceParallelConfigError(
         setting="plan",
         why=f"no plan is known for {type(module).__module__}.{type(module).__qualname__}; known are "

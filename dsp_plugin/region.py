@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import inspect
 import itertools
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -19,17 +19,22 @@ from dsp_plugin.config import SequenceParallelConfig
 from dsp_plugin.errors import SequenceParallelConfigError
 from dsp_plugin.groups import SequenceParallelGroups
 from dsp_plugin.layout import Layout, shard_sizes
-from dsp_plugin.methods import attention_of, dsp
+from dsp_plugin.methods import attention_of
 from dsp_plugin.outputs import first_tensor, when_backward_starts
+from dsp_plugin.pattern import Pattern, parse
 from dsp_plugin.plan import Plan, Stage, matching_modules, outermost
-from dsp_plugin.planner.stages import Activation, AttentionShape, StagePlan, StageSpec, plan_stages
+from dsp_plugin.planner.stages import StagePlan, StageRow
 from dsp_plugin.randomness import RegionSeed, RegionVisit
+from dsp_plugin.region_arguments import Arguments
+from dsp_plugin.region_attributes import RegionAttributes
+from dsp_plugin.region_plan import PassSizes, inside_of, planned, sizes_of_inputs
 from dsp_plugin.routing import AttentionRoute
+from dsp_plugin.token_moves import Place, TokenMoves
 
 
 @dataclass(frozen=True)
-class _Placed:
-    """One stage in model order."""
+class Placed:
+    """One stage in the order in which stages run."""
 
     name: str
     module: nn.Module
@@ -38,10 +43,12 @@ class _Placed:
 
 @dataclass(frozen=True)
 class _Pass:
-    """One forward pass: the sizes of its dims, where they are sharded, and its seeds while training."""
+    """One forward pass: the stages that run in it, the sizes of its dims, where they are sharded, and its seeds."""
 
     sizes: dict[str, int]
     stage_plan: StagePlan
+    rows: dict[int, StageRow]
+    moves: TokenMoves
     seed: RegionSeed | None
 
 
@@ -56,10 +63,13 @@ class ShardedRegion:
         self, root: nn.Module, plan: Plan, config: SequenceParallelConfig, groups: SequenceParallelGroups
     ) -> None:
         self._plan, self._config, self._groups = plan, config, groups
-        self._dims = plan.tokens.split()
-        self._placed = _place(root, plan)
+        self._placed = placed_stages(root, plan)
         self._root = root
-        self._plans: dict[tuple[int, ...], StagePlan] = {}
+        self._border = _border_module(root, plan)
+        self._attributes = RegionAttributes(root, plan)
+        self._plans: dict[PassSizes, StagePlan] = {}
+        self._running: list[int] = []
+        self._known: dict[str, int] = {}
         self._last_run: int | None = None
         self._pass: _Pass | None = None
         self._visit: RegionVisit | None = None
@@ -70,59 +80,181 @@ class ShardedRegion:
         return self._pass.stage_plan if self._pass is not None else None
 
     @property
+    def stages(self) -> Sequence[Placed]:
+        """All stages, in the order in which they run."""
+        return self._placed
+
+    @property
     def _now(self) -> _Pass:
         assert self._pass is not None
         return self._pass
 
     def install(self, undo: list[Callable[[], None]]) -> None:
         """Hook the stages, adding to ``undo`` what takes each hook off."""
+        undo.append(self._attributes.restore)
+        undo.append(self._root.register_forward_pre_hook(self._before_all, with_kwargs=True).remove)
+        if self._border is not None:
+            undo.append(self._border.register_forward_pre_hook(self._before_region, with_kwargs=True).remove)
         for index, placed in enumerate(self._placed):
             undo.append(placed.module.register_forward_pre_hook(self._before(index), with_kwargs=True).remove)
             if placed.stage.attention is not None:
-                parts = matching_modules(placed.module, placed.stage.attention, f"plan attention of {placed.name}")
-                for name, part in outermost(parts).items():
-                    route = AttentionRoute(
-                        f"{placed.name}.{name}",
-                        attention_of(self._config, "ulysses"),
-                        self._groups,
-                        self._layout_of(index),
-                        lambda: self._now.seed,
-                    )
-                    undo.append(route.install(part))
-        undo.append(self._placed[-1].module.register_forward_hook(self._after_last).remove)
+                self._route(index, undo)
+            undo.append(placed.module.register_forward_hook(self._after(index)).remove)
+        if self._border is not None:
+            undo.append(self._border.register_forward_hook(self._after_region).remove)
         undo.append(self._root.register_forward_hook(self._after_all).remove)
+        undo.append(self._root.register_forward_hook(self._clean_up, always_call=True).remove)
+
+    def whole_output(self, index: int, x: Tensor) -> Tensor:
+        """What stage ``index`` of the running pass returned, whole on every rank and in its own layout."""
+        place = self._leaves_at(index)
+        pattern = self._plan.layout_of(self._placed[index].stage)
+        return self._now.moves.move(x, pattern, place, None, f"output of {self._placed[index].name}")
+
+    def _route(self, index: int, undo: list[Callable[[], None]]) -> None:
+        placed = self._placed[index]
+        assert placed.stage.attention is not None
+        parts = matching_modules(placed.module, placed.stage.attention, f"plan attention of {placed.name}")
+        for name, part in outermost(parts).items():
+            route = AttentionRoute(
+                f"{placed.name}.{name}",
+                attention_of(self._config, inside_of(self._config).method),
+                self._groups,
+                self._layout_of(index),
+                lambda: self._now.seed,
+            )
+            undo.append(route.install(part))
+
+    def _before_all(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        if _recomputing():
+            return
+        self._attributes.restore()
+        self._last_run = None
+        arguments = Arguments(type(module).__name__, module, args, kwargs)
+        conditions = [placed.stage.when for placed in self._placed]
+        self._running = [
+            index for index, name in enumerate(conditions) if name is None or arguments.get_or_default(name)
+        ]
+        if not self._running:
+            raise SequenceParallelConfigError(
+                setting="plan.stages",
+                why=f"none runs in this forward pass: {', '.join(sorted({str(c) for c in conditions}))} are false",
+                remedy="keep a stage without a condition",
+            )
+        self._known = sizes_of_inputs(self._plan, arguments)
+
+    def _before_region(
+        self, module: nn.Module, args: tuple, kwargs: dict[str, Any]
+    ) -> tuple[tuple, dict[str, Any]] | None:
+        if _recomputing():
+            return None
+        assert self._plan.region is not None
+        region = self._plan.region
+        arguments = Arguments(region.module, module, args, kwargs)
+        x, pattern = arguments.tokens(region.tokens), parse(region.layout or self._plan.tokens)
+        self._enter(x, pattern, module.training)
+        first = self._now.stage_plan.rows[0]
+        place = self._home() or self._place(self._running[0], first)
+        arguments.set(region.tokens, self._now.moves.move(x, pattern, None, place, f"plan.region {region.module}"))
+        self._attributes.override()
+        self._cut_buffers(place)
+        return arguments.args, arguments.kwargs
+
+    def _after_region(self, module: nn.Module, args: tuple, output: Any) -> Any:
+        if _recomputing():
+            return None
+        assert self._plan.region is not None
+        self._leave()
+        self._attributes.restore()
+        region, place = self._plan.region, self._leaves_at(self._running[-1])
+        x, rebuild = first_tensor(output)
+        pattern = parse(region.leaves or region.layout or self._plan.tokens)
+        return rebuild(self._now.moves.move(x, pattern, place, None, f"plan.region {region.module} leaves"))
 
     def _before(self, index: int) -> Callable[..., tuple[tuple, dict[str, Any]]]:
         placed = self._placed[index]
+        pattern = self._plan.layout_of(placed.stage)
+        setting = f"plan layout of {placed.name}"
 
         def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+            arguments = Arguments(placed.name, placed.module, args, kwargs)
             self._check_order(index)
-            arguments = _Arguments(placed, args, kwargs)
-            x = arguments.tokens()
-            if index == 0:
-                self._enter(x, module.training)
-            sharded = self._now.stage_plan.rows[index].sharded
-            arguments.set(placed.stage.tokens, self._move(x, index, sharded))
-            for argument, pattern in placed.stage.follows.items():
+            x = arguments.tokens(placed.stage.tokens)
+            if self._border is None and index == self._running[0]:
+                self._enter(x, pattern, module.training)
+                if not _recomputing():
+                    self._attributes.override()
+            place = self._place(index, self._now.rows[index])
+            arguments.set(placed.stage.tokens, self._now.moves.move(x, pattern, self._found_at(index), place, setting))
+            for argument, text in placed.stage.follows.items():
                 value = arguments.get(argument)
-                if value is not None and sharded in pattern.split():
-                    arguments.set(argument, self._own_part(placed, argument, value, pattern, sharded))
+                if value is not None:
+                    setting_of = f"plan follows of {placed.name}, {argument!r}"
+                    arguments.set(argument, self._own_part(value, text, place, setting_of))
             return arguments.args, arguments.kwargs
 
         return hook
 
+    def _after(self, index: int) -> Callable[..., Any]:
+        placed = self._placed[index]
+        pattern = self._plan.layout_of(placed.stage)
+
+        def hook(module: nn.Module, args: tuple, output: Any) -> Any:
+            last = index == self._running[-1] and self._border is None
+            target = None if last else self._leaves_at(index)
+            if last and not _recomputing():
+                self._leave()
+                self._attributes.restore()
+            elif target is not None:
+                self._cut_buffers(target)
+            here = self._place(index, self._now.rows[index])
+            if target == here:
+                return None
+            x, rebuild = first_tensor(output)
+            return rebuild(self._now.moves.move(x, pattern, here, target, f"plan layout of {placed.name}"))
+
+        return hook
+
+    def _home(self) -> Place | None:
+        """Where tokens have to be outside of stages."""
+        return None if self._plan.between is None else Place(self._plan.between)
+
+    def _place(self, index: int, row: StageRow) -> Place:
+        """Where the tokens are while a stage runs."""
+        return Place(row.sharded, padded=row.inside == "local")
+
+    def _found_at(self, index: int) -> Place | None:
+        """Where the tokens are when they reach a stage."""
+        at = self._running.index(index)
+        if at == 0 and self._border is None:
+            return None
+        if self._home() is not None or at > 0:
+            return self._home() or self._place(self._running[at - 1], self._now.rows[self._running[at - 1]])
+        return self._place(index, self._now.rows[index])
+
+    def _leaves_at(self, index: int) -> Place | None:
+        """Where the tokens are behind a stage; None behind the last, if they are whole there."""
+        if index == self._running[-1] and self._border is None:
+            return None
+        return self._home() or self._place(index, self._now.rows[index])
+
+    def _cut_buffers(self, place: Place) -> None:
+        self._attributes.cut(lambda value, text, setting: self._own_part(value, text, place, setting))
+
     def _check_order(self, index: int) -> None:
         if _recomputing():
             return  # In whatever order the backward pass needs.
-        expected = 0 if self._last_run is None else self._last_run + 1
-        if index not in (0, expected):
+        at = -1 if self._last_run is None else self._running.index(self._last_run)
+        expected = self._running[at + 1] if at + 1 < len(self._running) else None
+        if index != expected:
             names = [placed.name for placed in self._placed]
             raise SequenceParallelConfigError(
                 setting="plan.stages",
                 value=names[index],
-                why=f"it ran where {names[expected] if expected < len(names) else 'no further stage'} was due; stages "
-                f"must run once each, in the order of the model's modules",
-                remedy="register the modules in the order in which forward runs them, one for each run",
+                why=f"it ran where {names[expected] if expected is not None else 'no further stage'} was due; stages "
+                f"must run once each, in the order of plan.order={self._plan.order!r}",
+                remedy='set order to "layers" if forward runs the stages of one layer after the other; else register '
+                "the modules in the order in which forward runs them, one for each run",
             )
         self._last_run = index
 
@@ -132,92 +264,83 @@ class ShardedRegion:
         last, self._last_run = self._last_run, None
         if last is None:
             return
-        if last + 1 != len(self._placed):
+        if last != self._running[-1]:
+            missing = self._running[self._running.index(last) + 1]
             raise SequenceParallelConfigError(
                 setting="plan.stages",
-                value=self._placed[last + 1].name,
+                value=self._placed[missing].name,
                 why="forward ended without it, so the tokens were never made whole again",
-                remedy="plan only modules that every forward pass runs",
+                remedy='plan only modules that every forward pass runs, or name the argument that skips them as "when"',
             )
         # Not at the last stage's output: inside a reentrant checkpoint that has no gradient yet.
         with suppress(SequenceParallelConfigError):
             leading, _ = first_tensor(output)
             when_backward_starts(leading, partial(self._recall, self._now))
 
-    def _enter(self, x: Tensor, training: bool) -> None:
+    def _clean_up(self, module: nn.Module, args: tuple, output: Any) -> None:
+        """Also when forward raised."""
+        if not _recomputing():
+            self._leave()
+            self._attributes.restore()
+            self._last_run = None
+
+    def _enter(self, x: Tensor, pattern: Pattern, training: bool) -> None:
         """Take the sizes of whole tokens, and the plan for them: the same on every rank."""
         if _recomputing():
             if self._now.seed is not None:
                 self._now.seed.apply()
             return
-        if x.dim() != len(self._dims):
-            raise SequenceParallelConfigError(
-                setting="plan.tokens",
-                value=self._plan.tokens,
-                why=f"names {len(self._dims)} dims, but {self._placed[0].name} was given tokens {tuple(x.shape)}",
-                remedy="name every dim of the activation in memory order",
-            )
-        sizes = dict(zip(self._dims, x.shape, strict=True))
-        key = (*x.shape, x.element_size())
+        sizes = pattern.solve(x.shape, self._known, f"tokens of {self._placed[self._running[0]].name}")
+        key = PassSizes(
+            tuple(sorted(sizes.items())),
+            tuple(self._running),
+            tuple(x.shape),
+            x.element_size(),
+            x.requires_grad,
+        )
         if key not in self._plans:
-            features = x.shape[-1]
-            activation = Activation(
-                {dim: sizes[dim] for dim in self._dims[:-1]}, features, x.element_size(), self._plan.batch_dim
+            self._plans[key] = planned(
+                self._plan, self._config, self._groups.sp.size, [self._placed[index] for index in self._running], key
             )
-            specs = [_spec(placed, features) for placed in self._placed]
-            switching = self._config.method == "dsp"
-            self._plans[key] = plan_stages(activation, specs, self._groups.sp.size, switching=switching)
+        stage_plan = self._plans[key]
+        rows = dict(zip(self._running, stage_plan.rows, strict=True))
         self._leave()
         if training and self._groups.sp.size > 1:
             self._visit = RegionVisit(self._groups.sp)
         if torch.is_grad_enabled():
-            meter.count(tokens=prod(x.shape[:-1]))
-        self._pass = _Pass(sizes, self._plans[key], self._visit.seed if self._visit is not None else None)
+            meter.count(tokens=prod(sizes[dim] for dim in self._plan.dims))
+        seed = self._visit.seed if self._visit is not None else None
+        self._pass = _Pass(sizes, stage_plan, rows, TokenMoves(sizes, self._groups), seed)
 
     def _leave(self) -> None:
         visit, self._visit = self._visit, None
         if visit is not None:
             visit.leave()
 
-    def _move(self, x: Tensor, index: int, sharded: str) -> Tensor:
-        """Bring the tokens to where this stage has them sharded."""
-        to_dim = self._dims.index(sharded)
-        if index == 0:
-            return dsp.split(x, to_dim, groups=self._groups)
-        before = self._now.stage_plan.rows[index - 1].sharded
-        if before == sharded:
-            return x
-        return dsp.switch(x, self._dims.index(before), to_dim, length=self._now.sizes[before], groups=self._groups)
-
-    def _after_last(self, module: nn.Module, args: tuple, output: Any) -> Any:
-        if not _recomputing():
-            self._leave()
-        sharded = self._now.stage_plan.rows[-1].sharded
-        x, rebuild = first_tensor(output)
-        dim = self._dims.index(sharded)
-        return rebuild(dsp.gather(x, dim, length=self._now.sizes[sharded], groups=self._groups))
-
     def _recall(self, earlier: _Pass) -> None:
-        self._pass = earlier
+        self._pass, self._running = earlier, list(earlier.rows)
+        if self._plan.overrides:
+            # What is recomputed in this backward pass needs them too.
+            self._attributes.override()
+            torch.autograd.Variable._execution_engine.queue_callback(self._attributes.restore)
 
-    def _own_part(self, placed: _Placed, argument: int | str, value: Any, pattern: str, sharded: str) -> Tensor:
-        names, length = pattern.split(), self._now.sizes[sharded]
-        shape = tuple(value.shape) if isinstance(value, Tensor) else ()
-        if len(shape) != len(names) or shape[names.index(sharded)] != length:
+    def _own_part(self, value: Any, text: str, place: Place, setting: str) -> Any:
+        if isinstance(value, tuple | list):
+            return type(value)(self._own_part(part, text, place, setting) for part in value)
+        if not isinstance(value, Tensor):
             raise SequenceParallelConfigError(
-                setting=f"plan follows of {placed.name}",
-                value={argument: pattern},
-                why=f"its forward was given {shape or type(value).__name__} where {sharded} has {length} entries",
-                remedy="name every dim of the argument, and pass it whole",
+                setting=setting,
+                value=text,
+                why=f"it is a {type(value).__name__}, not a tensor",
+                remedy="name tensors, or tuples of tensors",
             )
-        layout = Layout("contiguous", length, self._groups.sp.size)
-        return layout.shard(value, names.index(sharded), self._groups.sp.rank)
+        return self._now.moves.cut(value, text, place, setting)
 
     def _layout_of(self, index: int) -> Callable[[], Layout | None]:
         stage = self._placed[index].stage
 
         def layout_now() -> Layout | None:
-            row, sizes = self._now.stage_plan.rows[index], self._now.sizes
+            row, sizes = self._now.rows[index], self._now.sizes
             if row.inside == "local":
                 return None
             length, size = sizes[row.sharded], self._groups.sp.size
@@ -229,71 +352,40 @@ class ShardedRegion:
         return layout_now
 
 
-class _Arguments:
-    """A call's arguments, by the position or the name that a plan uses."""
-
-    def __init__(self, placed: _Placed, args: tuple, kwargs: dict[str, Any]) -> None:
-        self.args, self.kwargs = args, kwargs
-        self._names = _parameter_names(placed.module)
-        self._name, self._stage = placed.name, placed.stage
-
-    def tokens(self) -> Tensor:
-        """The tokens of the stage."""
-        argument = self._stage.tokens
-        x = self.get(argument)
-        if not isinstance(x, Tensor):
-            raise SequenceParallelConfigError(
-                setting=f"plan tokens of {self._name}",
-                value=argument,
-                why=f"its forward was given {type(x).__name__} there, not a tensor",
-                remedy=f"name the argument with the tokens, one of {', '.join(self._names)}",
-            )
-        return x
-
-    def get(self, argument: int | str) -> Any:
-        place = self._place(argument)
-        if isinstance(place, int):
-            return self.args[place]
-        return self.kwargs.get(place)
-
-    def set(self, argument: int | str, value: Any) -> None:
-        place = self._place(argument)
-        if isinstance(place, int):
-            self.args = (*self.args[:place], value, *self.args[place + 1 :])
-        else:
-            self.kwargs = {**self.kwargs, place: value}
-
-    def _place(self, argument: int | str) -> int | str:
-        known = argument < len(self._names) if isinstance(argument, int) else argument in self._names
-        if not known:
-            raise SequenceParallelConfigError(
-                setting=f"plan of {self._name}",
-                value=argument,
-                why=f"its forward has no such argument; it takes {', '.join(self._names)}",
-                remedy="name its arguments in tokens and follows",
-            )
-        position = argument if isinstance(argument, int) else self._names.index(argument)
-        return position if position < len(self.args) else self._names[position]
-
-
 def _recomputing() -> bool:
     """Whether a backward pass is running: what runs then is a checkpointed stretch, again."""
     return bool(torch._C._current_graph_task_id() != -1)
 
 
-def _parameter_names(module: nn.Module) -> list[str]:
-    return list(inspect.signature(module.forward).parameters)
+def _border_module(root: nn.Module, plan: Plan) -> nn.Module | None:
+    if plan.region is None:
+        return None
+    found = matching_modules(root, plan.region.module, "plan.region")
+    if len(found) > 1:
+        raise SequenceParallelConfigError(
+            setting="plan.region",
+            value=plan.region.module,
+            why=f"it matches {', '.join(found)}",
+            remedy="name one module",
+        )
+    return next(iter(found.values()))
 
 
-def _place(root: nn.Module, plan: Plan) -> list[_Placed]:
+def placed_stages(root: nn.Module, plan: Plan) -> list[Placed]:
+    """The modules of a plan's stages, in the order in which they run.
+
+    Raises:
+        SequenceParallelConfigError: a glob matches nothing, or a module is matched twice.
+    """
     order = {name: index for index, (name, _) in enumerate(root.named_modules())}
-    placed = [
-        _Placed(name, module, stage)
-        for stage in plan.stages
-        for name, module in matching_modules(root, stage.modules, "plan stage").items()
-    ]
-    placed.sort(key=lambda item: order[item.name])
-    for before, after in itertools.pairwise(placed):
+    placed: list[tuple[tuple, Placed]] = []
+    for kind, stage in enumerate(plan.stages):
+        for name, module in matching_modules(root, stage.modules, "plan stage").items():
+            layer = tuple(int(number) for number in re.findall(r"(?:^|\.)(\d+)(?=\.|$)", name))
+            key = (order[name],) if plan.order == "modules" else (layer, kind, order[name])
+            placed.append((key, Placed(name, module, stage)))
+    by_module = sorted((item for _, item in placed), key=lambda item: order[item.name])
+    for before, after in itertools.pairwise(by_module):
         if f"{after.name}.".startswith(f"{before.name}."):
             raise SequenceParallelConfigError(
                 setting="plan.stages",
@@ -302,13 +394,4 @@ def _place(root: nn.Module, plan: Plan) -> list[_Placed]:
                 f"{before.stage.modules!r}",
                 remedy="match every module by one stage, and no module inside another stage",
             )
-    return placed
-
-
-def _spec(placed: _Placed, features: int) -> StageSpec:
-    stage = placed.stage
-    shape = None
-    if stage.attention is not None:
-        assert stage.heads is not None
-        shape = AttentionShape(stage.heads, stage.kv_heads or stage.heads, features // stage.heads)
-    return StageSpec(placed.name, stage.computes_along, shape)
+    return [item for _, item in sorted(placed, key=lambda pair: pair[0])]

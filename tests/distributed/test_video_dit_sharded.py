@@ -11,7 +11,8 @@ from dsp_plugin import Layout, SequenceParallelConfig, SequenceParallelGroups, l
 from dsp_plugin.comm import all_gather
 from dsp_plugin.models.rectified_flow import RectifiedFlowObjective
 from dsp_plugin.models.video_dit import VideoDiT
-from dsp_plugin.planner.stages import Activation, AttentionShape, StageSpec, plan_stages
+from dsp_plugin.planner.moves import Activation
+from dsp_plugin.planner.stages import AttentionShape, StageSpec, plan_stages
 from dsp_plugin.spawn import spawn
 
 pytestmark = pytest.mark.distributed

@@ -69,7 +69,7 @@ def test_outermost_drops_what_is_inside_another():
         ),
         (
             lambda: Plan("b t s c", (Stage("x", ("s",), follows={"rope": "d"}),)),
-            ["'x' follows={'rope': 'd'}", "['b', 't', 's']", "never be cut"],
+            ["'x' follows 'rope'='d'", "['b', 't', 's']", "never be cut"],
         ),
     ],
 )

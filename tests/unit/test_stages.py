@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise, product
 from math import prod
 
@@ -11,8 +12,10 @@ from hypothesis import strategies as st
 
 from dsp_plugin import SequenceParallelConfigError
 from dsp_plugin.layout import Layout, shard_sizes
-from dsp_plugin.methods import ulysses
-from dsp_plugin.planner.stages import Activation, AttentionShape, StageSpec, attention_workload, plan_stages
+from dsp_plugin.methods import METHODS, ulysses
+from dsp_plugin.pattern import Extra
+from dsp_plugin.planner.moves import Activation, Border
+from dsp_plugin.planner.stages import AttentionShape, Inside, StageSpec, attention_workload, plan_stages
 
 HEADS = AttentionShape(heads=4, kv_heads=4, head_dim=8)
 Score = tuple[int, int]
@@ -201,3 +204,55 @@ def test_one_rank_costs_nothing():
     plan = plan_stages(act, [SPACE, TIME], 1)
     assert plan.total == 0
     assert all(tuple(row.wire) == (0, 0) for row in plan.rows)
+
+
+def test_stages_return_to_the_dim_that_the_code_between_them_needs_and_class_tokens_are_priced():
+    """Timesformer's shape: a class token per sequence, repeated per frame inside the space attention."""
+    act = Activation({"b": 2, "t": 3, "s": 5}, features=4, element_size=4)
+    time = StageSpec("time", ("t",))
+    space = StageSpec("space", ("s",), extras=(Extra(("b", "t", "c"), 1),))
+    border = Border(16, (Extra(("b", "c"), 1),))
+    plan = plan_stages(act, [time, space], 2, between="s", enter=border, leave=border)
+    assert [(row.sharded, row.move) for row in plan.rows] == [("s", "keep"), ("t", "switch s -> t and back")]
+    # s is 3 + 2, t is 2 + 1; a token has 16 bytes and the batch is 2.
+    crossing = 2 * 16 * (3 * 1 + 2 * 2)
+    assert crossing == 2 * 16 * (2 * 2 + 1 * 3)
+    class_tokens = 2 * 16 * 3
+    whole = act.nbytes
+    assert plan.total == whole + (4 * crossing + 2 * class_tokens) + whole
+    assert plan.enter == (0, 2 * 3 * 3 * 16)
+    assert plan.leave == (2 * 3 * 3 * 16, 0)
+    # On rank 0: its rows of s to rank 1's t, and back; its gathered class tokens, and their split's gradient.
+    forward = 2 * 16 * (3 * 1) + 2 * 16 * (2 * 2) + 2 * 16 * 2
+    assert plan.rows[1].wire == (forward, forward)
+    without_gradient = plan_stages(act, [time, space], 2, between="s", enter=Border(16, backward=False), leave=border)
+    assert without_gradient.total == plan.total - whole
+
+
+def test_a_batch_that_may_be_sharded_serves_stages_that_compute_along_everything_else():
+    tied = StageSpec("row", ("r", "c"))
+    column = StageSpec("column", ("r",))
+    sizes = {"r": 4, "c": 6, "b": 4}
+    with pytest.raises(SequenceParallelConfigError, match="no dim can be sharded") as refused:
+        plan_stages(Activation(sizes, 8, 4), [tied, column], 2)
+    assert "batch_dim" in str(refused.value)
+    plan = plan_stages(Activation(sizes, 8, 4, batch_dim=None), [tied, column, tied], 2)
+    assert [row.sharded for row in plan.rows] == ["b", "b", "b"]
+
+
+@pytest.mark.parametrize("method", ["ulysses", "ring", "usp"])
+def test_attention_inside_a_stage_is_priced_by_its_method(method):
+    act = Activation({"b": 2, "l": 10}, features=32, element_size=4)
+    joint = StageSpec("joint", ("l",), HEADS)
+    inside = Inside(method, ulysses_size=2 if method == "usp" else None)
+    plan = plan_stages(act, [joint], 4, switching=False, inside=inside)
+    assert plan.rows[0].inside == method
+    workload = replace(attention_workload(act, joint, 4), ulysses_size=inside.ulysses_size)
+    expected = sum(sum(METHODS[method].wire_bytes(workload, rank)) for rank in range(4))
+    assert plan.total == expected + 2 * 3 * act.nbytes
+
+
+def test_further_tokens_that_every_rank_holds_keep_attention_out_of_a_stage():
+    act = Activation({"b": 1, "s": 8}, features=32, element_size=4)
+    with pytest.raises(SequenceParallelConfigError, match="attend to them P times"):
+        plan_stages(act, [StageSpec("joint", ("s",), HEADS, (Extra(("b",), 1),))], 2)
