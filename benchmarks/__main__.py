@@ -19,13 +19,35 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from benchmarks import attention, balance, convergence, linear_exchange, linear_length, overlap, recompute
+from benchmarks import (
+    attention,
+    balance,
+    convergence,
+    linear_exchange,
+    linear_length,
+    overlap,
+    recompute,
+    space_time,
+    switch_copies,
+    switch_overlap,
+)
 from benchmarks.environment import ROOT, environment
 from benchmarks.result import Result, shown, write_report
 
 BENCHMARKS: dict[str, ModuleType] = {
     module.NAME: module
-    for module in (attention, balance, recompute, overlap, linear_length, linear_exchange, convergence)
+    for module in (
+        attention,
+        balance,
+        recompute,
+        overlap,
+        linear_length,
+        linear_exchange,
+        convergence,
+        space_time,
+        switch_copies,
+        switch_overlap,
+    )
 }
 _QUIET = 0.5
 """Load average above which something else is likely to be running."""

@@ -60,16 +60,53 @@ def exchange(
         return buffer
     _enter("all_to_all", buffer.dtype, send_counts, receive_counts, sender, whole_shapes)
     received = buffer.new_empty(sum(receive_counts))
-    width = buffer.element_size()
     with waiting(buffer.is_cuda):
-        dist.all_to_all_single(
-            received.view(torch.uint8),
-            buffer.view(torch.uint8),
-            [count * width for count in receive_counts],
-            [count * width for count in send_counts],
-            group=axis.group,
-        )
+        _all_to_all(received, buffer, receive_counts, send_counts, axis, start_only=False)
     return received
+
+
+class Exchange:
+    """An all-to-all in rounds, in flight from construction until `wait`. Between two ranks or more.
+
+    The ledger and debug mode take the rounds as one collective.
+
+    Args:
+        buffer: [rounds, ``sum(send_counts)``], contiguous; it must stay unwritten until `wait` returns.
+        received: [rounds, ``sum(receive_counts)``], contiguous: where what arrives is put, unread until then.
+        send_counts: elements for each rank of the axis in every round.
+        receive_counts: elements from each rank in every round.
+        whole_shapes: as for `exchange`.
+    """
+
+    def __init__(
+        self,
+        buffer: Tensor,
+        received: Tensor,
+        send_counts: Sequence[int],
+        receive_counts: Sequence[int],
+        sender: Sender,
+        whole_shapes: Shapes,
+    ) -> None:
+        axis, rounds = sender.axis, buffer.shape[0]
+        assert axis.size > 1
+        assert buffer.shape == (rounds, sum(send_counts))
+        assert received.shape == (rounds, sum(receive_counts))
+        sends, receives = ([rounds * count for count in counts] for counts in (send_counts, receive_counts))
+        _enter("all_to_all", buffer.dtype, sends, receives, sender, whole_shapes)
+        self._buffers = buffer, received
+        self._works = [
+            _all_to_all(received[index], buffer[index], receive_counts, send_counts, axis, start_only=True)
+            for index in range(rounds)
+        ]
+
+    def wait(self) -> None:
+        """Returns once all that was sent and received is done; to be called once."""
+        _wait(self._works, self._buffers[0].is_cuda)
+        for buffer in self._buffers:
+            if buffer.is_cuda:
+                # Its memory belongs to the stream that it was made on, which need not be the one that waits here.
+                buffer.record_stream(torch.cuda.current_stream(buffer.device))
+        del self._buffers, self._works
 
 
 def collect(buffer: Tensor, counts: Sequence[int], sender: Sender, whole_shapes: Shapes = ()) -> list[Tensor]:
@@ -159,6 +196,25 @@ class Collection:
         """The buffer of every rank, in rank order."""
         _wait([self._work], self._sent.is_cuda)
         return self._gathered.chunk(self._parts)
+
+
+def _all_to_all(
+    received: Tensor,
+    buffer: Tensor,
+    receive_counts: Sequence[int],
+    send_counts: Sequence[int],
+    axis: Axis,
+    start_only: bool,
+) -> dist.Work:
+    width = buffer.element_size()
+    return dist.all_to_all_single(
+        received.view(torch.uint8),
+        buffer.view(torch.uint8),
+        [count * width for count in receive_counts],
+        [count * width for count in send_counts],
+        group=axis.group,
+        async_op=start_only,
+    )
 
 
 def _post(sends: list[tuple[int, Tensor]], receives: list[tuple[int, Tensor]], axis: Axis) -> list[dist.Work]:

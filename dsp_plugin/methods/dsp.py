@@ -10,7 +10,7 @@ from math import prod
 from torch import Tensor
 
 from dsp_plugin.comm import collectives
-from dsp_plugin.comm.collectives import Route, all_to_all
+from dsp_plugin.comm.switching import PendingSwitch, Turn
 from dsp_plugin.errors import SequenceParallelConfigError
 from dsp_plugin.groups import SequenceParallelGroups
 from dsp_plugin.layout import Layout, shard_sizes
@@ -20,6 +20,9 @@ from dsp_plugin.methods.method import Method, WireBytes, Workload
 def switch(x: Tensor, from_dim: int, to_dim: int, *, length: int, groups: SequenceParallelGroups) -> Tensor:
     """Move the sharding of ``x`` from one dim to another: one all-to-all, by exact sizes, nothing padded.
 
+    A contiguous ``x`` is copied once, packed or unpacked. One in another order is brought in order first where
+    ``to_dim`` is in front of ``from_dim``, which is a second copy.
+
     Args:
         x: local along ``from_dim``, whole along ``to_dim``; any number of dims.
         from_dim: the dim that is sharded now.
@@ -28,10 +31,26 @@ def switch(x: Tensor, from_dim: int, to_dim: int, *, length: int, groups: Sequen
         groups: the dsp axis is used.
 
     Returns:
-        Whole along ``from_dim``, local along ``to_dim``.
+        Whole along ``from_dim``, local along ``to_dim``. Contiguous where the dims in front of both have no more than
+        `comm.switching.MOST_ROUNDS` entries in all; else dense, with ``from_dim`` outermost in memory.
 
     Raises:
         SequenceParallelConfigError: the dims are the same, or ``x`` is not this rank's shard of ``length``.
+    """
+    return switch_start(x, from_dim, to_dim, length=length, groups=groups).wait()
+
+
+def switch_start(
+    x: Tensor, from_dim: int, to_dim: int, *, length: int, groups: SequenceParallelGroups
+) -> PendingSwitch:
+    """Start a `switch`, of the same arguments, to wait for it after work that does not need its result.
+
+    Returns:
+        Its ``wait()`` is what `switch` returns. See `PendingSwitch` for what happens to gradients, and to a switch that
+        nobody waits for.
+
+    Raises:
+        SequenceParallelConfigError: as `switch`.
     """
     axis = groups.dsp
     from_dim, to_dim = _dim(x, from_dim, "switch from_dim"), _dim(x, to_dim, "switch to_dim")
@@ -43,9 +62,8 @@ def switch(x: Tensor, from_dim: int, to_dim: int, *, length: int, groups: Sequen
             remedy="drop the switch where the next stage can keep the sharded dim",
         )
     _check_local(x, from_dim, length, axis.size, axis.rank)
-    route = Route.even(to_dim, from_dim, x.shape[to_dim], length, axis.size)
-    (out,) = all_to_all((x,), (route,), axis=axis, method="dsp")
-    return out
+    turn = Turn.even(to_dim, from_dim, x.shape[to_dim], length, axis.size)
+    return PendingSwitch(x, turn, axis=axis, method="dsp")
 
 
 def split(x: Tensor, dim: int, *, groups: SequenceParallelGroups) -> Tensor:
