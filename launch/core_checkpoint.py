@@ -1,4 +1,4 @@
-"""Checkpoints of `pretrain_gpt_core`: weights, optimizer, losses and with their number the place in the data.
+"""Checkpoints of `core_training`: weights, optimizer, losses and with their number the place in the data.
 
 Megatron's distributed checkpoints hold whole tensors, so a run goes on with any tensor, pipeline, context and data
 parallel sizes. One is a folder ``step-NNNNNN``, which gets that name when all of it is written: a run that is killed

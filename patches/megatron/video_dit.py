@@ -21,13 +21,14 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from dsp_plugin.comm import meter
-from dsp_plugin.errors import SequenceParallelConfigError, UnsupportedError
-from dsp_plugin.groups import SequenceParallelGroups
 from dsp_plugin.models.video_dit import ConditionEmbedding, TimeEmbedding, space_angles, time_angles, wave
-from dsp_plugin.patches.megatron.attention import check_groups
-from dsp_plugin.patches.megatron.parallel_state import registered_state
-from dsp_plugin.patches.megatron.video_dit_layers import FinalLayer, Place, SpaceTimeLayer, mark_partial
-from dsp_plugin.patches.megatron.video_tokens import Dim, Tokens, sharded_dims
+from dsp_plugin.patches.megatron.grid_tokens import local_tokens, sharded_dims
+from dsp_plugin.patches.megatron.token_layers import Place, mark_partial
+from dsp_plugin.patches.megatron.token_stage import TokenStage, check_no_dropout, check_switching, context_state
+from dsp_plugin.patches.megatron.video_dit_layers import FinalLayer, space_time_layer
+
+# What a block computes along.
+_ALONG = {"space": "s", "time": "t"}
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,7 @@ class VideoShape:
         return rearrange(video_BTIYX, "b t i (r y) (k x) -> b t (r k) (i y x)", y=side, x=side)
 
 
-class ParallelVideoDiT(nn.Module):
+class ParallelVideoDiT(TokenStage):
     """One pipeline stage, or virtual stage, of a `VideoDiT`.
 
     Takes the whole batch on every rank and cuts out this rank's tokens. ``num_layers`` of the configuration is the
@@ -122,27 +123,26 @@ class ParallelVideoDiT(nn.Module):
         post_process: bool = True,
         vp_stage: int | None = None,
     ) -> None:
-        from megatron.core import parallel_state
-        from megatron.core.enums import ModelType
-        from megatron.core.transformer.transformer_block import get_num_layers_to_build
-        from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
-
-        super().__init__()
         check(config)
-        self.config, self.shape, self.positions = config, shape, positions
-        self.pre_process, self.post_process, self.vp_stage = pre_process, post_process, vp_stage
-        # What Megatron's schedules and its `finalize_model_grads` ask of a model.
-        self.model_type = ModelType.encoder_or_decoder
-        self.share_embeddings_and_output_weights = False
-        self.input_tensor: Tensor | None = None
-
-        self.tokens = local_tokens(config, shape)
-        dims = _dims(config, shape, self.tokens)
-        first = get_transformer_layer_offset(config, vp_stage=vp_stage)
-        layers = range(first, first + get_num_layers_to_build(config, vp_stage=vp_stage))
-        # What arrives is sharded as the block before leaves it; the embedded video as the first block wants it.
-        self.arrives, self.leaves = dims[max(2 * first - 1, 0)], dims[-1]
-        self.dims = {str(layer): dims[2 * layer : 2 * layer + 2] for layer in layers}
+        tokens = local_tokens(config, {"t": shape.frames, "s": shape.patches}, {"t": "frames", "s": "patches"})
+        dims = sharded_dims(
+            tokens.sizes,
+            list(_ALONG.values()) * config.num_layers,
+            features=config.hidden_size,
+            element_size=config.params_dtype.itemsize,
+            size=tokens.groups.dsp.size,
+        )
+        super().__init__(
+            config,
+            tokens,
+            dims,
+            # The condition, its own first token, and the vector for norms.
+            rows=shape.caption + 2,
+            pre_process=pre_process,
+            post_process=post_process,
+            vp_stage=vp_stage,
+        )
+        self.shape, self.positions = shape, positions
 
         width = config.hidden_size
         self.turned = width // config.num_attention_heads if positions == "rotary" else width
@@ -153,14 +153,9 @@ class ParallelVideoDiT(nn.Module):
             self.time_embed = TimeEmbedding(width)
             self.condition_embed = ConditionEmbedding(width, vocabulary, text_width)
         # Keyed by the layer's place in the whole model: parameters have one name at any pipeline size.
-        self.blocks = nn.ModuleDict({layer: SpaceTimeLayer(config) for layer in self.dims})
+        self.blocks = nn.ModuleDict({layer: space_time_layer(config) for layer in self.dims})
         if post_process:
             self.final = FinalLayer(config, shape.pixels)
-        self.tp_group = parallel_state.get_tensor_model_parallel_group()
-
-    def set_input_tensor(self, input_tensor: Tensor | list[Tensor | None] | None) -> None:
-        """Takes what the stage before sent, from Megatron's schedule."""
-        self.input_tensor = input_tensor[0] if isinstance(input_tensor, list) else input_tensor
 
     def forward(self, video_BTIYX: Tensor, t_B: Tensor, labels: Tensor) -> Tensor:
         """One stage of the velocity at a noisy video.
@@ -172,7 +167,7 @@ class ParallelVideoDiT(nn.Module):
 
         Returns:
             From the last stage the velocity ``[N, B, K]`` of this rank's tokens, which `local_target` cuts out of a
-            video; else what the next stage takes, ``[N + M + 1, B, C]``.
+            video; else what the next stage takes, ``[N + M + 1, B, C]`` and padding.
 
         Raises:
             ValueError: the batch has another shape than the model was built for.
@@ -188,24 +183,25 @@ class ParallelVideoDiT(nn.Module):
                 meter.count(tokens=self.shape.frames * self.shape.patches * len(video_BTIYX))
             x_NBC, text_MBC, cond_1BC = self._embedded(video_BTIYX, t_B, labels, tables)
         else:
-            assert self.input_tensor is not None, "the schedule hands every later stage an input"
             rows = [self.tokens.count(self.arrives), self.shape.caption + 1, 1]
-            x_NBC, text_MBC, cond_1BC = self.input_tensor.split(rows)
+            x_NBC, text_MBC, cond_1BC = self.received(sum(rows)).split(rows)
         arrives = self.arrives
         for layer, block in self.blocks.items():
-            space, time = (self._place(dim, tables) for dim in self.dims[layer])
-            x_NBC = block(x_NBC, cond_1BC, text_MBC, arrives, space, time)
-            arrives = time.sharded
+            places = [
+                self._place(dim, along, tables) for dim, along in zip(self.dims[layer], _ALONG.values(), strict=True)
+            ]
+            x_NBC = block(x_NBC, arrives, places, cond_1BC, text_MBC)
+            arrives = places[-1].sharded
         if self.post_process:
             y: Tensor = self.final(x_NBC, cond_1BC)
             return y
-        return torch.cat([x_NBC, text_MBC, cond_1BC])
+        return self.handed_on(torch.cat([x_NBC, text_MBC, cond_1BC]))
 
     def local_target(self, video_BTIYX: Tensor) -> Tensor:
         """The tokens ``[N, B, K]`` of a whole video for which the last stage answers on this rank."""
         return self.tokens.cut(self.shape.patchify(video_BTIYX), self.leaves)
 
-    def _tables(self, device: torch.device, dtype: torch.dtype) -> dict[Dim, Tensor]:
+    def _tables(self, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
         """The positions along each dim, of the whole video."""
         count = self.turned // 2
         return {
@@ -213,16 +209,15 @@ class ParallelVideoDiT(nn.Module):
             "t": wave(time_angles(self.shape.frames, count, device)).to(dtype),
         }
 
-    def _place(self, sharded: Dim, tables: dict[Dim, Tensor]) -> Place:
-        if self.positions == "sinusoidal":
-            return Place(self.tokens, sharded, None)
-        if sharded == "t":
-            return Place(self.tokens, sharded, tables["s"])
-        order = torch.tensor(self.tokens.gathered_frames(sharded), device=tables["t"].device)
-        return Place(self.tokens, sharded, tables["t"][order])
+    def _place(self, sharded: str, along: str, tables: dict[str, Tensor]) -> Place:
+        rope = None
+        if self.positions == "rotary":
+            order = torch.tensor(self.tokens.gathered(along, sharded), device=tables[along].device)
+            rope = tables[along][order]
+        return Place(self.tokens, sharded, along, rope)
 
     def _embedded(
-        self, video_BTIYX: Tensor, t_B: Tensor, labels: Tensor, tables: dict[Dim, Tensor]
+        self, video_BTIYX: Tensor, t_B: Tensor, labels: Tensor, tables: dict[str, Tensor]
     ) -> tuple[Tensor, Tensor, Tensor]:
         dtype = self.config.params_dtype
         x_NBC = self.patch_embed(self.tokens.cut(self.shape.patchify(video_BTIYX), self.arrives).to(dtype))
@@ -233,34 +228,6 @@ class ParallelVideoDiT(nn.Module):
             x_NBC = x_NBC + self.tokens.cut(position_BTSC, self.arrives)
         return x_NBC, rearrange(text_BMC, "b m c -> m b c"), cond_BC[None]
 
-    def sharded_state_dict(
-        self,
-        prefix: str = "",
-        sharded_offsets: tuple[tuple[int, int, int], ...] = (),
-        metadata: dict[str, Any] | None = None,
-    ) -> dict[str, Any]:
-        """For Megatron's distributed checkpoints: loads at other tensor, context, pipeline and data parallel sizes."""
-        from megatron.core.transformer.utils import (
-            ensure_metadata_has_dp_cp_group,
-            make_sharded_tensors_for_checkpoint,
-        )
-
-        metadata = ensure_metadata_has_dp_cp_group(metadata)
-        parameters: dict[str, Any] = dict(self.named_parameters())
-        found: dict[str, Any] = make_sharded_tensors_for_checkpoint(
-            parameters,
-            prefix,
-            {
-                name: parameter.partition_dim
-                for name, parameter in parameters.items()
-                if getattr(parameter, "tensor_model_parallel", False)
-            },
-            sharded_offsets,
-            tp_group=self.tp_group,
-            dp_cp_group=metadata["dp_cp_group"],
-        )
-        return found
-
 
 def check(config: Any) -> None:
     """Refuses what the model could not compute or would ignore; the same on every rank, before anything is sent.
@@ -269,75 +236,6 @@ def check(config: Any) -> None:
         SequenceParallelConfigError: context parallelism without ``--sp-method dsp``.
         UnsupportedError: dropout, or recomputation that keeps attention.
     """
-    for setting in ("hidden_dropout", "attention_dropout"):
-        if getattr(config, setting) != 0.0:
-            raise UnsupportedError(
-                setting=setting,
-                value=getattr(config, setting),
-                why="VideoDiT has no dropout, so it would be ignored",
-                remedy="set it to 0",
-            )
-    if config.context_parallel_size == 1:
-        return
-    state = registered_state()
-    if state is None or state.settings.method != "dsp":
-        given = "the plugin is not installed" if state is None else f"--sp-method is {state.settings.method}"
-        raise SequenceParallelConfigError(
-            setting="context_parallel_size",
-            value=config.context_parallel_size,
-            why=f"context-parallel ranks share a video by switching its sharded dim, and {given}",
-            remedy="start the script with `python -m dsp_plugin.launch` and --sp-method dsp",
-        )
-    if state.settings.recompute != "full":
-        raise UnsupportedError(
-            setting="--sp-recompute",
-            value=state.settings.recompute,
-            why="dsp does not look inside attention, so it has none to keep",
-            remedy="drop it; --recompute-granularity full and selective are exact without",
-        )
-    check_groups(state, config, None)
-
-
-def local_tokens(config: Any, shape: VideoShape) -> Tokens:
-    """This rank's place in a video.
-
-    Raises:
-        SequenceParallelConfigError: the sizes of the video do not fit the ranks.
-    """
-    from megatron.core import parallel_state
-
-    state = registered_state()
-    alone = config.context_parallel_size == 1 or state is None or state.groups is None
-    groups = SequenceParallelGroups.single() if alone else state.groups
-    assert groups is not None
-    parts, part = 1, 0
-    if config.sequence_parallel:
-        parts = parallel_state.get_tensor_model_parallel_world_size()
-        part = parallel_state.get_tensor_model_parallel_rank()
-    return Tokens(shape.frames, shape.patches, groups, parts, part)
-
-
-def _dims(config: Any, shape: VideoShape, tokens: Tokens) -> tuple[Dim, ...]:
-    return sharded_dims(
-        shape.frames,
-        shape.patches,
-        layers=config.num_layers,
-        features=config.hidden_size,
-        element_size=config.params_dtype.itemsize,
-        size=tokens.groups.dsp.size,
-    )
-
-
-def pipeline_seq_length(config: Any, shape: VideoShape) -> int:
-    """The ``seq_length`` for Megatron's pipeline schedules, of which they make the shape that crosses a stage's border.
-
-    They divide it by the context-parallel size, and under ``sequence_parallel`` by the tensor-parallel size; the
-    quotient is the rows that this rank's stages hand on. It is another one on ranks with fewer tokens, and the same
-    along the pipeline.
-    """
-    tokens = local_tokens(config, shape)
-    # Every border lies behind a layer, and every layer leaves the same dim sharded.
-    leaves = set(_dims(config, shape, tokens)[1::2])
-    assert len(leaves) == 1, leaves
-    rows = tokens.count(leaves.pop()) + shape.caption + 2
-    return rows * config.context_parallel_size * tokens.parts
+    check_no_dropout(config, "VideoDiT")
+    way = "context-parallel ranks share a video by switching its sharded dim"
+    check_switching(context_state(config, ("dsp",), way))

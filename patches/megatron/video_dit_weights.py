@@ -1,13 +1,14 @@
 """The weights of `VideoDiT` in and out of `ParallelVideoDiT`, at any parallel sizes; both have the same names.
 
 Two kinds of matrices differ in the order of their rows. `VideoDiT` has all queries, then all keys, then all values;
-here every head has its own together, so that tensor parallelism cuts between heads.
+here every head has its own together, so that tensor parallelism cuts between heads. All but `draw` holds for other
+models over `TokenStage` as well, whose plain models name those matrices alike.
 """
 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -75,15 +76,16 @@ def load(model: Any, weights: Mapping[str, Tensor]) -> None:
 
 
 class Drawn(Mapping[str, Tensor]):
-    """The weights of a `VideoDiT` as `draw` makes them, one at a time, for `load`.
+    """The weights of a plain model as drawn one at a time, for `load`.
 
     Args:
-        model: `ParallelVideoDiT`, whose names and shapes are taken.
+        model: `ParallelVideoDiT`, or another, whose names and shapes are taken.
         seed: see `draw`.
+        draw: makes a weight from its name, its shape and the seed.
     """
 
-    def __init__(self, model: Any, seed: int) -> None:
-        self._seed = seed
+    def __init__(self, model: Any, seed: int, draw: Callable[[str, Iterable[int], int], Tensor] = draw) -> None:
+        self._seed, self._draw = seed, draw
         self._shapes: dict[str, list[int]] = {}
         for name, parameter in model.named_parameters():
             shape = list(parameter.shape)
@@ -92,7 +94,7 @@ class Drawn(Mapping[str, Tensor]):
             self._shapes[name] = shape
 
     def __getitem__(self, name: str) -> Tensor:
-        return draw(name, self._shapes[name], self._seed)
+        return self._draw(name, self._shapes[name], self._seed)
 
     def __iter__(self) -> Any:
         return iter(self._shapes)
@@ -120,3 +122,8 @@ def whole(model: Any, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
             tensor = torch.cat(parts, parameter.partition_dim)
         found[name] = by_part(name, tensor, model.config.num_attention_heads)
     return found
+
+
+def whole_gradients(model: Any) -> dict[str, Tensor]:
+    """The reduced gradients of a stage in Megatron's data-parallel wrapper; a collective like `whole`."""
+    return whole(model, {name: parameter.main_grad.clone() for name, parameter in model.named_parameters()})

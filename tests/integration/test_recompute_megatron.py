@@ -100,6 +100,7 @@ def train(case: Case) -> dict[str, Any]:
     from megatron.core.distributed import finalize_model_grads
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 
+    from dsp_plugin.launch import core_training
     from dsp_plugin.launch import pretrain_gpt_core as script
     from dsp_plugin.patches import megatron
 
@@ -129,7 +130,7 @@ def train(case: Case) -> dict[str, Any]:
                         gradients = whole_gradients(script, chunks)
                     optimizer.step()
             return {
-                "losses": losses if script.is_reporter() else None,
+                "losses": losses if core_training.is_reporter() else None,
                 "gradients": gradients,
                 # The token counts of a mean loss are sent behind what is recomputed.
                 "forward": (made.forward, sent.bytes(phase="forward") - sent.bytes(method="loss")),

@@ -1,23 +1,24 @@
-"""A script of the standing worlds: launch/pretrain_video_core.py with an account of what each rank sent.
-
-Writes ``--metrics-out`` as the script does, and beside it ``sent-R.json`` on every rank R: the bytes of switches, and
-those of anything else of ours.
-"""
+"""A script of the standing worlds: launch/pretrain_video_core.py with an account of what each rank sent."""
 
 from __future__ import annotations
 
 import json
 import os
+from types import ModuleType
 
 from dsp_plugin.comm.ledger import ledger
 from dsp_plugin.launch import pretrain_video_core
 
 
-def main() -> None:
-    """Trains under a ledger."""
-    args = pretrain_video_core.parse_args()
+def account(script: ModuleType) -> None:
+    """Trains under a ledger, with a script on `dsp_plugin.launch.core_training`.
+
+    Writes ``--metrics-out`` as the script does, and beside it ``sent-R.json`` on every rank R: the bytes of switches,
+    and those of anything else of ours.
+    """
+    args = script.parse_args()
     with ledger() as log:
-        pretrain_video_core.main()
+        script.main()
     forward = log.bytes(method="dsp", collective="all_to_all", phase="forward")
     backward = log.bytes(method="dsp", collective="all_to_all", phase="backward")
     sent = {"forward": forward, "backward": backward, "other": log.bytes() - forward - backward}
@@ -25,4 +26,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    account(pretrain_video_core)

@@ -6,7 +6,6 @@ first one. The reference is no Megatron at all.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -15,9 +14,8 @@ from typing import Any
 import pytest
 from megatron_runs import ROOT, Run, assert_parity, train
 from standing_world import RunFailure
+from switch_formula import assert_switches
 from video_reference import plain_run
-
-from dsp_plugin.methods.dsp import switch_bytes
 
 VIDEO_SCRIPT = ROOT / "launch" / "pretrain_video_core.py"
 COUNTED_SCRIPT = Path(__file__).with_name("counted_video.py")
@@ -28,7 +26,7 @@ TPSP = f"{TP2} --sequence-parallel"
 FULL, SELECTIVE = "--recompute-granularity full", "--recompute-granularity selective"
 ZERO = "--use-distributed-optimizer"
 DSP = ("--sp-method", "dsp")
-DEPTH, WIDTH, PATCHES, MICROBATCHES, STEPS, ELEMENT = 4, 96, 25, 4, 3, 4
+DEPTH, WIDTH, PATCHES, MICROBATCHES, STEPS = 4, 96, 25, 4, 3
 
 
 def cells(*features: str) -> list[pytest.MarkDecorator]:
@@ -123,24 +121,6 @@ def test_bf16_stays_within_its_own_noise(plain: Callable[..., Run], tmp_path: Pa
     assert max(abs(a - b) for a, b in zip(four.losses, one.losses, strict=True)) <= noise
 
 
-def switched(rank: int, *, tp: int, cp: int, pp: int, parts: int, frames: int, micro_batch: int) -> tuple[int, int]:
-    """What DSP's formula says that a global rank sends, forward and backward; ranks are tp x cp x pp, tp innermost."""
-    cp_rank, stage = rank // tp % cp, rank * pp // (tp * cp * pp)
-    shape = (frames // parts, PATCHES, micro_batch, WIDTH)
-    to_s, to_t = (
-        switch_bytes(shape, source, target, size=cp, rank=cp_rank, element_size=ELEMENT)
-        for source, target in ((0, 1), (1, 0))
-    )
-    layers = DEPTH // pp
-    # The first block of all cuts its tokens out of the video; the last one leaves them where they are.
-    back = layers - (stage == 0)
-    times = STEPS * MICROBATCHES // micro_batch
-    return (
-        times * (layers * to_s.forward + back * to_t.forward),
-        times * (layers * to_s.backward + back * to_t.backward),
-    )
-
-
 @pytest.mark.timeout(400)
 @pytest.mark.parametrize(
     ("ranks", "arguments", "sizes"),
@@ -164,11 +144,15 @@ def test_switches_send_the_bytes_of_the_formula_and_nothing_else(
     argv = arguments.split()
     run = train(tmp_path, ranks, *argv, *DSP, script=COUNTED_SCRIPT, timeout=300)
     assert_parity(run, plain(**model_arguments(argv)))
-    for rank in range(ranks):
-        sent = json.loads((tmp_path / f"sent-{rank}.json").read_text())
-        forward, backward = switched(rank, **{"tp": 1, "pp": 1, "parts": 1, "micro_batch": 1, **sizes})
-        assert forward > 0
-        assert sent == {"forward": forward, "backward": backward, "other": 0}, rank
+    micro_batch = sizes.get("micro_batch", 1)
+    assert_switches(
+        tmp_path,
+        (sizes["frames"] // sizes.get("parts", 1), PATCHES, micro_batch, WIDTH),
+        first=0,
+        layers=DEPTH,
+        times=STEPS * MICROBATCHES // micro_batch,
+        **{name: size for name, size in sizes.items() if name in ("tp", "cp", "pp")},
+    )
 
 
 @pytest.fixture(scope="module")

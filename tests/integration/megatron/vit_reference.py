@@ -1,0 +1,86 @@
+"""The plain `VisionTransformer` in one process, trained on the data of launch/pretrain_vit_core.py, and no Megatron."""
+
+from __future__ import annotations
+
+import torch
+from megatron_runs import Run
+
+from dsp_plugin.launch.shallow_water import VARIABLES, ShallowWater, Weather, batch_of_some_variables
+from dsp_plugin.models.vit import VisionTransformer
+from dsp_plugin.models.vit_objective import VitObjective
+from dsp_plugin.patches.megatron.vit_weights import draw
+
+SEED, BATCH, STEPS = 1234, 4, 3
+# Two samples of each weather, so that every step trains on the same four.
+WEATHERS, SAMPLES, HOURS = 2, 2, 3.0
+
+
+def plain_run(
+    *,
+    attention: str = "axial",
+    rows: int,
+    columns: int,
+    registers: int = 0,
+    classify: bool = False,
+    lead_time: bool = False,
+    times: int = 1,
+    micro_batch: int = 1,
+    depth: int = 4,
+    width: int = 64,
+    heads: int = 4,
+    patch: int = 2,
+    dumped: int = 0,
+) -> Run:
+    """Three steps of Adam, gradients clipped to norm 1; those of step `dumped` are kept.
+
+    Every micro-batch has variables of its own, and a step has the mean of their losses.
+    """
+    model = VisionTransformer(
+        len(VARIABLES),
+        (patch, patch) if times == 1 else (1, patch, patch),
+        width=width,
+        heads=heads,
+        depth=depth,
+        attention=attention,  # type: ignore[arg-type]
+        registers=registers,
+        classes=WEATHERS if classify else 0,
+        lead_time=lead_time,
+    )
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(draw(name, parameter.shape, SEED))
+    water = ShallowWater(rows, columns)
+    weather = Weather(water, WEATHERS, SAMPLES * times + 1, HOURS, seed=SEED)
+    objective = VitObjective(model, torch.from_numpy(water.latitudes))
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    losses: list[float] = []
+    gradients: dict[str, torch.Tensor] = {}
+    for step in range(STEPS):
+        parts = []
+        for first in range(0, BATCH, micro_batch):
+            samples = [sample_of(weather, times * index, times) for index in range(first, first + micro_batch)]
+            batch = batch_of_some_variables(samples)
+            if lead_time:
+                batch["lead_time"] = torch.full((micro_batch,), HOURS / 24)
+            if classify:
+                batch["label"] = torch.stack([sample["index"] for sample in samples]) // (SAMPLES * times)
+            parts.append(objective(**batch))
+        loss = torch.stack(parts).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        losses.append(loss.item())
+        if step == dumped:
+            gradients = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+    return Run(losses, gradients, "")
+
+
+def sample_of(weather: Weather, first: int, times: int) -> dict[str, torch.Tensor]:
+    """One moment, or several as a dim of the grid."""
+    if times == 1:
+        return weather[first]
+    moments = [weather[moment] for moment in range(first, first + times)]
+    names = ("fields", "target")
+    stacked = {name: torch.stack([moment[name] for moment in moments], dim=1) for name in names}
+    return {**stacked, "index": moments[0]["index"]}
