@@ -1,23 +1,19 @@
-"""The command line: `dsp-plugin doctor`, `verify` and `demo`."""
+"""The command line: `dsp-plugin doctor`, `verify`, `plan-stages` and `demo`."""
 
 from __future__ import annotations
 
-import json
 import math
-import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
+from dsp_plugin import cli_dryrun, cli_plans
 from dsp_plugin import doctor as findings
+from dsp_plugin.cli_output import FAILED, AsJson, new_console, one_of, print_json, print_table, user_errors
 from dsp_plugin.config import SequenceParallelConfig
 from dsp_plugin.errors import SequenceParallelConfigError, UnsupportedError
 from dsp_plugin.kernels.linear import DECAYS
@@ -28,7 +24,6 @@ from dsp_plugin.verification.cases import DTYPES, Case, default_cases, refusal
 from dsp_plugin.verification.report import HALF_PRECISION_FACTOR, HALF_PRECISION_FLOOR, TOLERANCES, CaseResult
 from dsp_plugin.verification.world import check_world, device_kind, speaks, verify_cases
 
-FAILED, REFUSED = 1, 2
 _HEADERS = [
     "case",
     "out\nerror",
@@ -38,9 +33,6 @@ _HEADERS = [
     "backward\nbytes\n/formula",
     "ok",
 ]
-# Headers of the columns that hold prose, which may wrap.
-_PROSE = ("case", "of", "note", "why", "why not", "device")
-_PROSE_WIDTH = 10
 
 app = typer.Typer(
     help="Exact sequence parallelism for DeepSpeed and Megatron-core.",
@@ -50,7 +42,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]
+cli_plans.register(app)
+cli_dryrun.register(app)
 
 
 @app.command()
@@ -66,7 +59,7 @@ def doctor(
     as_json: AsJson = False,
 ) -> None:
     """Show versions, devices, kernels, and which methods are legal for a model."""
-    with _user_errors(as_json):
+    with user_errors(as_json):
         if (world_size is None) != (heads is None) or (world_size is None and (kv_heads is not None or tp > 1)):
             raise SequenceParallelConfigError(
                 setting="--world-size and --heads",
@@ -84,14 +77,14 @@ def doctor(
         }
         if legal is not None:
             found["methods"] = [{**asdict(row), "legal": row.reason is None} for row in legal]
-        _print_json(found)
+        print_json(found)
         return
-    console = _console()
+    console = new_console()
     rows = [[row.name, row.version or "not found", row.supported or "", row.note] for row in findings.software()]
-    _table(console, "Software", ["package", "version", "supported", "note"], rows)
-    _table(console, "Devices", ["device"], [[device] for device in findings.devices()])
+    print_table(console, "Software", ["package", "version", "supported", "note"], rows)
+    print_table(console, "Devices", ["device"], [[device] for device in findings.devices()])
     rows = [[row.name, "yes" if row.available else "no", row.version or "", row.reason] for row in findings.kernels()]
-    _table(console, "Kernels, in order of preference", ["kernel", "usable", "version", "why"], rows)
+    print_table(console, "Kernels, in order of preference", ["kernel", "usable", "version", "why"], rows)
     if legal is None:
         console.print(
             "Give --world-size and --heads (and --kv-heads, --tp) to see which methods are legal.", soft_wrap=True
@@ -99,7 +92,7 @@ def doctor(
         return
     rows = [[row.method, str(row.size), "no" if row.reason else "yes", row.reason or ""] for row in legal]
     title = f"Methods on {world_size} ranks, tensor parallel {tp}, heads {heads}, kv heads {kv_heads or heads}"
-    _table(console, title, ["method", "size", "legal", "why not"], rows)
+    print_table(console, title, ["method", "size", "legal", "why not"], rows)
 
 
 @app.command()
@@ -136,7 +129,7 @@ def verify(
     What is not given varies: masks, head counts, layouts, decays and exchanges. Ranks are spawned on this machine;
     under torchrun its world is used. Exit status: 0 all equal, 1 something is not, 2 the request is illegal.
     """
-    with _user_errors(as_json):
+    with user_errors(as_json):
         config = SequenceParallelConfig(method=method, size=size)
         check_world(config)
         fixed = {
@@ -145,9 +138,9 @@ def verify(
             "length": seq,
             "batch": batch,
             "head_dim": head_dim,
-            "dtype": DTYPES[_one_of("--dtype", dtype, DTYPES)],
+            "dtype": DTYPES[one_of("--dtype", dtype, DTYPES)],
             "mask": mask,
-            "layout": layout and _one_of("--layout", layout, LAYOUTS),
+            "layout": layout and one_of("--layout", layout, LAYOUTS),
             "kernel": kernel,
             "decay": decay,
             "exchange": exchange,
@@ -160,7 +153,7 @@ def verify(
     results = [next(ran) if case in legal else CaseResult(case, refused=refusal(case)) for case in cases]
     failed = any(result.refused is None and not result.ok for result in results)
     if speaks():
-        _print_json(_verify_json(method, size, results)) if as_json else _show_results(method, size, results)
+        print_json(_verify_json(method, size, results)) if as_json else _show_results(method, size, results)
     raise typer.Exit(FAILED if failed else 0)
 
 
@@ -212,9 +205,9 @@ def _number(value: float) -> float | str:
 
 
 def _show_results(method: str, size: int, results: Sequence[CaseResult]) -> None:
-    console = _console()
+    console = new_console()
     ran = [result for result in results if result.refused is None]
-    _table(console, f"{method} on {size} ranks", _HEADERS, [_row(result) for result in ran])
+    print_table(console, f"{method} on {size} ranks", _HEADERS, [_row(result) for result in ran])
     for result in ran:
         for line in result.failures():
             console.print(f"FAILED {result.case.describe()}: {line}", soft_wrap=True)
@@ -252,34 +245,9 @@ def demo(
     """Train with real DeepSpeed and real Megatron-core, sharded and unsharded, and compare."""
     from dsp_plugin import demo as jobs
 
-    with _user_errors():
-        ok = jobs.run(output, jobs.Video(video_steps), jobs.Text(text_steps), _console())
+    with user_errors():
+        ok = jobs.run(output, jobs.Video(video_steps), jobs.Text(text_steps), new_console())
     raise typer.Exit(0 if ok else FAILED)
-
-
-@contextmanager
-def _user_errors(as_json: bool = False) -> Iterator[None]:
-    """What the user got wrong is one line and exit status 2, not a traceback."""
-    try:
-        yield
-    except (SequenceParallelConfigError, UnsupportedError) as error:
-        if speaks():
-            typer.echo(f"error: {error}", err=True)
-            if as_json:
-                _print_json({"ok": False, "error": str(error)})
-        raise typer.Exit(REFUSED) from None
-
-
-def _one_of(option: str, value: str, known: Sequence[str] | dict[str, Any]) -> str:
-    if value in known:
-        return value
-    nearest = get_close_matches(value, list(known), n=1)
-    raise SequenceParallelConfigError(
-        setting=option,
-        value=value,
-        why="unknown" + (f", the nearest is {nearest[0]!r}" if nearest else ""),
-        remedy=f"use one of {', '.join(known)}",
-    )
 
 
 def _grid(text: str) -> tuple[int, ...]:
@@ -289,37 +257,6 @@ def _grid(text: str) -> tuple[int, ...]:
             setting="--grid", value=text, why="not two or more sizes", remedy="write 5x9 for 5 frames of 9 patches"
         )
     return tuple(map(int, parts))
-
-
-def _console() -> Console:
-    """Plain text as wide as it needs to be when not on a terminal."""
-    if sys.stdout.isatty():
-        return Console(highlight=False, markup=False)
-    return Console(highlight=False, markup=False, force_terminal=False, color_system=None, width=10_000)
-
-
-def _table(console: Console, title: str, headers: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Prose and headers may wrap on a narrow terminal, numbers never do."""
-    table, needed = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0)), 0
-    for header, *cells in zip(headers, *rows, strict=True):
-        prose = header in _PROSE
-        table.add_column(header, no_wrap=not prose, overflow="fold")
-        needed += 2 + (_PROSE_WIDTH if prose else max(map(len, [*cells, *header.split("\n")])))
-    console.width = max(console.width, needed)
-    for row in rows:
-        table.add_row(*row)
-    console.print(title, style="bold")
-    if console.is_terminal:
-        console.print(table)
-    else:
-        with console.capture() as text:
-            console.print(table)
-        typer.echo("\n".join(line.rstrip() for line in text.get().splitlines()))
-    console.print()
-
-
-def _print_json(value: Any) -> None:
-    typer.echo(json.dumps(value, indent=2))
 
 
 if __name__ == "__main__":

@@ -41,7 +41,7 @@ def run(*arguments: str) -> Any:
 def test_help_names_every_command() -> None:
     shown = run("--help")
     assert shown.exit_code == 0
-    assert all(command in shown.stdout for command in ("doctor", "verify", "demo"))
+    assert all(command in shown.stdout for command in ("doctor", "verify", "plan-stages", "demo"))
 
 
 def test_doctor_shows_versions_devices_and_kernels_as_plain_text() -> None:
@@ -246,7 +246,7 @@ def test_a_pass_is_a_plain_table_that_splits_no_number(monkeypatch: pytest.Monke
 def test_a_narrow_terminal_wraps_words_and_no_numbers(monkeypatch: pytest.MonkeyPatch, width: int, sent: int) -> None:
     screen = io.StringIO()
     console = Console(file=screen, force_terminal=True, width=width, color_system=None, markup=False)
-    monkeypatch.setattr(cli, "_console", lambda: console)
+    monkeypatch.setattr(cli, "new_console", lambda: console)
     answer_with(monkeypatch, forward=sent, formula=sent)
     assert run(*ULYSSES, "--size", "2", "--mask", "causal", "--layout", "zigzag").exit_code == 0
     shown = screen.getvalue()

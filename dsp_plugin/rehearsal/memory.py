@@ -1,0 +1,194 @@
+"""Which bytes are alive when: of tensors by watching operators, of real ones by what the CPU allocator reports as well.
+
+The two instruments share nothing. `StorageTracker` sees the results of operators, real or fake, and when they die.
+`AllocatorLog` reads torch's profiler, which the allocator tells of every allocation, those inside kernels included.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Collection, Iterable
+from typing import Any, NamedTuple, Self
+
+import torch
+from torch import Tensor, nn
+from torch._C._profiler import _ExtraFields_Allocation
+from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from dsp_plugin.outputs import first_tensor
+
+
+class Memory(NamedTuple):
+    """Bytes on one rank.
+
+    Attributes:
+        parameters: of parameters and buffers.
+        inputs: of the batch.
+        gradients: of the parameters, as they are at the end of the backward pass.
+        activations: at most, of all else: what forward keeps for backward, and what operators return on the way.
+        peak: at most, of activations and gradients together; less than their sum where activations die as gradients
+            come.
+    """
+
+    parameters: int
+    inputs: int
+    gradients: int
+    activations: int
+    peak: int
+
+
+class Timeline:
+    """Allocations in order; each has a key of its own."""
+
+    def __init__(self) -> None:
+        self._sizes: list[int] = []
+        self._changes: list[tuple[int, int]] = []
+
+    def allocate(self, nbytes: int) -> int:
+        """Returns the key to free it by."""
+        key = len(self._sizes)
+        self._sizes.append(nbytes)
+        self._changes.append((key, nbytes))
+        return key
+
+    def free(self, key: int) -> None:
+        """The end of an allocation."""
+        self._changes.append((key, -self._sizes[key]))
+
+    def peak(self, without: Collection[int] = ()) -> int:
+        """The most bytes alive at any time above those at the start, without those of the keys ``without``."""
+        alive = most = 0
+        for key, change in self._changes:
+            if key not in without:
+                alive += change
+                most = max(most, alive)
+        return most
+
+
+class StorageTracker(TorchDispatchMode):
+    """Follows the storages that operators make while it is entered; views share one, and count once.
+
+    Args:
+        operator: called in place of the operator itself, for what a subclass of runs must do otherwise.
+    """
+
+    def __init__(self, operator: Callable[..., Any] | None = None) -> None:
+        super().__init__()
+        self.timeline = Timeline()
+        self._operator = operator
+        self._known: dict[int, _Known] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        for tensor in tensors_in((args, kwargs)):
+            # What was there before this was entered is none of its business.
+            self._see(tensor, counted=False)
+        result = func(*args, **kwargs) if self._operator is None else self._operator(func, args, kwargs)
+        for tensor in tensors_in(result):
+            self._see(tensor, counted=True)
+        return result
+
+    def keys_of(self, tensors: Iterable[Tensor]) -> set[int]:
+        """The keys in the timeline of the tensors' storages."""
+        known = [self._known.get(tensor.untyped_storage()._cdata) for tensor in tensors]
+        return {each.key for each in known if each is not None and each.key is not None}
+
+    def _see(self, tensor: Tensor, counted: bool) -> None:
+        storage = tensor.untyped_storage()
+        address = storage._cdata
+        if address in self._known:
+            return
+        key = self.timeline.allocate(storage.nbytes()) if counted else None
+
+        def forget(_: Any) -> None:
+            del self._known[address]
+            if key is not None:
+                self.timeline.free(key)
+
+        self._known[address] = _Known(weakref.ref(storage, forget), key)
+
+
+class _Known(NamedTuple):
+    storage: weakref.ref[Any]
+    key: int | None
+
+
+class AllocatorLog:
+    """What the CPU allocator reported while this was entered."""
+
+    def __init__(self) -> None:
+        self.timeline = Timeline()
+        self._profile = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
+        self._latest: dict[int, int] = {}
+
+    def __enter__(self) -> Self:
+        self._profile.__enter__()
+        return self
+
+    def __exit__(self, *failure: Any) -> None:
+        self._profile.__exit__(*failure)
+        if failure[0] is None:
+            self._read()
+
+    def keys_of(self, tensors: Iterable[Tensor]) -> set[int]:
+        """The keys in the timeline of the tensors' memory."""
+        return {self._latest[address] for tensor in tensors if (address := _address(tensor)) in self._latest}
+
+    def _read(self) -> None:
+        profiler = self._profile.profiler
+        assert profiler is not None
+        results = profiler.kineto_results
+        assert results is not None
+        pending, events = list(results.experimental_event_tree()), []
+        while pending:
+            event = pending.pop()
+            pending.extend(event.children)
+            if isinstance(event.extra_fields, _ExtraFields_Allocation):
+                events.append((event.start_time_ns, event.extra_fields))
+        changes = [change for _, change in sorted(events, key=lambda event: event[0])]
+        alive = changes[0].total_allocated - changes[0].alloc_size if changes else 0
+        for change in changes:
+            # The allocator's total also knows of what other threads freed, such as gloo's, which have no profiler.
+            before = change.total_allocated - change.alloc_size
+            self.timeline.allocate(before - alive)
+            alive = change.total_allocated
+            if change.alloc_size > 0:
+                self._latest[change.ptr] = self.timeline.allocate(change.alloc_size)
+            elif change.ptr in self._latest:
+                self.timeline.free(self._latest.pop(change.ptr))
+
+
+def _address(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+def tensors_in(tree: Any) -> list[Tensor]:
+    """The tensors in nested tuples, lists and dicts."""
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+def step(module: nn.Module, kwargs: dict[str, Any], backward: bool) -> None:
+    """One forward pass and, if asked for, its backward pass from a gradient of the whole output."""
+    output = module(**kwargs)
+    if backward:
+        leading, _ = first_tensor(output)
+        leading.backward(torch.ones_like(leading))
+
+
+def memory_of(module: nn.Module, kwargs: dict[str, Any], log: StorageTracker | AllocatorLog) -> Memory:
+    """The memory of a `step` that ran while ``log`` was entered."""
+    gradients = [parameter.grad for parameter in module.parameters() if parameter.grad is not None]
+    return Memory(
+        parameters=_nbytes([*module.parameters(), *module.buffers()]),
+        inputs=_nbytes(tensors_in(kwargs)),
+        gradients=_nbytes(gradients),
+        activations=log.timeline.peak(without=log.keys_of(gradients)),
+        peak=log.timeline.peak(),
+    )
+
+
+def _nbytes(tensors: Iterable[Tensor]) -> int:
+    storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in tensors}
+    return sum(storages.values())
