@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from dsp_plugin.errors import SequenceParallelConfigError
+from dsp_plugin.errors import SequenceParallelConfigError, UnsupportedError
 
 
 def when_backward_starts(output: Tensor, recall: Callable[[], None]) -> None:
@@ -45,3 +45,30 @@ def first_tensor(output: Any) -> tuple[Tensor, Callable[[Tensor], Any]]:
         why="expected a tensor, a dict or a tuple that leads with one",
         remedy="return the tensor to be contracted or gathered first",
     )
+
+
+def only_tensor(output: Any, module: str) -> tuple[Tensor, Callable[[Tensor], Any]]:
+    """As `first_tensor`, of a module that must return no other tensor, since that would stay a rank's own part.
+
+    Args:
+        module: its name.
+
+    Raises:
+        UnsupportedError: it returned further tensors.
+    """
+    found = first_tensor(output)
+    parts = list(output.values()) if isinstance(output, dict) else output
+    if isinstance(parts, tuple | list) and _count(parts) > 1:
+        raise UnsupportedError(
+            setting=f"output of {module}",
+            value=type(output).__name__,
+            why=f"it holds {_count(parts)} tensors, of which only the leading one is made whole again",
+            remedy="ask the model for no hidden states and no attention weights",
+        )
+    return found
+
+
+def _count(value: Any) -> int:
+    if isinstance(value, tuple | list):
+        return sum(_count(part) for part in value)
+    return int(isinstance(value, Tensor))

@@ -201,7 +201,7 @@ def parse(text: str, setting: str = "pattern") -> Pattern:
 
 def alternative(text: str, ndim: int, setting: str) -> Pattern | None:
     """Of patterns separated by ``|`` the one for tensors of ``ndim`` dims; None if there is none."""
-    patterns = [parse(part, setting) for part in text.split("|")]
+    patterns = [parse(part.strip(), setting) for part in text.split("|")]
     return next((pattern for pattern in patterns if len(pattern.groups) == ndim), None)
 
 

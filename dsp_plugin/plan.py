@@ -133,6 +133,9 @@ KNOWN_PLANS: dict[str, str] = {
         "dsp_plugin.patches.diffusers.latte:plan"
     ),
     "diffusers.models.transformers.transformer_wan.WanTransformer3DModel": "dsp_plugin.patches.diffusers.wan:plan",
+    "diffusers.models.transformers.cogvideox_transformer_3d.CogVideoXTransformer3DModel": (
+        "dsp_plugin.patches.diffusers.cogvideox:plan"
+    ),
     "transformers.models.timesformer.modeling_timesformer.TimesformerModel": (
         "dsp_plugin.patches.transformers.timesformer:plan"
     ),

@@ -9,7 +9,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from math import prod
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -20,14 +20,15 @@ from dsp_plugin.errors import SequenceParallelConfigError
 from dsp_plugin.groups import SequenceParallelGroups
 from dsp_plugin.layout import Layout, shard_sizes
 from dsp_plugin.methods import attention_of
-from dsp_plugin.outputs import first_tensor, when_backward_starts
+from dsp_plugin.outputs import first_tensor, only_tensor, when_backward_starts
 from dsp_plugin.pattern import Pattern, parse
 from dsp_plugin.plan import Plan, Stage, matching_modules, outermost
 from dsp_plugin.planner.stages import StagePlan, StageRow
 from dsp_plugin.randomness import RegionSeed, RegionVisit
 from dsp_plugin.region_arguments import Arguments
 from dsp_plugin.region_attributes import RegionAttributes
-from dsp_plugin.region_plan import PassSizes, inside_of, planned, sizes_of_inputs
+from dsp_plugin.region_plan import PassSizes, border_module, inside_of, planned, sizes_of_inputs
+from dsp_plugin.region_randomness import check_random_layers
 from dsp_plugin.routing import AttentionRoute
 from dsp_plugin.token_moves import Place, TokenMoves
 
@@ -65,14 +66,18 @@ class ShardedRegion:
         self._plan, self._config, self._groups = plan, config, groups
         self._placed = placed_stages(root, plan)
         self._root = root
-        self._border = _border_module(root, plan)
+        self._border = border_module(root, plan)
         self._attributes = RegionAttributes(root, plan)
         self._plans: dict[PassSizes, StagePlan] = {}
-        self._running: list[int] = []
-        self._known: dict[str, int] = {}
+        self._running = list(range(len(self._placed)))
+        self._known = dict(plan.sizes)
         self._last_run: int | None = None
         self._pass: _Pass | None = None
         self._visit: RegionVisit | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        # A copy of the model, such as one of averaged weights, is sharded by the same groups.
+        return self
 
     @property
     def stage_plan(self) -> StagePlan | None:
@@ -129,6 +134,7 @@ class ShardedRegion:
         if _recomputing():
             return
         self._attributes.restore()
+        self._attributes.bind(module)
         self._last_run = None
         arguments = Arguments(type(module).__name__, module, args, kwargs)
         conditions = [placed.stage.when for placed in self._placed]
@@ -167,7 +173,7 @@ class ShardedRegion:
         self._leave()
         self._attributes.restore()
         region, place = self._plan.region, self._leaves_at(self._running[-1])
-        x, rebuild = first_tensor(output)
+        x, rebuild = only_tensor(output, region.module)
         pattern = parse(region.leaves or region.layout or self._plan.tokens)
         return rebuild(self._now.moves.move(x, pattern, place, None, f"plan.region {region.module} leaves"))
 
@@ -275,7 +281,7 @@ class ShardedRegion:
         # Not at the last stage's output: inside a reentrant checkpoint that has no gradient yet.
         with suppress(SequenceParallelConfigError):
             leading, _ = first_tensor(output)
-            when_backward_starts(leading, partial(self._recall, self._now))
+            when_backward_starts(leading, partial(self._recall, self._now, module))
 
     def _clean_up(self, module: nn.Module, args: tuple, output: Any) -> None:
         """Also when forward raised."""
@@ -283,6 +289,8 @@ class ShardedRegion:
             self._leave()
             self._attributes.restore()
             self._last_run = None
+            # A part of the root may be called by itself: its sizes are not those of the last call of the root.
+            self._known = dict(self._plan.sizes)
 
     def _enter(self, x: Tensor, pattern: Pattern, training: bool) -> None:
         """Take the sizes of whole tokens, and the plan for them: the same on every rank."""
@@ -306,6 +314,7 @@ class ShardedRegion:
         rows = dict(zip(self._running, stage_plan.rows, strict=True))
         self._leave()
         if training and self._groups.sp.size > 1:
+            check_random_layers(self._root, self._plan, self._placed, rows)
             self._visit = RegionVisit(self._groups.sp)
         if torch.is_grad_enabled():
             meter.count(tokens=prod(sizes[dim] for dim in self._plan.dims))
@@ -317,10 +326,11 @@ class ShardedRegion:
         if visit is not None:
             visit.leave()
 
-    def _recall(self, earlier: _Pass) -> None:
+    def _recall(self, earlier: _Pass, root: nn.Module) -> None:
         self._pass, self._running = earlier, list(earlier.rows)
         if self._plan.overrides:
             # What is recomputed in this backward pass needs them too.
+            self._attributes.bind(root)
             self._attributes.override()
             torch.autograd.Variable._execution_engine.queue_callback(self._attributes.restore)
 
@@ -355,20 +365,6 @@ class ShardedRegion:
 def _recomputing() -> bool:
     """Whether a backward pass is running: what runs then is a checkpointed stretch, again."""
     return bool(torch._C._current_graph_task_id() != -1)
-
-
-def _border_module(root: nn.Module, plan: Plan) -> nn.Module | None:
-    if plan.region is None:
-        return None
-    found = matching_modules(root, plan.region.module, "plan.region")
-    if len(found) > 1:
-        raise SequenceParallelConfigError(
-            setting="plan.region",
-            value=plan.region.module,
-            why=f"it matches {', '.join(found)}",
-            remedy="name one module",
-        )
-    return next(iter(found.values()))
 
 
 def placed_stages(root: nn.Module, plan: Plan) -> list[Placed]:

@@ -34,6 +34,10 @@ class RegionAttributes:
                     remedy="name buffers or parameters",
                 )
 
+    def bind(self, root: nn.Module) -> None:
+        """Work on ``root`` from now on: the model, or a copy of it."""
+        self._root = root
+
     def override(self) -> None:
         """Put the overrides in force."""
         for path, value in self._plan.overrides.items():

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import prod
 from typing import TYPE_CHECKING, NamedTuple
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from dsp_plugin.config import SequenceParallelConfig
 from dsp_plugin.errors import SequenceParallelConfigError
 from dsp_plugin.methods import METHODS
 from dsp_plugin.pattern import Extra, Pattern, parse
-from dsp_plugin.plan import Plan, Stage
+from dsp_plugin.plan import Plan, Stage, matching_modules
 from dsp_plugin.planner.moves import Activation, Border
 from dsp_plugin.planner.stages import AttentionShape, Inside, StagePlan, StageSpec, plan_stages
 from dsp_plugin.region_arguments import Arguments
@@ -59,6 +60,25 @@ def sizes_of_inputs(plan: Plan, arguments: Arguments) -> dict[str, int]:
     return known
 
 
+def border_module(root: nn.Module, plan: Plan) -> nn.Module | None:
+    """The module of the plan's region, if it has one.
+
+    Raises:
+        SequenceParallelConfigError: its name matches no module, or several.
+    """
+    if plan.region is None:
+        return None
+    found = matching_modules(root, plan.region.module, "plan.region")
+    if len(found) > 1:
+        raise SequenceParallelConfigError(
+            setting="plan.region",
+            value=plan.region.module,
+            why=f"it matches {', '.join(found)}",
+            remedy="name one module",
+        )
+    return next(iter(found.values()))
+
+
 def inside_of(config: SequenceParallelConfig) -> Inside:
     """What serves stages that compute along the sharded dim: Ulysses, or with a ring beside it USP."""
     method = config.method
@@ -98,12 +118,17 @@ def planned(
 
 
 def _border(plan: Plan, pattern: Pattern, sizes: dict[str, int], element_size: int, gradient: bool) -> Border:
-    token_bytes = element_size
-    for name in pattern.names:
-        if name not in plan.dims:
-            token_bytes *= int(name) if name.isdecimal() else _size_of(name, sizes)
+    token_bytes, extras = element_size, _extras(pattern, sizes)
+    for group in pattern.groups:
+        features = prod(
+            int(name) if name.isdecimal() else _size_of(name, sizes) for name in group.names if name not in plan.dims
+        )
+        if group.extended and not set(group.names) & set(plan.dims):
+            # Further features of every token, such as logits behind pixels, not tokens of another kind.
+            features, extras = features + sum(extra.count for extra in extras), ()
+        token_bytes *= features
     dims = tuple(name for name in plan.dims if name in pattern.names)
-    return Border(token_bytes, _extras(pattern, sizes), gradient, dims)
+    return Border(token_bytes, extras, gradient, dims)
 
 
 def _spec(plan: Plan, name: str, stage: Stage, features: int, sizes: dict[str, int]) -> StageSpec:

@@ -1,0 +1,96 @@
+"""Layers that draw random numbers while tokens are sharded: refused where every rank would have to draw the same.
+
+Ranks draw other numbers, as they hold other tokens. What they all hold then comes apart: a class token that is whole on
+every rank, or the choice whether a sample keeps a residual branch.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from dsp_plugin.errors import UnsupportedError
+from dsp_plugin.pattern import Pattern, parse
+from dsp_plugin.plan import Plan
+from dsp_plugin.planner.stages import StageRow
+
+if TYPE_CHECKING:
+    from dsp_plugin.region import Placed
+
+_OF_SAMPLES = re.compile("DropPath|StochasticDepth")
+
+
+def check_random_layers(root: nn.Module, plan: Plan, stages: Sequence[Placed], rows: Mapping[int, StageRow]) -> None:
+    """Check one training pass, before anything is sent.
+
+    Args:
+        root: what the plan's names are relative to.
+        rows: of the stages that run, by their index.
+
+    Raises:
+        UnsupportedError: a layer drops whole samples, or features of tokens that every rank holds.
+    """
+    for index, row in rows.items():
+        stage = stages[index]
+        _check(stage.module.named_modules(prefix=stage.name), plan.layout_of(stage.stage), row.sharded)
+    first = plan.layout_of(stages[next(iter(rows))].stage)
+    layout = first if plan.region is None else parse(plan.region.layout or plan.tokens)
+    between = _modules_between(root, plan, stages)
+    for sharded in {plan.between} if plan.between else {row.sharded for row in rows.values()}:
+        _check(between, layout, sharded)
+
+
+def _check(modules: Iterable[tuple[str, nn.Module]], layout: Pattern, sharded: str) -> None:
+    """Modules that run while tokens laid out like this are sharded along a dim."""
+    extended = any(group.extended for group in layout.groups)
+    # Of samples folded with positions, such as (b t), ranks hold other ones.
+    samples_sharded = sharded in layout.groups[0].names
+    for name, module in modules:
+        probability = _probability(module)
+        if probability == 0.0:
+            continue
+        if not _OF_SAMPLES.search(type(module).__name__):
+            if extended and sharded not in layout.extra_names:
+                raise UnsupportedError(
+                    setting=f"dropout of {name}",
+                    value=probability,
+                    why=f"while {sharded} is sharded every rank holds the further tokens of {layout.text!r}, and "
+                    f"would drop other features of them",
+                    remedy="set its p to 0; dropout of attention weights may stay, and what is outside of the region",
+                )
+        elif not samples_sharded:
+            raise UnsupportedError(
+                setting=f"drop path of {name}",
+                value=probability,
+                why=f"it decides for a whole sample, of which every rank holds a part while {sharded} is sharded, and "
+                f"would decide otherwise",
+                remedy="set its probability to 0",
+            )
+
+
+def _modules_between(root: nn.Module, plan: Plan, stages: Sequence[Placed]) -> list[tuple[str, nn.Module]]:
+    """Those of the region, or, without one, of what the stages are in."""
+    if plan.region is not None:
+        around = {plan.region.module}
+    else:
+        around = {stage.name[: dot.start()] for stage in stages for dot in re.finditer(r"\.", stage.name)}
+    inside = tuple(f"{stage.name}." for stage in stages)
+    return [
+        (name, module)
+        for name, module in root.named_modules()
+        if any(name.startswith(f"{part}.") for part in around) and not f"{name}.".startswith(inside)
+    ]
+
+
+def _probability(module: nn.Module) -> float:
+    """That with which it drops something now."""
+    if not module.training:
+        return 0.0
+    if isinstance(module, nn.modules.dropout._DropoutNd):
+        return module.p
+    if _OF_SAMPLES.search(type(module).__name__):
+        return float(getattr(module, "drop_prob", getattr(module, "p", 0.0)) or 0.0)
+    return 0.0

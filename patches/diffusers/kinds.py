@@ -1,0 +1,28 @@
+"""Which model a plan was asked for."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from dsp_plugin.errors import SequenceParallelConfigError
+
+
+def heads_of(module: nn.Module, kind: str, reference: str) -> int:
+    """Attention heads of a diffusers model.
+
+    Args:
+        kind: the name of its class.
+        reference: of the plan that asks, for the error.
+
+    Raises:
+        SequenceParallelConfigError: ``module`` is of another class.
+    """
+    # By name, not by class: the class is the user's to import.
+    if kind not in (known.__name__ for known in type(module).__mro__):
+        raise SequenceParallelConfigError(
+            setting="plan",
+            value=reference,
+            why=f"is the plan of a {kind}, not of a {type(module).__name__}",
+            remedy=f'leave "plan" out: inside of other modules a {kind} is found by its class',
+        )
+    return int(module.config["num_attention_heads"])  # type: ignore[index]

@@ -1,0 +1,82 @@
+"""docs/add-your-model.md, followed: its files are written, its commands run, and what they print is what it shows."""
+
+from __future__ import annotations
+
+import json
+import re
+import runpy
+import shlex
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+from typer.testing import CliRunner
+
+from dsp_plugin import SequenceParallelConfig, cli
+from dsp_plugin.plan import resolve_plan
+from dsp_plugin.spawn import spawn
+
+pytestmark = [pytest.mark.distributed, pytest.mark.timeout(240)]
+
+PAGE = Path(__file__).parents[3] / "docs" / "add-your-model.md"
+
+
+class Block(NamedTuple):
+    language: str
+    text: str
+
+
+BLOCKS = [Block(*found) for found in re.findall(r"^```(\w+)\n(.*?)^```$", PAGE.read_text(), re.MULTILINE | re.DOTALL)]
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The page's Python files, importable here and on spawned ranks."""
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "FORCE_COLOR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    names = []
+    for block in BLOCKS:
+        if block.language == "python":
+            name = block.text.splitlines()[0].removeprefix("# ")
+            (tmp_path / name).write_text(block.text)
+            names.append(Path(name).stem)
+    yield tmp_path
+    for name in names:
+        sys.modules.pop(name, None)
+
+
+def comparable(text: str) -> list[str]:
+    """Lines with errors of rounding, which differ between machines, taken out."""
+    return [re.sub(r"\d\.\de-1\d", "#", line.rstrip()) for line in text.strip().splitlines()]
+
+
+def train(folder: str) -> None:
+    sys.path.insert(0, folder)
+    runpy.run_path(f"{folder}/train.py")
+
+
+def test_the_page_does_what_it_says(folder: Path) -> None:
+    statuses = []
+    for block in BLOCKS:
+        if block.language == "console":
+            command, shown = block.text.removeprefix("$ ").split("\n", 1)
+            program, *arguments = shlex.split(command)
+            assert program == "dsp-plugin"
+            ran = CliRunner().invoke(cli.app, arguments)
+            assert comparable(ran.stdout) == comparable(shown), ran.output
+            statuses.append(ran.exit_code)
+    assert statuses == [1, 0]
+    spawn(train, 2, str(folder), timeout=120.0)
+
+
+def test_the_section_of_the_configuration_is_a_valid_one_and_leads_to_the_plan(folder: Path) -> None:
+    (section,) = [json.loads(block.text)["sequence_parallel"] for block in BLOCKS if block.language == "json"]
+    config = SequenceParallelConfig(**section)
+    import forecaster
+    import forecaster_plan
+
+    module, _ = forecaster.build()
+    assert resolve_plan(module, config.plan) == (module, forecaster_plan.plan)
