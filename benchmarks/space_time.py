@@ -104,8 +104,8 @@ def _notes() -> list[str]:
         "A step is forward and backward, the slowest rank's, medians of repeats in turns. All contenders start from "
         f"the same weights and see the same videos; losses and every gradient agree within {TOLERANCE:g} with those "
         "of one rank, or there would be no table.",
-        "dsp, ulysses and ring are VideoDiT on plain torch, sharded by its plan: they embed whole videos on every "
-        "rank, split tokens before the first block and gather them behind the last, which is in their bytes. ulysses "
+        "dsp, ulysses and ring are VideoDiT on plain torch, sharded by its plan: they split "
+        "pixels in front of the embedding and gather pixels behind the last layer, which is in their bytes. ulysses "
         "keeps frames sharded, ring patches, and they run inside the blocks that compute along these; with the other "
         "dim the bytes are the same, and ring's CPU seconds more. tp-sp is ParallelVideoDiT on Megatron-core with "
         "tensor_model_parallel_size P and sequence_parallel; it cuts tokens out of the video, and has no such border.",

@@ -16,14 +16,14 @@ def sent_bytes_by_formula(contender: str, sizes: Sizes, ranks: int) -> int:
     - A switch or an all-to-all sends (P-1)/P of a shard. DSP switches between any two of the 2 depth blocks, and back.
       Ulysses has 4 all-to-alls around the attention of one block in each layer, and as many back.
     - Ring, in one block of each layer, sends its keys and values to all others in each pass, and their gradients back.
-    - These three split whole tokens and gather them at the end: one all-gather in each pass.
+    - These three split pixels, which sends nothing, and gather pixels at the end: one all-gather.
     - Megatron gathers tokens before, and scatters them behind, self-attention, cross-attention and MLP: 4 collectives
       of (P-1)/P M in both passes, and a 5th to gather once more what the weight's gradient needs. What is left is the
       condition: its modulations are gathered in every block, and at the end.
     """
     tokens = sizes.batch * sizes.frames * sizes.patches * sizes.width * ELEMENT
     shard = tokens // ranks
-    border = 2 * (ranks - 1) * shard
+    border = (ranks - 1) * sizes.batch * sizes.frames * sizes.patches * sizes.pixels * ELEMENT // ranks
     switch = (ranks - 1) * shard // ranks
     if contender == "dsp":
         return border + 2 * (2 * sizes.depth - 1) * switch

@@ -46,6 +46,11 @@ class Sizes:
     batch: int = 1
 
     @property
+    def pixels(self) -> int:
+        """In a patch of one channel."""
+        return PATCH**2
+
+    @property
     def patches(self) -> int:
         """S."""
         return (self.side // PATCH) ** 2

@@ -21,8 +21,8 @@ from rich.table import Table
 
 from dsp_plugin.errors import UnsupportedError
 from dsp_plugin.methods import METHODS, WireBytes, Workload
-from dsp_plugin.planner.moves import Activation
-from dsp_plugin.planner.stages import StageSpec, plan_stages
+from dsp_plugin.planner.moves import Activation, Border
+from dsp_plugin.planner.stages import StagePlan, StageSpec, plan_stages
 
 FIRST_STEPS, FIRST_TOLERANCE, CURVE_TOLERANCE = 3, 1e-6, 1e-3
 
@@ -46,6 +46,11 @@ class Video:
     def patches(self) -> int:
         """S: patches in a frame."""
         return (self.canvas // self.patch) ** 2
+
+    @property
+    def token_bytes(self) -> int:
+        """Of one patch of one channel, in fp32."""
+        return 4 * self.patch**2
 
     def flags(self) -> list[str]:
         """As the script takes them."""
@@ -220,16 +225,14 @@ def _torchrun(ranks: int, command: list[str], environment: dict[str, str], log: 
 def _report_video(output: Path, video: Video, console: Console) -> bool:
     folder = output / "video"
     ok = _compare_losses("video DiT", folder, console)
-    activation = Activation({"b": 1, "t": video.frames, "s": video.patches}, video.width, element_size=4)
-    stages = [StageSpec("space", ("s",)), StageSpec("time", ("t",))] * video.depth
-    rows = plan_stages(activation, stages, video.sequence_ranks).rows
+    plan = _video_plan(video)
 
     console.print("  DSP: bytes leaving the busiest rank for one video, by the formula", soft_wrap=True)
     table = Table()
     for column in ("layer", "space stage", "time stage", "forward", "backward"):
         table.add_column(column, justify="left" if "stage" in column else "right")
     for layer in range(video.depth):
-        space, in_time = rows[2 * layer], rows[2 * layer + 1]
+        space, in_time = plan.rows[1 + 2 * layer], plan.rows[2 + 2 * layer]
         table.add_row(
             str(layer),
             space.move,
@@ -239,7 +242,7 @@ def _report_video(output: Path, video: Video, console: Console) -> bool:
         )
     console.print(table)
     # Uneven shards make each rank's own figure depend on which it is, so what is compared is the sum over the ranks.
-    per_video = _traffic(activation, stages, video.sequence_ranks)
+    per_video = _traffic(plan, video)
     times = {"forward": video.forward_passes(), "backward": video.steps * video.batch}
     console.print("  all ranks, one video:", soft_wrap=True)
     table = _comparison()
@@ -251,19 +254,26 @@ def _report_video(output: Path, video: Video, console: Console) -> bool:
     return ok
 
 
-def _traffic(activation: Activation, stages: list[StageSpec], size: int) -> dict[tuple[str, str, str], int]:
+def _video_plan(video: Video) -> StagePlan:
+    """For one video: tokens are split as pixels, and gathered as pixels after the last stage."""
+    activation = Activation({"b": 1, "t": video.frames, "s": video.patches}, video.width, element_size=4)
+    blocks = [StageSpec("space", ("s",)), StageSpec("time", ("t",))] * video.depth
+    stages = [StageSpec("embed", ()), *blocks, StageSpec("final", ())]
+    enter, leave = Border(video.token_bytes, backward=False), Border(video.token_bytes)
+    return plan_stages(activation, stages, video.sequence_ranks, enter=enter, leave=leave)
+
+
+def _traffic(plan: StagePlan, video: Video) -> dict[tuple[str, str, str], int]:
     """Bytes that all ranks send for one video, by what sends them, the ledger's name for it, and phase."""
-    plan = plan_stages(activation, stages, size)
-    # The last stage's output is gathered forward, the gradient of the first one's input backward.
-    border = activation.nbytes * (size - 1)
+    gathered = video.frames * video.patches * video.token_bytes * (video.sequence_ranks - 1)
     moves = sum(row.move.startswith("switch") for row in plan.rows)
-    switches, rest = divmod(plan.total - 2 * border, 2)
+    switches, rest = divmod(plan.total - gathered, 2)
     assert rest == 0, "a switch sends alike both ways, summed over ranks"
     return {
         (f"{moves} switches", "all_to_all", "forward"): switches,
         (f"{moves} switches", "all_to_all", "backward"): switches,
-        ("gather at the end", "all_gather", "forward"): border,
-        ("split at the start", "all_gather", "backward"): border,
+        ("gather at the end", "all_gather", "forward"): gathered,
+        ("split at the start", "all_gather", "backward"): 0,
     }
 
 

@@ -41,6 +41,9 @@ class Stage:
             sharded.
         heads: query heads of that attention, for the planner.
         kv_heads: key/value heads; ``heads`` when None.
+        takes: pattern of the tokens that its forward takes, where they have other features than stages hand on, such as
+            pixels; of the first stage only.
+        gives: likewise of those that it returns; of the last stage only.
         when: an argument of the plan's root; the stage is left out of forward passes in which it is false.
     """
 
@@ -52,6 +55,8 @@ class Stage:
     attention: str | None = None
     heads: int | None = None
     kv_heads: int | None = None
+    takes: str | None = None
+    gives: str | None = None
     when: str | None = None
 
 
@@ -116,8 +121,16 @@ class Plan:
         return self.tokens.split()[-1]
 
     def layout_of(self, stage: Stage) -> Pattern:
-        """How a stage takes and returns the tokens."""
+        """How a stage takes and returns the tokens that stages hand on."""
         return parse(stage.layout or self.tokens)
+
+    def layout_taken(self, stage: Stage) -> Pattern:
+        """How a stage takes tokens."""
+        return parse(stage.takes) if stage.takes is not None else self.layout_of(stage)
+
+    def layout_given(self, stage: Stage) -> Pattern:
+        """How a stage returns tokens."""
+        return parse(stage.gives) if stage.gives is not None else self.layout_of(stage)
 
     def __post_init__(self) -> None:
         check_plan(self)

@@ -68,6 +68,15 @@ def _check_stage(plan: Plan, stage: Stage) -> None:
             remedy="use the names of plan.tokens",
         )
     _check_layout(f"plan stage {stage.modules!r} layout", stage.layout, (*plan.dims, plan.features))
+    for setting, text in (("takes", stage.takes), ("gives", stage.gives)):
+        _check_layout(f"plan stage {stage.modules!r} {setting}", text, plan.dims)
+        if text is not None and (plan.between is not None or plan.region is not None):
+            raise SequenceParallelConfigError(
+                setting=f"plan stage {stage.modules!r} {setting}",
+                value=text,
+                why="with a region or a dim between stages, tokens are split and gathered around stages, not by them",
+                remedy="describe the border in Region(layout=..., leaves=...)",
+            )
     if stage.attention is not None and stage.heads is None:
         raise SequenceParallelConfigError(
             setting=f"plan stage {stage.modules!r} heads",

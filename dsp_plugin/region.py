@@ -113,7 +113,7 @@ class ShardedRegion:
     def whole_output(self, index: int, x: Tensor) -> Tensor:
         """What stage ``index`` of the running pass returned, whole on every rank and in its own layout."""
         place = self._leaves_at(index)
-        pattern = self._plan.layout_of(self._placed[index].stage)
+        pattern = self._plan.layout_given(self._placed[index].stage)
         return self._now.moves.move(x, pattern, place, None, f"output of {self._placed[index].name}")
 
     def _route(self, index: int, undo: list[Callable[[], None]]) -> None:
@@ -179,7 +179,7 @@ class ShardedRegion:
 
     def _before(self, index: int) -> Callable[..., tuple[tuple, dict[str, Any]]]:
         placed = self._placed[index]
-        pattern = self._plan.layout_of(placed.stage)
+        pattern = self._plan.layout_taken(placed.stage)
         setting = f"plan layout of {placed.name}"
 
         def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
@@ -203,7 +203,7 @@ class ShardedRegion:
 
     def _after(self, index: int) -> Callable[..., Any]:
         placed = self._placed[index]
-        pattern = self._plan.layout_of(placed.stage)
+        pattern = self._plan.layout_given(placed.stage)
 
         def hook(module: nn.Module, args: tuple, output: Any) -> Any:
             last = index == self._running[-1] and self._border is None
@@ -390,4 +390,15 @@ def placed_stages(root: nn.Module, plan: Plan) -> list[Placed]:
                 f"{before.stage.modules!r}",
                 remedy="match every module by one stage, and no module inside another stage",
             )
-    return [item for _, item in sorted(placed, key=lambda pair: pair[0])]
+    ordered = [item for _, item in sorted(placed, key=lambda pair: pair[0])]
+    for setting, others in (("takes", ordered[1:]), ("gives", ordered[:-1])):
+        for item in others:
+            if getattr(item.stage, setting) is not None:
+                raise SequenceParallelConfigError(
+                    setting=f"plan stage {item.stage.modules!r} {setting}",
+                    value=getattr(item.stage, setting),
+                    why=f"{item.name} is not the {'first' if setting == 'takes' else 'last'} stage, and between stages "
+                    f"tokens have the features of plan.tokens",
+                    remedy="drop it, or correct plan.order",
+                )
+    return ordered

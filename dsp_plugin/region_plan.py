@@ -104,6 +104,10 @@ def planned(
         pattern = parse(plan.region.layout or plan.tokens)
         enter = _border(plan, pattern, sizes, key.element_size, key.gradient)
         leave = _border(plan, parse(plan.region.leaves or pattern.text), sizes, key.element_size, True)
+    if stages[0].stage.takes is not None:
+        enter = _border(plan, plan.layout_taken(stages[0].stage), sizes, key.element_size, key.gradient)
+    if stages[-1].stage.gives is not None:
+        leave = _border(plan, plan.layout_given(stages[-1].stage), sizes, key.element_size, True)
     return plan_stages(
         activation,
         specs,

@@ -36,7 +36,7 @@ def check_random_layers(root: nn.Module, plan: Plan, stages: Sequence[Placed], r
     for index, row in rows.items():
         stage = stages[index]
         _check(stage.module.named_modules(prefix=stage.name), plan.layout_of(stage.stage), row.sharded)
-    first = plan.layout_of(stages[next(iter(rows))].stage)
+    first = plan.layout_taken(stages[next(iter(rows))].stage)
     layout = first if plan.region is None else parse(plan.region.layout or plan.tokens)
     between = _modules_between(root, plan, stages)
     for sharded in {plan.between} if plan.between else {row.sharded for row in rows.values()}:

@@ -312,7 +312,7 @@ class VideoDiT(nn.Module):
 
         count = self.turned // 2
         space_S = wave(space_angles(rows, columns, count, x_BTSC.device)).to(dtype)
-        time_T = wave(time_angles(x_BTSC.shape[1], count, x_BTSC.device)).to(dtype)
+        time_T = wave(time_angles(video_BTIYX.shape[1], count, x_BTSC.device)).to(dtype)
         rope_SD: Tensor | None = space_S
         rope_TD: Tensor | None = time_T
         if self.positions == "sinusoidal":

@@ -14,6 +14,9 @@ def plan(module: nn.Module) -> Plan:
     A space block treats frames as batch, a time block treats patches as batch; the MLP and the cross-attention treat
     every token alike. The rotary tables run along the dim that their block computes along.
 
+    Tokens are split while they are pixels, and gathered when they are again. Sinusoidal positions are added to whole
+    tokens, so with them the embedding stays in front of the first stage.
+
     Raises:
         SequenceParallelConfigError: there is no `VideoDiT` in the module.
     """
@@ -21,13 +24,18 @@ def plan(module: nn.Module) -> Plan:
     for name, part in module.named_modules():
         if type(part).__name__ == "VideoDiT":
             prefix = f"{name}." if name else ""
-            heads = part.get_submodule("blocks.0.space.attn").heads
+            heads, final = part.get_submodule("blocks.0.space.attn").heads, part.get_submodule("final.linear")
             assert isinstance(heads, int)
+            assert isinstance(final, nn.Linear)
+            embed = Stage(f"{prefix}patch_embed", (), takes="b t s p")
             return Plan(
                 tokens="b t s c",
+                sizes={"c": final.in_features, "p": final.out_features},
                 stages=(
+                    *([embed] if part.positions == "rotary" else []),
                     Stage(f"{prefix}blocks.*.space", ("s",), follows={"rope": "s d"}, attention="attn", heads=heads),
                     Stage(f"{prefix}blocks.*.time", ("t",), follows={"rope": "t d"}, attention="attn", heads=heads),
+                    Stage(f"{prefix}final", (), gives="b t s p"),
                 ),
             )
     raise SequenceParallelConfigError(

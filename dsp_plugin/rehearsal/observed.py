@@ -104,7 +104,9 @@ class ObservedPass:
         for visit in self.visits:
             with suppress(SequenceParallelConfigError):
                 if visit.given is not None:
-                    sizes = plan.layout_of(visit.stage).solve(visit.given.shape, sizes, f"plan layout of {visit.name}")
+                    sizes = plan.layout_taken(visit.stage).solve(
+                        visit.given.shape, sizes, f"plan layout of {visit.name}"
+                    )
         return sizes
 
     def _noted(self, name: str) -> Callable[..., None]:

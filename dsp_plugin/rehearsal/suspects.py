@@ -129,16 +129,16 @@ def dims_mixed(call: StageCall, plan: Plan, sizes: Mapping[str, int]) -> tuple[s
 
     The module runs again, whole and without gradients.
     """
-    layout = plan.layout_of(call.stage)
+    layout, given = plan.layout_taken(call.stage), plan.layout_given(call.stage)
     try:
         sizes = layout.solve(call.tokens.shape, sizes, f"plan layout of {call.name}")
-        return tuple(dim for dim in plan.dims if dim != plan.batch_dim and _mixes(call, layout, sizes, dim))
+        return tuple(dim for dim in plan.dims if dim != plan.batch_dim and _mixes(call, layout, given, sizes, dim))
     except (SequenceParallelConfigError, RuntimeError):
         # Tokens that are not as the plan says: the error of the comparison speaks for itself.
         return ()
 
 
-def _mixes(call: StageCall, layout: Pattern, sizes: Mapping[str, int], dim: str) -> bool:
+def _mixes(call: StageCall, layout: Pattern, given: Pattern, sizes: Mapping[str, int], dim: str) -> bool:
     if sizes[dim] < 2:
         return False
     place = layout.names.index(dim)
@@ -148,9 +148,9 @@ def _mixes(call: StageCall, layout: Pattern, sizes: Mapping[str, int], dim: str)
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(changed.select(place, 0).shape, generator=generator).to(changed)
     changed.select(place, 0).add_(noise * (x.abs().max() + 1))
-    before = layout.take_apart(call.with_tokens(x), sizes).main
-    after = layout.take_apart(call.with_tokens(layout.put_together(replace(parts, main=changed))), sizes).main
-    moved = (after - before).narrow(place, 1, sizes[dim] - 1).abs().max()
+    before = given.take_apart(call.with_tokens(x), sizes).main
+    after = given.take_apart(call.with_tokens(layout.put_together(replace(parts, main=changed))), sizes).main
+    moved = (after - before).narrow(given.names.index(dim), 1, sizes[dim] - 1).abs().max()
     return bool(moved > 1e-6 * before.abs().max())
 
 

@@ -18,6 +18,7 @@ from dsp_plugin.errors import SequenceParallelConfigError, UnsupportedError
 from dsp_plugin.groups import Axis, SequenceParallelGroups
 from dsp_plugin.layout import Layout
 from dsp_plugin.parallelize import parallelize
+from dsp_plugin.pattern import Pattern
 from dsp_plugin.plan import Plan, resolve_plan
 from dsp_plugin.planner.stages import StagePlan, StageRow
 from dsp_plugin.rehearsal.observed import ObservedPass, Visit, undisturbed
@@ -217,14 +218,15 @@ class _Comparison:
         place = Place(row.sharded, padded=row.inside == "local")
         if not self._moves.own(row.sharded):
             return 0.0, 0.0
-        pattern, setting = self._plan.layout_of(whole.stage), f"plan layout of {whole.name}"
+        taken, given = self._plan.layout_taken(whole.stage), self._plan.layout_given(whole.stage)
+        setting = f"plan layout of {whole.name}"
 
-        def error(found: Tensor | None, tokens: Tensor | None) -> float:
+        def error(found: Tensor | None, tokens: Tensor | None, pattern: Pattern) -> float:
             if found is None or tokens is None:
                 return 0.0
             return _error([found], [self._moves.move(tokens, pattern, None, place, setting)])
 
-        return error(sharded.given, whole.given), error(sharded.gave, whole.gave)
+        return error(sharded.given, whole.given, taken), error(sharded.gave, whole.gave, given)
 
     def _gradient(self) -> tuple[str, float] | None:
         wanted = self._whole.gradients

@@ -95,7 +95,7 @@ def test_the_command_prints_both_runs_side_by_side(monkeypatch: pytest.MonkeyPat
     rows = {line.split()[0]: line.split()[1:] for line in shown.stdout.splitlines() if line.strip()}
     sent_dry, sent_real = rows["all"][-2:]
     assert sent_dry == sent_real != "0"
-    monkeypatch.setattr(cli_dryrun, "MEMORY_TOLERANCE", 0.0)
+    monkeypatch.setattr(cli_dryrun, "MEMORY_TOLERANCE", -1.0)
     differing = run(*asked)
     assert differing.exit_code == 1
     assert "DIFFERS peak memory" in differing.stdout

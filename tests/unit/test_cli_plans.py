@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from typer.testing import CliRunner
 
 from dsp_plugin import Plan, Stage, cli_plans
-from dsp_plugin.planner.moves import Activation
+from dsp_plugin.planner.moves import Activation, Border
 from dsp_plugin.planner.stages import AttentionShape, StageSpec
 from dsp_plugin.planner.stages import plan_stages as plan_of
 from dsp_plugin.rehearsal.plan_check import Fault, PlanCheck, StageCheck
@@ -115,12 +115,15 @@ def test_bytes_and_totals_are_those_of_the_planner() -> None:
 def test_what_the_plan_beat_is_said_in_bytes() -> None:
     shown = run("--model", "video-dit", "--size", "4", "--set", "frames=8", "--set", "depth=2")
     assert shown.exit_code == 0, shown.output
-    # Of 8 frames of 64 patches, and 64 features of 4 bytes.
+    # Of 8 frames of 64 patches, and 64 features of 4 bytes; they come and go as 64 pixels.
     attention = AttentionShape(4, 4, 16)
-    stages = [StageSpec(f"model.blocks.{index}.{kind}", (dim,), attention) for index in range(2) for kind, dim in KINDS]
+    blocks = [StageSpec(f"model.blocks.{index}.{kind}", (dim,), attention) for index in range(2) for kind, dim in KINDS]
+    stages = [StageSpec("model.patch_embed", ()), *blocks, StageSpec("model.final", ())]
     activation = Activation({"b": 1, "t": 8, "s": 64}, 64, 4)
-    dsp, ulysses = plan_of(activation, stages, 4), plan_of(activation, stages, 4, switching=False)
-    more = dsp.rows[0].alternatives["s"]
+    border = {"enter": Border(256, backward=False), "leave": Border(256)}
+    dsp = plan_of(activation, stages, 4, **border)
+    ulysses = plan_of(activation, stages, 4, switching=False, **border)
+    more = dsp.rows[1].alternatives["s"]
     assert isinstance(more, int)
     assert f"s: {more - dsp.total:,} bytes more" in shown.stdout
     assert f"dsp: {dsp.total:,} bytes" in shown.stdout

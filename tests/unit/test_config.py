@@ -197,7 +197,10 @@ WRONG_CONFIGS: dict[str, tuple[Callable[[], Any], list[str]]] = {
         lambda: lasp(ulysses_size=2),
         ["ulysses_size=2", "softmax_method lightseq has no ulysses", "Drop ulysses_size"],
     ),
-    "lasp by a plan": (lambda: lasp(plan="a:b"), ["plan='a:b'", "dsp or ulysses, not lasp", "shard the batch"]),
+    "lasp by a plan": (
+        lambda: lasp(plan="a:b"),
+        ["plan='a:b'", "one of dsp, ulysses, ring, usp, not lasp", "shard the batch"],
+    ),
     "exchange flag without lasp": (
         lambda: megatron(sp_method="ring", sp_exchange="scan", context_parallel_size=2),
         ["Megatron flags", "exchange='scan'", "method ring exchanges no states"],

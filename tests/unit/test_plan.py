@@ -8,6 +8,7 @@ from torch import nn
 from dsp_plugin import Plan, SequenceParallelConfigError, Stage
 from dsp_plugin.models.video_dit import VideoDiT
 from dsp_plugin.plan import matching_modules, outermost, resolve_plan
+from dsp_plugin.region import placed_stages
 
 SPACE, TIME = Stage("blocks.*.space", ("s",)), Stage("blocks.*.time", ("t",))
 
@@ -67,6 +68,11 @@ def test_outermost_drops_what_is_inside_another():
             lambda: Plan("b t s c", (Stage("x", ("s",), attention="attn"),)),
             ["'x' heads", "attention='attn'", "heads=..."],
         ),
+        (lambda: Plan("b t s c", (Stage("x", (), takes="b t p"),)), ["'x' takes='b t p'", "does not name s"]),
+        (
+            lambda: Plan("b t s c", (Stage("x", (), gives="b t s p"),), between="t"),
+            ["'x' gives='b t s p'", "between stages", "Region("],
+        ),
         (
             lambda: Plan("b t s c", (Stage("x", ("s",), follows={"rope": "d"}),)),
             ["'x' follows 'rope'='d'", "['b', 't', 's']", "never be cut"],
@@ -80,11 +86,20 @@ def test_impossible_plans_are_refused(make, parts):
         assert part in str(refused.value)
 
 
+@pytest.mark.parametrize("setting", ["takes", "gives"])
+def test_only_the_ends_may_have_other_features(setting):
+    first, last = Stage("blocks.*.space", ("s",)), Stage("blocks.*.time", ("t",), **{setting: "b t s p"})
+    with pytest.raises(SequenceParallelConfigError, match=setting) as refused:
+        placed_stages(Model(), Plan("b t s c", (first, last)))
+    assert "blocks.0.time is not the" in str(refused.value)
+    assert "plan.order" in str(refused.value)
+
+
 def test_the_plan_of_a_known_model_is_found_inside_a_wrapper():
     model = VideoDiT(width=16, heads=2, depth=1)
     root, plan = resolve_plan(nn.Sequential(nn.Identity(), model), None)
     assert root is model
-    assert [stage.computes_along for stage in plan.stages] == [("s",), ("t",)]
+    assert [stage.computes_along for stage in plan.stages] == [(), ("s",), ("t",), ()]
 
 
 for_reference = Plan("b t s c", (SPACE, TIME))

@@ -317,10 +317,17 @@ def test_training_lowers_the_loss():
 # --- the plan
 
 
+@pytest.mark.parametrize("positions", ["rotary", "sinusoidal"])
 @pytest.mark.parametrize("wrap", [lambda model: model, RectifiedFlowObjective])
-def test_the_plan_names_the_blocks_wherever_the_model_is(wrap: Any):
-    module = wrap(make_model(depth=2))
-    space, time = plan(module).stages
+def test_the_plan_goes_from_pixels_to_pixels_wherever_the_model_is(wrap: Any, positions: str):
+    module = wrap(make_model(depth=2, positions=positions))
+    *embed, space, time, final = plan(module).stages
+    # Sinusoidal positions are added to whole tokens, behind the embedding.
+    assert [stage.takes for stage in embed] == (["b t s p"] if positions == "rotary" else [])
+    assert final.gives == "b t s p"
+    for stage in (*embed, final):
+        assert stage.computes_along == ()
+        assert module.get_submodule(stage.modules) is not None
     assert (space.computes_along, time.computes_along) == (("s",), ("t",))
     assert space.heads == time.heads == 3
     for stage, kind in ((space, SpaceBlock), (time, TimeBlock)):
