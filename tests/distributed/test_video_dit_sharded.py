@@ -11,6 +11,7 @@ from dsp_plugin import Layout, SequenceParallelConfig, SequenceParallelGroups, l
 from dsp_plugin.comm import all_gather
 from dsp_plugin.models.rectified_flow import RectifiedFlowObjective
 from dsp_plugin.models.video_dit import VideoDiT
+from dsp_plugin.models.video_dit_plan import plan
 from dsp_plugin.planner.moves import Activation
 from dsp_plugin.planner.stages import AttentionShape, StageSpec, plan_stages
 from dsp_plugin.spawn import spawn
@@ -56,17 +57,34 @@ def _parity(size: int, method: str, positions: str, recompute: bool) -> None:
         error = (by_rank.mean(0) - wanted.grad.flatten()).abs().max() / wanted.grad.abs().max()
         assert error < 1e-10, f"{name}: {error}"
 
-    plan = handle.stage_plan
+    stage_plan = handle.stage_plan
     if size > 1:
-        assert {row.inside for row in plan.rows} == ({"local"} if method == "dsp" else {"local", "ulysses"})
+        assert {row.inside for row in stage_plan.rows} == ({"local"} if method == "dsp" else {"local", "ulysses"})
     sent = torch.tensor([[log.bytes()]], dtype=torch.float64)
     total = all_gather(sent, 0, Layout.of_sizes([1] * size), axis=groups.sp, method="test").sum().item()
     if not recompute:
-        assert total == plan.total
+        assert total == stage_plan.total
         handle.remove()
         with ledger() as log:
             torch.testing.assert_close(sharded(**batch), expected)
         assert log.rows() == []
+
+
+def _parts_by_themselves(size: int) -> None:
+    """A sampler calls the model inside the objective, which the plan is for, and with other sizes each time."""
+    config = SequenceParallelConfig(method="dsp", size=size)
+    reference, _ = model_and_batch("rotary")
+    sharded, _ = model_and_batch("rotary")
+    parallelize(sharded, plan(sharded), config=config, groups=SequenceParallelGroups.build(config))
+    for frames in (3, 5, 5):
+        video = torch.randn(1, frames, 1, SIDE, SIDE, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+        t, labels = torch.full((1,), 0.3, dtype=torch.float64), torch.tensor([2])
+        with torch.no_grad():
+            torch.testing.assert_close(sharded.model(video, t, labels), reference.model(video, t, labels))
+
+
+def test_a_part_of_the_planned_module_may_be_called_by_itself():
+    spawn(_parts_by_themselves, 2, 2)
 
 
 def _parities(size: int, method: str) -> None:
