@@ -12,6 +12,7 @@ from dsp_plugin.config import SequenceParallelConfig
 from dsp_plugin.config_checks import PLANNED
 from dsp_plugin.errors import SequenceParallelConfigError
 from dsp_plugin.methods import METHODS
+from dsp_plugin.plan import known_plan
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,8 @@ class KnownModel:
     settings: dict[str, Any]
     softmax_heads: Callable[[Any], int | None]
 
+
+_NAME_A_PLAN = 'write a Plan for it and name that, as in "plan": "my_project.plans:my_model"'
 
 # By qualified name of the class, so that nothing is imported before the user does.
 KNOWN_MODELS: dict[str, KnownModel] = {
@@ -55,14 +58,14 @@ def complete(module: nn.Module, config: SequenceParallelConfig) -> tuple[nn.Modu
         return module, config
     for part, known in _known_parts(module):
         return part, SequenceParallelConfig(**{**known.settings, **config.model_dump(exclude_unset=True)})
-    if config.method not in PLANNED:
+    if known_plan(module) is None:
         raise SequenceParallelConfigError(
             setting="method",
             value=config.method,
             why=f"it shards the batch, which the config does not describe, and {_name(type(module))} is not a model "
             f"that we know; known are {', '.join(KNOWN_MODELS)}",
             remedy='describe the model, as in "batch": {"input_ids": 1, "labels": 1}, "attention": ["layers.*.attn"], '
-            '"loss": {"labels": "labels"}',
+            '"loss": {"labels": "labels"}' + (f" or {_NAME_A_PLAN}" if config.method in PLANNED else ""),
         )
     return module, config
 

@@ -83,9 +83,10 @@ def parallelize(
     Raises:
         SequenceParallelConfigError: the model does not fit the config or the plan.
     """
+    _check_groups(config, groups)
     if plan is None:
         module, config = complete(module, config)
-    _check_fit(config, groups)
+    _check_fit(config)
     handle = Parallelized()
     try:
         if config.batch:
@@ -100,7 +101,7 @@ def parallelize(
     return handle
 
 
-def _check_fit(config: SequenceParallelConfig, groups: SequenceParallelGroups) -> None:
+def _check_groups(config: SequenceParallelConfig, groups: SequenceParallelGroups) -> None:
     if groups.sp.size != config.size:
         raise SequenceParallelConfigError(
             setting="size",
@@ -108,6 +109,9 @@ def _check_fit(config: SequenceParallelConfig, groups: SequenceParallelGroups) -
             why=f"the groups have {groups.sp.size} ranks to a sequence",
             remedy="build the groups from the same config",
         )
+
+
+def _check_fit(config: SequenceParallelConfig) -> None:
     if not config.batch and config.method not in PLANNED:
         raise SequenceParallelConfigError(
             setting="plan",

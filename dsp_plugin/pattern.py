@@ -94,28 +94,30 @@ class Pattern:
             raise self._misfit(setting, shape, f"it names {len(self.groups)} dims")
         sizes = {name: size for name, size in known.items() if not name.isdecimal()}
         for group, length in zip(self.groups, shape, strict=True):
-            self._solve_group(group, length, sizes, setting)
+            self._solve_group(group, length, shape, sizes, setting)
         return sizes
 
-    def _solve_group(self, group: Group, length: int, sizes: dict[str, int], setting: str) -> None:
+    def _solve_group(
+        self, group: Group, length: int, shape: Sequence[int], sizes: dict[str, int], setting: str
+    ) -> None:
         unknown = _unknown(group, sizes)
         if len(unknown) > 1:
-            raise self._misfit(setting, (length,), f"{' and '.join(unknown)} cannot both be told from {length}")
+            raise self._misfit(setting, shape, f"{' and '.join(unknown)} cannot both be told from {length}")
         extras = [extra for extra in (group.before, group.behind) if extra is not None and extra not in unknown]
         rest = length - sum(_size(extra, sizes) for extra in extras)
         whole = prod(_size(name, sizes) for name in group.names if name not in unknown)
         if not unknown:
             if rest != whole and "_" not in group.names:
-                raise self._misfit(setting, (length,), f"{_text(group)} should be {whole + length - rest}")
+                raise self._misfit(setting, shape, f"{_text(group)} should be {whole + length - rest}")
             return
         (name,) = unknown
         if name in group.names:
             if whole == 0 or rest < 0 or rest % whole:
-                raise self._misfit(setting, (length,), f"{rest} entries of {_text(group)} are no multiple of {whole}")
+                raise self._misfit(setting, shape, f"{rest} entries of {_text(group)} are no multiple of {whole}")
             sizes[name] = rest // whole
         else:
             if rest < whole:
-                raise self._misfit(setting, (length,), f"{_text(group)} has at least {whole} entries")
+                raise self._misfit(setting, shape, f"{_text(group)} has at least {whole} entries")
             sizes[name] = rest - whole
 
     def extras(self, sizes: Mapping[str, int]) -> tuple[Extra, ...]:
@@ -170,7 +172,7 @@ class Pattern:
             setting=setting,
             value=self.text,
             why=f"it was given sizes {tuple(shape)}, but {why}",
-            remedy="name every dim of the tensor in memory order; sizes that its shape does not tell go into "
+            remedy="name every dim of the tensor in memory order, and pass it whole; sizes that no shape tells go into "
             "plan.inputs or plan.sizes",
         )
 

@@ -167,17 +167,26 @@ def resolve_plan(module: nn.Module, reference: str | None) -> tuple[nn.Module, P
     """
     if reference is not None:
         return module, _load(module, reference)
-    for part in module.modules():
-        for kind in type(part).__mro__:
-            known = KNOWN_PLANS.get(f"{kind.__module__}.{kind.__qualname__}")
-            if known is not None:
-                return part, _load(part, known)
+    found = known_plan(module)
+    if found is not None:
+        part, known = found
+        return part, _load(part, known)
     raise SequenceParallelConfigError(
         setting="plan",
         why=f"no plan is known for {type(module).__module__}.{type(module).__qualname__}; known are "
         f"{', '.join(KNOWN_PLANS)}",
         remedy='write a Plan for the model and name it, as in "plan": "my_project.plans:my_model"',
     )
+
+
+def known_plan(module: nn.Module) -> tuple[nn.Module, str] | None:
+    """The module, or the first part of it, that we know a plan for, and where the plan is."""
+    for part in module.modules():
+        for kind in type(part).__mro__:
+            known = KNOWN_PLANS.get(f"{kind.__module__}.{kind.__qualname__}")
+            if known is not None:
+                return part, known
+    return None
 
 
 def _load(module: nn.Module, reference: str) -> Plan:

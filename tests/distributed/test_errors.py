@@ -391,7 +391,7 @@ MISTAKES: dict[str, Mistake] = {
         "attn.multi",
     ),
     "tokens of another rank": wrong(
-        planned(SPACE, tokens="b t h s c"), "plan.tokens='b t h s c'", "5 dims", "(2, 8, 8, 32)", "memory order"
+        planned(SPACE, tokens="b t h s c"), "tokens of space='b t h s c'", "5 dims", "(2, 8, 8, 32)", "memory order"
     ),
     "tokens by a wrong name": wrong(
         planned(Stage("space", ("s",), tokens="hidden")), "plan of space='hidden'", "takes tokens, table"
@@ -404,21 +404,22 @@ MISTAKES: dict[str, Mistake] = {
     ),
     "table of another rank": wrong(
         planned(Stage("space", ("s",), follows={1: "t d"}), model=Video("space", table=torch.zeros(LENGTH))),
-        "plan follows of space={1: 't d'}",
-        "given (8,)",
-        "t has 8 entries",
+        "plan follows of space, 1='t d'",
+        "a tensor (8,) has 1 dims",
+        "every dim of the argument",
     ),
     "table of another length": wrong(
         planned(Stage("space", ("s",), follows={"table": "t d"}), model=Video("space", table=torch.zeros(5, 2))),
-        "plan follows of space={'table': 't d'}",
-        "given (5, 2)",
+        "plan follows of space, 'table'='t d'",
+        "sizes (5, 2), but t should be 8",
         "pass it whole",
     ),
     "stages in another order": wrong(
         planned(SPACE, TIME, END, model=Video("space end time")),
         "plan.stages='end'",
         "ran where time was due",
-        "Register",
+        'order to "layers"',
+        "register the modules",
     ),
     "a first stage that does not run": wrong(
         planned(SPACE, TIME, model=Video("time")), "plan.stages='time'", "ran where space was due"

@@ -245,7 +245,10 @@ REFUSED: dict[str, tuple[type[Exception], list[str]]] = {
         ["linear_attention of layers.0.mixer", 'Set "method" to "lasp"'],
     ),
     "dsp": (SequenceParallelConfigError, ["no plan is known for dsp_plugin.models.linear_lm.LinearLM"]),
-    "a plan": (SequenceParallelConfigError, ["plan: inside a plan's stages runs dsp or ulysses, not lasp"]),
+    "a plan": (
+        SequenceParallelConfigError,
+        ["plan: inside a plan's stages runs one of dsp, ulysses, ring, usp, not lasp"],
+    ),
     "no labels and nothing to gather": (
         SequenceParallelConfigError,
         ["loss.labels='labels'", "called without labels", 'set "gather_output" beside "loss"'],
