@@ -27,14 +27,16 @@ CP2 = ["--context-parallel-size", "2"]
 
 
 def write_corpus(prefix: Path) -> Path:
-    """Forty random documents of 5 to 60 tokens, in the format that Megatron's preprocessing writes."""
+    """Forty random documents of 5 to 60 tokens, the same in every run, in the format of Megatron's preprocessing."""
     import numpy as np
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
     builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.uint16)
-    for length in torch.randint(5, 60, (40,)).tolist():
+    # Documents count in one way, so in an unlucky corpus two pairs of them read alike for the length of a sample.
+    generator = torch.Generator().manual_seed(0)
+    for length in torch.randint(5, 60, (40,), generator=generator).tolist():
         # Counting, so that there is something to learn.
-        tokens = (torch.randint(200, ()) + 7 * torch.arange(length)) % 254 + 1
+        tokens = (torch.randint(200, (), generator=generator) + 7 * torch.arange(length)) % 254 + 1
         document = torch.cat([tokens, torch.tensor([END_OF_DOCUMENT])])
         builder.add_document(document, [len(document)])
     builder.finalize(f"{prefix}.idx")
@@ -101,7 +103,7 @@ def sharded(project: Project) -> Trained:
 
 def test_sequence_peers_read_the_samples_of_one_rank(alone: Trained, sharded: Trained) -> None:
     assert len(alone.batches[0]) == 3 * MICROBATCHES
-    assert len({tuple(tokens) for tokens in alone.batches[0]}) > len(alone.batches[0]) // 2, "samples are alike"
+    assert len({tuple(tokens) for tokens in alone.batches[0]}) == len(alone.batches[0]), "samples repeat"
     assert sharded.batches == alone.batches * 2
     assert sharded.losses == pytest.approx(alone.losses, rel=1e-6)
 
