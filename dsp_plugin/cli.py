@@ -13,13 +13,21 @@ import typer
 
 from dsp_plugin import cli_dryrun, cli_plans
 from dsp_plugin import doctor as findings
-from dsp_plugin.cli_output import FAILED, AsJson, new_console, one_of, print_json, print_table, user_errors
+from dsp_plugin.cli_output import (
+    FAILED,
+    AsJson,
+    new_console,
+    one_of,
+    print_json,
+    print_table,
+    rank_failures,
+    user_errors,
+)
 from dsp_plugin.config import SequenceParallelConfig
-from dsp_plugin.errors import SequenceParallelConfigError, UnsupportedError
+from dsp_plugin.errors import SequenceParallelConfigError
 from dsp_plugin.kernels.linear import DECAYS
 from dsp_plugin.layout import LAYOUTS
 from dsp_plugin.methods.state_exchange import EXCHANGES
-from dsp_plugin.spawn import RankFailure
 from dsp_plugin.verification.cases import DTYPES, Case, default_cases, refusal
 from dsp_plugin.verification.report import HALF_PRECISION_FACTOR, HALF_PRECISION_FLOOR, TOLERANCES, CaseResult
 from dsp_plugin.verification.world import check_world, device_kind, speaks, verify_cases
@@ -149,7 +157,8 @@ def verify(
         }
         cases = default_cases(method, size, fixed)
         legal = _legal(cases, device_kind(size))
-        ran = iter(_run(legal, timeout))
+        with rank_failures():
+            ran = iter(verify_cases(legal, timeout))
     results = [next(ran) if case in legal else CaseResult(case, refused=refusal(case)) for case in cases]
     failed = any(result.refused is None and not result.ok for result in results)
     if speaks():
@@ -164,17 +173,6 @@ def _legal(cases: Sequence[Case], device: str) -> list[Case]:
     if not legal:
         raise SequenceParallelConfigError("refused: " + " ".join(dict.fromkeys(r for r in reasons.values() if r)))
     return legal
-
-
-def _run(cases: Sequence[Case], timeout: float) -> list[CaseResult]:
-    try:
-        return verify_cases(cases, timeout)
-    except RankFailure as failure:
-        for error in failure.errors.values():
-            if isinstance(error, SequenceParallelConfigError | UnsupportedError):
-                raise error from None
-        typer.echo(str(failure), err=True)
-        raise typer.Exit(FAILED) from None
 
 
 def _verify_json(method: str, size: int, results: Sequence[CaseResult]) -> dict[str, Any]:

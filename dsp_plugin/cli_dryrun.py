@@ -8,13 +8,21 @@ from typing import Annotated, Any
 
 import typer
 
-from dsp_plugin.cli_output import FAILED, AsJson, new_console, one_of, print_json, print_table, user_errors
+from dsp_plugin.cli_output import (
+    FAILED,
+    AsJson,
+    new_console,
+    one_of,
+    print_json,
+    print_table,
+    rank_failures,
+    user_errors,
+)
 from dsp_plugin.config import SequenceParallelConfig
-from dsp_plugin.errors import SequenceParallelConfigError, UnsupportedError
+from dsp_plugin.errors import SequenceParallelConfigError
 from dsp_plugin.rehearsal.dryrun import Job, RankRun, dry_run, real_run
 from dsp_plugin.rehearsal.model_states import model_states
 from dsp_plugin.rehearsal.subject import KNOWN_SUBJECTS, parse_settings, subject
-from dsp_plugin.spawn import RankFailure
 from dsp_plugin.verification.cases import DTYPES
 
 # How far the memory of the real run may be from what the dry run said, as a part of it.
@@ -65,24 +73,14 @@ def dry_run_command(
             alone = SequenceParallelConfig(method=method, size=1, plan=plan)
             runs["unsharded"] = dry_run(Job(build, alone, job.dtype, checkpoint), 1)
         if real:
-            runs["real"] = _real(job, timeout)[rank]
+            with rank_failures():
+                runs["real"] = real_run(job, timeout)[rank]
     differs = _differences(runs["dry"], runs["real"]) if real else []
     if as_json:
         print_json(_json(model, job, world_size, rank, runs, differs))
     else:
         _show(model, job, world_size, rank, runs, differs)
     raise typer.Exit(FAILED if differs else 0)
-
-
-def _real(job: Job, timeout: float) -> list[RankRun]:
-    try:
-        return real_run(job, timeout)
-    except RankFailure as failure:
-        for error in failure.errors.values():
-            if isinstance(error, SequenceParallelConfigError | UnsupportedError):
-                raise error from None
-        typer.echo(str(failure), err=True)
-        raise typer.Exit(FAILED) from None
 
 
 def _differences(dry: RankRun, real: RankRun) -> list[str]:

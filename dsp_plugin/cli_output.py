@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dsp_plugin.errors import SequenceParallelConfigError, UnsupportedError
+from dsp_plugin.spawn import RankFailure
 from dsp_plugin.verification.world import speaks
 
 FAILED, REFUSED = 1, 2
@@ -35,6 +36,19 @@ def user_errors(as_json: bool = False) -> Iterator[None]:
             if as_json:
                 print_json({"ok": False, "error": str(error)})
         raise typer.Exit(REFUSED) from None
+
+
+@contextmanager
+def rank_failures() -> Iterator[None]:
+    """What the user got wrong is raised as it is; ranks that died or hung are shown, with exit status 1."""
+    try:
+        yield
+    except RankFailure as failure:
+        for error in failure.errors.values():
+            if isinstance(error, SequenceParallelConfigError | UnsupportedError):
+                raise error from None
+        typer.echo(str(failure), err=True)
+        raise typer.Exit(FAILED) from None
 
 
 def one_of(option: str, value: str, known: Sequence[str] | Mapping[str, Any]) -> str:

@@ -8,13 +8,21 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from dsp_plugin.cli_output import FAILED, AsJson, new_console, one_of, print_json, print_table, user_errors
+from dsp_plugin.cli_output import (
+    FAILED,
+    AsJson,
+    new_console,
+    one_of,
+    print_json,
+    print_table,
+    rank_failures,
+    user_errors,
+)
 from dsp_plugin.config_checks import PLANNED
 from dsp_plugin.rehearsal.plan_check import PlanCheck
 from dsp_plugin.rehearsal.stage_table import StageTable, stage_table
 from dsp_plugin.rehearsal.subject import KNOWN_SUBJECTS, Setting, parse_settings
 from dsp_plugin.rehearsal.validate import validate_subject
-from dsp_plugin.spawn import RankFailure
 from dsp_plugin.verification.cases import DTYPES
 
 _HEADERS = ["stage", "count", "sharded", "before", "inside", "forward\nbytes", "backward\nbytes", "instead"]
@@ -81,11 +89,8 @@ def plan_stages(
 def _validate(
     model: str, settings: dict[str, Setting], plan: str | None, size: int, method: str, timeout: float
 ) -> PlanCheck:
-    try:
+    with rank_failures():
         return validate_subject(model, settings, plan, size, method, dtype=torch.float64, timeout=timeout)
-    except RankFailure as failure:
-        typer.echo(str(failure), err=True)
-        raise typer.Exit(FAILED) from None
 
 
 def _show(title: str, table: StageTable | None, check: PlanCheck | None, every: bool) -> None:

@@ -39,23 +39,6 @@ class Parallelized:
         """Which dim was sharded where, with bytes; None before the first forward pass and for batch sharding."""
         return self._region.stage_plan if self._region is not None else None
 
-    def whole_output(self, stage_index: int, output: Tensor) -> Tensor:
-        """The whole of what a stage of the plan returned, on every rank and in the stage's own layout.
-
-        To be called on all ranks, during or after the forward pass that it is of.
-
-        Args:
-            stage_index: in the order in which stages run.
-            output: the (first) tensor that the stage's module returned to the model on this rank.
-        """
-        assert self._region is not None
-        return self._region.whole_output(stage_index, output)
-
-    @property
-    def stage_names(self) -> list[str]:
-        """The modules of the plan's stages, in the order in which they run."""
-        return [] if self._region is None else [placed.name for placed in self._region.stages]
-
     def remove(self) -> None:
         """Leave the module as it was."""
         while self._undo:

@@ -84,6 +84,18 @@ class Pattern:
             place += len(group.names)
         return None
 
+    @property
+    def extra_dims(self) -> tuple[str, ...]:
+        """The dims of the further tokens, in memory order; the empty name for their own."""
+        place = self.extra_place
+        names = self.extra_names
+        return names if place is None else (*names[:place], "", *names[place:])
+
+    @property
+    def extra_along(self) -> int | None:
+        """The dim of the tensor along which further tokens lie."""
+        return next((dim for dim, group in enumerate(self.groups) if group.extended), None)
+
     def solve(self, shape: Sequence[int], known: Mapping[str, int], setting: str) -> dict[str, int]:
         """The sizes of all names, those of further tokens included, from a shape and what is known already.
 
@@ -131,7 +143,7 @@ class Pattern:
 
     def take_apart(self, x: Tensor, sizes: Mapping[str, int]) -> Parts:
         """``x`` by names. ``sizes`` are those of ``x`` itself, so local ones where it is sharded."""
-        along = next((dim for dim, group in enumerate(self.groups) if group.extended), None)
+        along = self.extra_along
         before = behind = None
         if along is not None:
             group = self.groups[along]
@@ -146,7 +158,7 @@ class Pattern:
 
     def put_together(self, parts: Parts) -> Tensor:
         """The reverse of `take_apart`."""
-        along = next((dim for dim, group in enumerate(self.groups) if group.extended), None)
+        along = self.extra_along
         pieces = [(parts.before, along), (parts.main, None), (parts.behind, along)]
         folded = [self._folded(piece, extra) for piece, extra in pieces if piece is not None]
         return folded[0] if len(folded) == 1 else torch.cat(folded, dim=along if along is not None else 0)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from math import prod
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +28,7 @@ from dsp_plugin.randomness import RegionSeed, RegionVisit
 from dsp_plugin.region_arguments import Arguments
 from dsp_plugin.region_attributes import RegionAttributes
 from dsp_plugin.region_plan import PassSizes, border_module, inside_of, planned, sizes_of_inputs
-from dsp_plugin.region_randomness import check_random_layers
+from dsp_plugin.region_randomness import RandomLayer, check_random_layers, random_layers
 from dsp_plugin.routing import AttentionRoute
 from dsp_plugin.token_moves import Place, TokenMoves
 
@@ -40,6 +40,14 @@ class Placed:
     name: str
     module: nn.Module
     stage: Stage
+
+
+class _Planned(NamedTuple):
+    """What passes of the same sizes have in common."""
+
+    stage_plan: StagePlan
+    rows: dict[int, StageRow]
+    layers: list[RandomLayer]
 
 
 @dataclass(frozen=True)
@@ -68,7 +76,7 @@ class ShardedRegion:
         self._root = root
         self._border = border_module(root, plan)
         self._attributes = RegionAttributes(root, plan)
-        self._plans: dict[PassSizes, StagePlan] = {}
+        self._plans: dict[PassSizes, _Planned] = {}
         self._running = list(range(len(self._placed)))
         self._known = dict(plan.sizes)
         self._last_run: int | None = None
@@ -83,11 +91,6 @@ class ShardedRegion:
     def stage_plan(self) -> StagePlan | None:
         """The plan of the running forward pass, or the last; None before the first."""
         return self._pass.stage_plan if self._pass is not None else None
-
-    @property
-    def stages(self) -> Sequence[Placed]:
-        """All stages, in the order in which they run."""
-        return self._placed
 
     @property
     def _now(self) -> _Pass:
@@ -109,12 +112,6 @@ class ShardedRegion:
             undo.append(self._border.register_forward_hook(self._after_region).remove)
         undo.append(self._root.register_forward_hook(self._after_all).remove)
         undo.append(self._root.register_forward_hook(self._clean_up, always_call=True).remove)
-
-    def whole_output(self, index: int, x: Tensor) -> Tensor:
-        """What stage ``index`` of the running pass returned, whole on every rank and in its own layout."""
-        place = self._leaves_at(index)
-        pattern = self._plan.layout_given(self._placed[index].stage)
-        return self._now.moves.move(x, pattern, place, None, f"output of {self._placed[index].name}")
 
     def _route(self, index: int, undo: list[Callable[[], None]]) -> None:
         placed = self._placed[index]
@@ -308,14 +305,15 @@ class ShardedRegion:
             x.requires_grad,
         )
         if key not in self._plans:
-            self._plans[key] = planned(
-                self._plan, self._config, self._groups.sp.size, [self._placed[index] for index in self._running], key
-            )
-        stage_plan = self._plans[key]
-        rows = dict(zip(self._running, stage_plan.rows, strict=True))
+            running = [self._placed[index] for index in self._running]
+            stage_plan = planned(self._plan, self._config, self._groups.sp.size, running, key)
+            rows = dict(zip(self._running, stage_plan.rows, strict=True))
+            layers = random_layers(self._root, self._plan, self._placed, rows)
+            self._plans[key] = _Planned(stage_plan, rows, layers)
+        stage_plan, rows, layers = self._plans[key]
         self._leave()
         if training and self._groups.sp.size > 1:
-            check_random_layers(self._root, self._plan, self._placed, rows)
+            check_random_layers(layers)
             self._visit = RegionVisit(self._groups.sp)
         if torch.is_grad_enabled():
             meter.count(tokens=prod(sizes[dim] for dim in self._plan.dims))

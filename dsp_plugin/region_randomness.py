@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from torch import nn
 
@@ -23,37 +23,49 @@ if TYPE_CHECKING:
 _OF_SAMPLES = re.compile("DropPath|StochasticDepth")
 
 
-def check_random_layers(root: nn.Module, plan: Plan, stages: Sequence[Placed], rows: Mapping[int, StageRow]) -> None:
-    """Check one training pass, before anything is sent.
+class RandomLayer(NamedTuple):
+    """A layer that may drop something, and how tokens lie when it runs."""
+
+    name: str
+    module: nn.Module
+    layout: Pattern
+    sharded: str
+
+
+def random_layers(
+    root: nn.Module, plan: Plan, stages: Sequence[Placed], rows: Mapping[int, StageRow]
+) -> list[RandomLayer]:
+    """What `check_random_layers` looks at in passes that run the same stages with the same dims sharded.
 
     Args:
         root: what the plan's names are relative to.
         rows: of the stages that run, by their index.
-
-    Raises:
-        UnsupportedError: a layer drops whole samples, or features of tokens that every rank holds.
     """
+    found = []
     for index, row in rows.items():
         stage = stages[index]
-        _check(stage.module.named_modules(prefix=stage.name), plan.layout_of(stage.stage), row.sharded)
+        named = stage.module.named_modules(prefix=stage.name)
+        found += _random(named, plan.layout_of(stage.stage), row.sharded)
     first = plan.layout_taken(stages[next(iter(rows))].stage)
     layout = first if plan.region is None else parse(plan.region.layout or plan.tokens)
     between = _modules_between(root, plan, stages)
     for sharded in {plan.between} if plan.between else {row.sharded for row in rows.values()}:
-        _check(between, layout, sharded)
+        found += _random(between, layout, sharded)
+    return found
 
 
-def _check(modules: Iterable[tuple[str, nn.Module]], layout: Pattern, sharded: str) -> None:
-    """Modules that run while tokens laid out like this are sharded along a dim."""
-    extended = any(group.extended for group in layout.groups)
-    # Of samples folded with positions, such as (b t), ranks hold other ones.
-    samples_sharded = sharded in layout.groups[0].names
-    for name, module in modules:
+def check_random_layers(layers: Iterable[RandomLayer]) -> None:
+    """Check one training pass, before anything is sent.
+
+    Raises:
+        UnsupportedError: a layer drops whole samples, or features of tokens that every rank holds.
+    """
+    for name, module, layout, sharded in layers:
         probability = _probability(module)
         if probability == 0.0:
             continue
         if not _OF_SAMPLES.search(type(module).__name__):
-            if extended and sharded not in layout.extra_names:
+            if any(group.extended for group in layout.groups) and sharded not in layout.extra_names:
                 raise UnsupportedError(
                     setting=f"dropout of {name}",
                     value=probability,
@@ -61,7 +73,8 @@ def _check(modules: Iterable[tuple[str, nn.Module]], layout: Pattern, sharded: s
                     f"would drop other features of them",
                     remedy="set its p to 0; dropout of attention weights may stay, and what is outside of the region",
                 )
-        elif not samples_sharded:
+        # Of samples folded with positions, such as (b t), ranks hold other ones.
+        elif sharded not in layout.groups[0].names:
             raise UnsupportedError(
                 setting=f"drop path of {name}",
                 value=probability,
@@ -69,6 +82,14 @@ def _check(modules: Iterable[tuple[str, nn.Module]], layout: Pattern, sharded: s
                 f"would decide otherwise",
                 remedy="set its probability to 0",
             )
+
+
+def _random(modules: Iterable[tuple[str, nn.Module]], layout: Pattern, sharded: str) -> list[RandomLayer]:
+    return [
+        RandomLayer(name, module, layout, sharded)
+        for name, module in modules
+        if isinstance(module, nn.modules.dropout._DropoutNd) or _OF_SAMPLES.search(type(module).__name__)
+    ]
 
 
 def _modules_between(root: nn.Module, plan: Plan, stages: Sequence[Placed]) -> list[tuple[str, nn.Module]]:
@@ -91,6 +112,4 @@ def _probability(module: nn.Module) -> float:
         return 0.0
     if isinstance(module, nn.modules.dropout._DropoutNd):
         return module.p
-    if _OF_SAMPLES.search(type(module).__name__):
-        return float(getattr(module, "drop_prob", getattr(module, "p", 0.0)) or 0.0)
-    return 0.0
+    return float(getattr(module, "drop_prob", getattr(module, "p", 0.0)) or 0.0)

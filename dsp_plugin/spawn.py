@@ -139,10 +139,11 @@ def _collect(connections: list[Connection], timeout: float) -> dict[int, tuple[s
 
 
 def _results(outcomes: dict[int, tuple[str, Any, str]], size: int, folder: Path, timeout: float) -> list[Any]:
-    errors = {rank: value for rank, (kind, value, _) in outcomes.items() if kind == "error"}
+    # By rank: which one is heard first differs from run to run.
+    errors = {rank: value for rank, (kind, value, _) in sorted(outcomes.items()) if kind == "error"}
     if not errors and len(outcomes) == size:
         return [outcomes[rank][1] for rank in range(size)]
-    parts = [f"--- rank {rank}\n{outcomes[rank][2]}" for rank in sorted(errors)]
+    parts = [f"--- rank {rank}\n{outcomes[rank][2]}" for rank in errors]
     for rank in sorted(set(range(size)) - set(outcomes)):
         stacks = _stack_file(folder, rank)
         shown = stacks.read_text() if stacks.exists() else ""

@@ -6,7 +6,7 @@ on every rank otherwise; they move with the tokens.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -57,14 +57,11 @@ class TokenMoves:
         if self._parts == 1 or source == target:
             return x
         parts = pattern.take_apart(x, sizes)
-        names, extra_names = list(pattern.names), list(pattern.extra_names)
-        if pattern.extra_place is not None:
-            extra_names.insert(pattern.extra_place, "")
         return pattern.put_together(
             Parts(
-                self._move(parts.main, names, source, target),
-                None if parts.before is None else self._move(parts.before, extra_names, source, target),
-                None if parts.behind is None else self._move(parts.behind, extra_names, source, target),
+                self._move(parts.main, pattern.names, source, target),
+                None if parts.before is None else self._move(parts.before, pattern.extra_dims, source, target),
+                None if parts.behind is None else self._move(parts.behind, pattern.extra_dims, source, target),
             )
         )
 
@@ -100,14 +97,10 @@ class TokenMoves:
         known = {name: 1 if name in single else size for name, size in self._sizes.items()}
         sizes = pattern.solve(value.shape, known, setting)
         parts = pattern.take_apart(value, sizes)
-        main = self._narrowed(parts.main, list(pattern.names).index(place.dim), place)
+        main = self._narrowed(parts.main, pattern.names.index(place.dim), place)
         before, behind = parts.before, parts.behind
         if place.dim in pattern.extra_names:
-            names = list(pattern.extra_names)
-            assert pattern.extra_place is not None or before is behind is None
-            if pattern.extra_place is not None:
-                names.insert(pattern.extra_place, "")
-            dim = names.index(place.dim)
+            dim = pattern.extra_dims.index(place.dim)
             before = None if before is None else self._narrowed(before, dim, place)
             behind = None if behind is None else self._narrowed(behind, dim, place)
         return pattern.put_together(Parts(main, before, behind))
@@ -123,7 +116,7 @@ class TokenMoves:
             return self._sizes
         return {**self._sizes, place.dim: max(len(self.own(place.dim)), int(place.padded))}
 
-    def _move(self, x: Tensor, names: list[str], source: Place | None, target: Place | None) -> Tensor:
+    def _move(self, x: Tensor, names: Sequence[str], source: Place | None, target: Place | None) -> Tensor:
         """One tensor with one dim a name; dims that it has not are whole."""
         source = source if source is not None and source.dim in names else None
         target = target if target is not None and target.dim in names else None

@@ -170,10 +170,10 @@ def plan_stages(
         {dim: _cost(wire, activation.sizes[dim] < size) for dim, wire in choices.items() if not isinstance(wire, str)}
         for choices in choices_of
     ]
-    starts = {dim: _cost(_total(ways.first(dim))) for dim in dims if ways.may_start(dim)}
-    ends = {dim: _cost(_total(ways.last(dim))) for dim in dims if ways.may_end(dim)}
+    starts = {dim: _cost(added(*ways.first(dim))) for dim in dims if ways.may_start(dim)}
+    ends = {dim: _cost(added(*ways.last(dim))) for dim in dims if ways.may_end(dim)}
     moves = [
-        {(a, b): _cost(_total(ways.across(index, a, b))) for a in dims for b in dims if ways.may_follow(a, b)}
+        {(a, b): _cost(added(*ways.across(index, a, b))) for a in dims for b in dims if ways.may_follow(a, b)}
         for index in range(1, len(stages))
     ]
     arrive = _sweep(costs, moves, starts)
@@ -244,7 +244,7 @@ class _Ways:
         return self.may_start(dim) and (self._leave is None or self._leave.has(self._between or dim))
 
     def may_follow(self, source: str, target: str) -> bool:
-        return source == target if not self._switching else True
+        return self._switching or source == target
 
     def entering(self, dim: str) -> Sequence[WireBytes]:
         """The split before the first stage, of the whole path."""
@@ -365,10 +365,6 @@ def attention_workload(activation: Activation, stage: StageSpec, size: int) -> W
 
 def _cost(wire: Sequence[WireBytes], idle: bool = False) -> _Cost:
     return _Cost(int(idle), sum(rank.forward + rank.backward for rank in wire))
-
-
-def _total(parts: Sequence[Sequence[WireBytes]]) -> list[WireBytes]:
-    return added(*parts)
 
 
 def _local(choice: list[WireBytes] | str) -> list[WireBytes]:

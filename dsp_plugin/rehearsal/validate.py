@@ -108,9 +108,8 @@ def validate_subject(
         RankFailure: a rank died or hung.
     """
     try:
-        return spawn(_validate, size, reference, dict(settings), plan, size, method, dtype, backward, timeout=timeout)[
-            0
-        ]
+        asked = reference, dict(settings), plan, size, method, dtype, backward
+        return spawn(_validate, size, *asked, timeout=timeout)[0]
     except RankFailure as failure:
         for error in failure.errors.values():
             if isinstance(error, _BrokeOff):

@@ -209,7 +209,7 @@ WRONG_CASES = {
         RIGHT,
         "register",
         "at the entry of space.0",
-        ["broke off", "tokens of space.0='(b t) s c'", "(8,), but s should be 7"],
+        ["broke off", "tokens of space.0='(b t) s c'", "(10, 8, 8), but s should be 7"],
     ),
     "mean over frames between stages": Case(
         RIGHT,

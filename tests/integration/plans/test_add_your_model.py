@@ -49,8 +49,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 def comparable(text: str) -> list[str]:
-    """Lines without what differs: errors of rounding, and the share of the rank that broke off first, of 7 entries."""
-    return [re.sub(r"\d\.\de-1\d|352x[34]", "#", line.rstrip()) for line in text.strip().splitlines()]
+    """Lines with errors of rounding, which differ between machines, taken out."""
+    return [re.sub(r"\d\.\de-1\d", "#", line.rstrip()) for line in text.strip().splitlines()]
 
 
 def train(folder: str) -> None:
