@@ -1,7 +1,8 @@
 """A vision transformer for scientific fields: many variables on one grid, of which every batch may carry others.
 
-Plain torch and einops, on one device, with no knowledge of parallelism. In reading order: positions, from pixels to
-tokens, the blocks, the readout, the model `VisionTransformer`. What it is trained on is next door, in vit_objective.py.
+Plain torch and einops, on one device, with no knowledge of parallelism; attention is that of video_dit.py. In reading
+order: positions, from pixels to tokens, the blocks, the readout, the model `VisionTransformer`. What it is trained on
+is next door, in vit_objective.py.
 
 Tokens are patches of the grid. Under full attention they are one sequence, patches row by row, with the class token and
 the registers in front; under axial attention they keep the dims of the grid. Everything between the first reshape and
@@ -34,6 +35,8 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from dsp_plugin.models.video_dit import SelfAttention, wave
+
 # --- positions
 
 
@@ -46,18 +49,6 @@ def angles(place_NG: Tensor, count: int) -> Tensor:
         frequency = 1000.0 ** (-torch.arange(share, dtype=torch.float64, device=place_NG.device) / share)
         parts.append(place_NG[..., dim, None].double() * frequency)
     return torch.cat(parts, dim=-1)
-
-
-def wave(angle_NA: Tensor) -> Tensor:
-    """Table [N, 2A]: the cosines of the angles, then their sines."""
-    return torch.cat([angle_NA.cos(), angle_NA.sin()], dim=-1)
-
-
-def rotate(x_BHLD: Tensor, rope_LD: Tensor) -> Tensor:
-    """Turn the feature pairs (i, i + D/2) of every token by its position's angles (arXiv 2104.09864)."""
-    cos, sin = rope_LD.chunk(2, dim=-1)
-    first, second = x_BHLD.chunk(2, dim=-1)
-    return torch.cat([first * cos - second * sin, first * sin + second * cos], dim=-1)
 
 
 def places(grid: Sequence[int], front: int, flat: bool, device: torch.device) -> Tensor:
@@ -155,25 +146,6 @@ class Location(nn.Module):
 
 
 # --- the blocks
-
-
-class SelfAttention(nn.Module):
-    """Multi-head attention of each sequence in the batch to itself."""
-
-    def __init__(self, width: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        # No bias: a constant added to every key shifts a row of scores as a whole, and softmax gives that no gradient.
-        self.qkv = nn.Linear(width, 3 * width, bias=False)
-        self.out = nn.Linear(width, width)
-
-    def forward(self, x_BLC: Tensor, rope_LD: Tensor | None) -> Tensor:
-        """Returns [B, L, C]."""
-        q_BHLD, k_BHLD, v_BHLD = rearrange(self.qkv(x_BLC), "b l (qkv h d) -> qkv b h l d", qkv=3, h=self.heads)
-        if rope_LD is not None:
-            q_BHLD, k_BHLD = rotate(q_BHLD, rope_LD), rotate(k_BHLD, rope_LD)
-        out_BHLD = F.scaled_dot_product_attention(q_BHLD, k_BHLD, v_BHLD)
-        return self.out(rearrange(out_BHLD, "b h l d -> b l (h d)"))
 
 
 class Block(nn.Module):

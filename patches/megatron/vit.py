@@ -29,7 +29,8 @@ from dsp_plugin.comm import meter
 from dsp_plugin.errors import UnsupportedError
 from dsp_plugin.mask import MaskSpec
 from dsp_plugin.methods import attention_of
-from dsp_plugin.models.vit import VisionTransformer, angles, places, wave
+from dsp_plugin.models.video_dit import wave
+from dsp_plugin.models.vit import VisionTransformer, angles, places
 from dsp_plugin.patches.megatron.grid_tokens import Tokens, local_tokens, sharded_dims
 from dsp_plugin.patches.megatron.state import MegatronState
 from dsp_plugin.patches.megatron.token_layers import Place, mark_partial

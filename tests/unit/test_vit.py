@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dsp_plugin.errors import SequenceParallelConfigError
+from dsp_plugin.models.video_dit import rotate, wave
 from dsp_plugin.models.vit import (
     VariableAggregation,
     VariableEmbedding,
@@ -17,8 +18,6 @@ from dsp_plugin.models.vit import (
     angles,
     initialise,
     places,
-    rotate,
-    wave,
 )
 from dsp_plugin.models.vit_objective import VitObjective, latitude_weights, weighted_mse
 from dsp_plugin.models.vit_plan import plan

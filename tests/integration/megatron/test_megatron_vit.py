@@ -13,9 +13,10 @@ from typing import Any
 
 import pytest
 from megatron_runs import ROOT, Run, assert_parity, train
+from plain_training import BATCH, STEPS
 from standing_world import RunFailure
 from switch_formula import assert_switches
-from vit_reference import BATCH, SAMPLES, STEPS, WEATHERS, plain_run
+from vit_reference import SAMPLES, WEATHERS, plain_run
 
 VIT_SCRIPT = ROOT / "launch" / "pretrain_vit_core.py"
 COUNTED_SCRIPT = Path(__file__).with_name("counted_vit.py")

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import torch
 from megatron_runs import Run
+from plain_training import BATCH, SEED, train, with_first_weights
 
 from dsp_plugin.launch.shallow_water import VARIABLES, ShallowWater, Weather, batch_of_some_variables
 from dsp_plugin.models.vit import VisionTransformer
 from dsp_plugin.models.vit_objective import VitObjective
 from dsp_plugin.patches.megatron.vit_weights import draw
 
-SEED, BATCH, STEPS = 1234, 4, 3
 # Two samples of each weather, so that every step trains on the same four.
 WEATHERS, SAMPLES, HOURS = 2, 2, 3.0
 
@@ -46,16 +46,12 @@ def plain_run(
         classes=WEATHERS if classify else 0,
         lead_time=lead_time,
     )
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(draw(name, parameter.shape, SEED))
+    with_first_weights(model, draw)
     water = ShallowWater(rows, columns)
     weather = Weather(water, WEATHERS, SAMPLES * times + 1, HOURS, seed=SEED)
     objective = VitObjective(model, torch.from_numpy(water.latitudes))
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
-    losses: list[float] = []
-    gradients: dict[str, torch.Tensor] = {}
-    for step in range(STEPS):
+
+    def loss_of(step: int) -> torch.Tensor:
         parts = []
         for first in range(0, BATCH, micro_batch):
             samples = [sample_of(weather, times * index, times) for index in range(first, first + micro_batch)]
@@ -65,15 +61,9 @@ def plain_run(
             if classify:
                 batch["label"] = torch.stack([sample["index"] for sample in samples]) // (SAMPLES * times)
             parts.append(objective(**batch))
-        loss = torch.stack(parts).mean()
-        optimizer.zero_grad()
-        loss.backward()
-        losses.append(loss.item())
-        if step == dumped:
-            gradients = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-    return Run(losses, gradients, "")
+        return torch.stack(parts).mean()
+
+    return train(model, loss_of, dumped)
 
 
 def sample_of(weather: Weather, first: int, times: int) -> dict[str, torch.Tensor]:
