@@ -44,7 +44,9 @@ class Stage:
         takes: pattern of the tokens that its forward takes, where they have other features than stages hand on, such as
             pixels; of the first stage only.
         gives: likewise of those that it returns; of the last stage only.
-        when: an argument of the plan's root; the stage is left out of forward passes in which it is false.
+        when: an argument of the plan's root, or a function of all its arguments by name (what the call leaves out has
+            its default); the stage is left out of forward passes in which it is false: its modules are not called
+            then, or where tokens are whole.
     """
 
     modules: str
@@ -57,7 +59,7 @@ class Stage:
     kv_heads: int | None = None
     takes: str | None = None
     gives: str | None = None
-    when: str | None = None
+    when: str | Callable[[Mapping[str, Any]], bool] | None = None
 
 
 @dataclass(frozen=True)
@@ -89,7 +91,8 @@ class Plan:
         stages: by kind.
         batch_dim: the name in ``tokens`` that data parallelism shards; None makes the batch one more dim to shard.
         order: in which stages run: ``modules``, that in which the model registers them; or ``layers``, by the numbers
-            that ``*`` stands for, and for the same numbers as listed in ``stages``.
+            that ``*`` stands for, and for the same numbers as listed in ``stages``. Stages without numbers run
+            before or behind those with numbers, as they are listed.
         inputs: forward arguments of the plan's root, with patterns that tell sizes; ``_`` for what is of no interest.
         sizes: sizes that no shape tells.
         buffers: attributes used between stages, by their paths from the root, with patterns; while tokens are sharded

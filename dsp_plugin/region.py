@@ -134,14 +134,12 @@ class ShardedRegion:
         self._attributes.bind(module)
         self._last_run = None
         arguments = Arguments(type(module).__name__, module, args, kwargs)
-        conditions = [placed.stage.when for placed in self._placed]
-        self._running = [
-            index for index, name in enumerate(conditions) if name is None or arguments.get_or_default(name)
-        ]
+        self._running = [index for index, placed in enumerate(self._placed) if arguments.hold(placed.stage.when)]
         if not self._running:
+            conditions = {getattr(placed.stage.when, "__name__", str(placed.stage.when)) for placed in self._placed}
             raise SequenceParallelConfigError(
                 setting="plan.stages",
-                why=f"none runs in this forward pass: {', '.join(sorted({str(c) for c in conditions}))} are false",
+                why=f"none runs in this forward pass: {', '.join(sorted(conditions))} are false",
                 remedy="keep a stage without a condition",
             )
         self._known = sizes_of_inputs(self._plan, arguments)
@@ -174,12 +172,14 @@ class ShardedRegion:
         pattern = parse(region.leaves or region.layout or self._plan.tokens)
         return rebuild(self._now.moves.move(x, pattern, place, None, f"plan.region {region.module} leaves"))
 
-    def _before(self, index: int) -> Callable[..., tuple[tuple, dict[str, Any]]]:
+    def _before(self, index: int) -> Callable[..., tuple[tuple, dict[str, Any]] | None]:
         placed = self._placed[index]
         pattern = self._plan.layout_taken(placed.stage)
         setting = f"plan layout of {placed.name}"
 
-        def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+            if self._is_outside(index):
+                return None
             arguments = Arguments(placed.name, placed.module, args, kwargs)
             self._check_order(index)
             x = arguments.tokens(placed.stage.tokens)
@@ -203,6 +203,8 @@ class ShardedRegion:
         pattern = self._plan.layout_given(placed.stage)
 
         def hook(module: nn.Module, args: tuple, output: Any) -> Any:
+            if self._is_outside(index):
+                return None
             last = index == self._running[-1] and self._border is None
             target = None if last else self._leaves_at(index)
             if last and not _recomputing():
@@ -217,6 +219,11 @@ class ShardedRegion:
             return rebuild(self._now.moves.move(x, pattern, here, target, f"plan layout of {placed.name}"))
 
         return hook
+
+    def _is_outside(self, index: int) -> bool:
+        """Whether a stage is left out of this pass, and called all the same where tokens are whole."""
+        whole = self._border is None and self._last_run in (None, self._running[-1])
+        return index not in self._running and (whole or _recomputing())
 
     def _home(self) -> Place | None:
         """Where tokens have to be outside of stages."""
@@ -373,11 +380,17 @@ def placed_stages(root: nn.Module, plan: Plan) -> list[Placed]:
         SequenceParallelConfigError: a glob matches nothing, or a module is matched twice.
     """
     order = {name: index for index, (name, _) in enumerate(root.named_modules())}
+    found = [matching_modules(root, stage.modules, "plan stage") for stage in plan.stages]
+    layers = {
+        name: tuple(int(n) for n in re.findall(r"(?:^|\.)(\d+)(?=\.|$)", name)) for part in found for name in part
+    }
+    # Stages that are listed one behind the other, all with numbers or all without, run in turns.
+    runs = itertools.groupby(any(layers[name] for name in part) for part in found)
+    turns = [turn for turn, (_, run) in enumerate(runs) for _ in run]
     placed: list[tuple[tuple, Placed]] = []
-    for kind, stage in enumerate(plan.stages):
-        for name, module in matching_modules(root, stage.modules, "plan stage").items():
-            layer = tuple(int(number) for number in re.findall(r"(?:^|\.)(\d+)(?=\.|$)", name))
-            key = (order[name],) if plan.order == "modules" else (layer, kind, order[name])
+    for kind, (stage, part) in enumerate(zip(plan.stages, found, strict=True)):
+        for name, module in part.items():
+            key = (order[name],) if plan.order == "modules" else (turns[kind], layers[name], kind, order[name])
             placed.append((key, Placed(name, module, stage)))
     by_module = sorted((item for _, item in placed), key=lambda item: order[item.name])
     for before, after in itertools.pairwise(by_module):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -23,6 +24,9 @@ class Arguments:
         kinds = [parameter.kind for parameter in self._parameters.values()]
         self._takes_any_name = inspect.Parameter.VAR_KEYWORD in kinds
         self._names = list(self._parameters)
+        # Some were given to *args, which tells no names.
+        places = kinds.index(inspect.Parameter.VAR_POSITIONAL) if inspect.Parameter.VAR_POSITIONAL in kinds else None
+        self._has_nameless = places is not None and len(args) > places
         self._name = name
 
     def tokens(self, argument: int | str) -> Tensor:
@@ -56,6 +60,14 @@ class Arguments:
             return None if default is inspect.Parameter.empty else default
         return self.get(argument)
 
+    def hold(self, condition: str | Callable[[Mapping[str, Any]], bool] | None) -> bool:
+        """Whether the condition of a stage is true of this call."""
+        if condition is None:
+            return True
+        if callable(condition):
+            return bool(condition({name: self.get_or_default(name) for name in self._names}))
+        return bool(self.get_or_default(condition))
+
     def set(self, argument: int | str, value: Any) -> None:
         """Put another value in its place."""
         place = self._place(argument)
@@ -66,6 +78,14 @@ class Arguments:
 
     def _place(self, argument: int | str) -> int | str:
         if isinstance(argument, str) and argument not in self._names and self._takes_any_name:
+            if self._has_nameless and argument not in self.kwargs:
+                raise SequenceParallelConfigError(
+                    setting=f"plan of {self._name}",
+                    value=argument,
+                    why=f"its forward takes {', '.join(f'{p}' for p in self._parameters.values())} and was given "
+                    f"{len(self.args)} arguments by position, any of which this may be",
+                    remedy="wrap forward with functools.wraps, or pass the argument by name",
+                )
             return argument
         known = argument < len(self._names) if isinstance(argument, int) else argument in self._names
         if not known:

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import partial
+from functools import wraps
 from typing import Any
 
 import torch
@@ -163,8 +163,17 @@ def _prepared(job: Job, groups: SequenceParallelGroups) -> tuple[Subject, Parall
     handle = parallelize(module, config=job.config, groups=groups)
     if job.recompute is not None:
         for part in outermost(matching_modules(module, job.recompute, "recompute")).values():
-            part.forward = partial(checkpoint, part.forward, use_reentrant=False)
+            part.forward = _recomputed(part.forward)
     return subject, handle
+
+
+def _recomputed(forward: Callable[..., Any]) -> Callable[..., Any]:
+    # Wrapped, since plans name arguments by the signature.
+    @wraps(forward)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+
+    return run
 
 
 def _finished(module: nn.Module, handle: Parallelized, traffic: Ledger, memory: Memory) -> RankRun:

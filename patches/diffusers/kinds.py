@@ -7,8 +7,8 @@ from torch import nn
 from dsp_plugin.errors import SequenceParallelConfigError
 
 
-def heads_of(module: nn.Module, kind: str, reference: str) -> int:
-    """Attention heads of a diffusers model.
+def sizes_of(module: nn.Module, kind: str, reference: str) -> tuple[int, int]:
+    """Attention heads of a diffusers model, and the pixels times channels that it gives back for a token.
 
     Args:
         kind: the name of its class.
@@ -25,4 +25,6 @@ def heads_of(module: nn.Module, kind: str, reference: str) -> int:
             why=f"is the plan of a {kind}, not of a {type(module).__name__}",
             remedy=f'leave "plan" out: inside of other modules a {kind} is found by its class',
         )
-    return int(module.config["num_attention_heads"])  # type: ignore[index]
+    final = module.get_submodule("proj_out")
+    assert isinstance(final, nn.Linear)
+    return int(module.config["num_attention_heads"]), final.out_features  # type: ignore[index]

@@ -1,6 +1,7 @@
 """Latte (arXiv 2401.03048) in diffusers: every frame attends within itself, then every patch along time.
 
-Shape suffixes: B batch, T frames, S patches in one frame, C model width, M text tokens, E = 6 C.
+Shape suffixes: B batch, T frames, S patches in one frame, C model width, M text tokens, E = 6 C,
+P = channels * pixels of a patch.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dsp_plugin.patches.diffusers.kinds import heads_of
+from dsp_plugin.patches.diffusers.kinds import sizes_of
 from dsp_plugin.plan import Plan, Stage
 
 
@@ -21,10 +22,13 @@ def plan(module: nn.Module) -> Plan:
     the frames are added. Text and time steps come to the blocks repeated for every frame or patch. So must a text mask
     that callers pass, [B * T, M] or [B * T, 1, M]: diffusers itself fails on one row per video.
 
+    Behind the last block a modulation [B * T, 1, C], whole on every rank, meets the tokens between two modules, so from
+    `norm_out` on all frames have to be there. Tokens are gathered when they are pixels.
+
     Raises:
         SequenceParallelConfigError: ``module`` is of another class.
     """
-    heads = heads_of(module, "LatteTransformer3DModel", "dsp_plugin.patches.diffusers.latte:plan")
+    heads, pixels = sizes_of(module, "LatteTransformer3DModel", "dsp_plugin.patches.diffusers.latte:plan")
     text: dict[int | str, str] = {
         "encoder_hidden_states": "(b t) m c",
         "encoder_attention_mask": "(b t) m | (b t) 1 m",
@@ -49,10 +53,13 @@ def plan(module: nn.Module) -> Plan:
                 heads=heads,
                 when="enable_temporal_attentions",
             ),
+            Stage("norm_out", ("t",), layout="(b t) s c"),
+            Stage("proj_out", (), layout="(b t) s c", gives="(b t) s p"),
         ),
         # Registered as two lists, run in turns.
         order="layers",
         inputs={"hidden_states": "b _ t _ _"},
+        sizes={"p": pixels},
         buffers={"temp_pos_embed": "1 t c"},
     )
 

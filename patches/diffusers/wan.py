@@ -1,17 +1,23 @@
 """Wan 2.1 and 2.2 (arXiv 2503.20314) in diffusers: every token of the video attends to every other.
 
-Shape suffixes: B batch, L tokens = (T frames) * (height) * (width) in patches, C model width, D head dim.
+Shape suffixes: B batch, L tokens = (T frames) * (height) * (width) in patches, C model width, D head dim,
+P = channels * pixels of a patch.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
-from dsp_plugin.patches.diffusers.kinds import heads_of
+from dsp_plugin.patches.diffusers.kinds import sizes_of
 from dsp_plugin.plan import Plan, Stage
+
+
+def _times_are_of_videos(call: Mapping[str, Any]) -> bool:
+    return bool(call["timestep"].ndim == 1)
 
 
 def plan(module: nn.Module) -> Plan:
@@ -21,19 +27,25 @@ def plan(module: nn.Module) -> Plan:
     self-attention. Modulation [B, 6, C] is for all tokens alike, [B, L, 6, C] (time steps per token, Wan 2.2) follows
     them, as do the rotary tables, two of [1, L, 1, D]. Text, and the image of image-to-video, stay whole.
 
+    Tokens are gathered when they are pixels, P of each. With time steps per token they are gathered behind the last
+    block: what modulates them there, outside of any module, is whole.
+
     Raises:
         SequenceParallelConfigError: ``module`` is of another class.
     """
+    heads, pixels = sizes_of(module, "WanTransformer3DModel", "dsp_plugin.patches.diffusers.wan:plan")
     return Plan(
         tokens="b l c",
+        sizes={"p": pixels},
         stages=(
             Stage(
                 "blocks.*",
                 ("l",),
                 follows={"temb": "b 6 c | b l 6 c", "rotary_emb": "1 l 1 d"},
                 attention="attn1",
-                heads=heads_of(module, "WanTransformer3DModel", "dsp_plugin.patches.diffusers.wan:plan"),
+                heads=heads,
             ),
+            Stage("proj_out", (), gives="b l p", when=_times_are_of_videos),
         ),
     )
 

@@ -69,7 +69,15 @@ def test_so_it_has_in_bf16_for_a_vit_and_by_other_methods(size: int) -> None:
     # Not recomputed: what is left then is no more than ten times the copy of a weight that oneDNN packs in bf16.
     videos = [job(method, size, None, torch.bfloat16) for method in ("dsp", "ulysses")]
     others = [job("ring", size, None), Job(_language_model, SequenceParallelConfig(method="lasp", size=size))]
-    _compare([*jobs, *videos, *others], size)
+    wide = {"head_dim": 32, "depth": 3}
+    theirs = [
+        Job(
+            partial(subject, name, {"heads": 4 if size < 3 else size, **wide}),
+            SequenceParallelConfig(method="dsp", size=size),
+        )
+        for name in ("wan", "latte")
+    ]
+    _compare([*jobs, *videos, *others, *theirs], size)
 
 
 def run(*arguments: str) -> Any:

@@ -421,6 +421,11 @@ MISTAKES: dict[str, Mistake] = {
         'order to "layers"',
         "register the modules",
     ),
+    "a stage that is left out and runs all the same": wrong(
+        planned(SPACE, Stage("time", ("t",), when=lambda call: False), END, model=Video("space time end")),
+        "plan.stages='time'",
+        "ran where end was due",
+    ),
     "a first stage that does not run": wrong(
         planned(SPACE, TIME, model=Video("time")), "plan.stages='time'", "ran where space was due"
     ),

@@ -131,6 +131,17 @@ def test_sharding_and_recomputation_save_memory_and_the_latter_costs_bytes() -> 
     assert whole.memory.gradients == quarter.memory.gradients == whole.memory.parameters
 
 
+@pytest.mark.parametrize(("name", "blocks"), [("wan", "blocks.*"), ("latte", "*transformer_blocks.*")])
+def test_what_plans_name_is_found_under_recomputation(name: str, blocks: str) -> None:
+    pytest.importorskip("diffusers")
+    runs = {}
+    for recompute in (None, blocks):
+        asked = Job(partial(subject, name, {}), SequenceParallelConfig(method="dsp", size=2), recompute=recompute)
+        runs[recompute] = dry_run(asked, 2)
+    assert runs[None].memory.activations > runs[blocks].memory.activations
+    assert runs[None].nbytes <= runs[blocks].nbytes
+
+
 def test_forward_alone_has_no_gradients_and_half_the_bytes() -> None:
     forward = dry_run(job(size=2, backward=False), 2)
     assert forward.memory.gradients == 0

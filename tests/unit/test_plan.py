@@ -50,6 +50,21 @@ def test_a_dot_is_a_dot_and_a_star_stops_at_it():
         assert part in str(refused.value)
 
 
+def test_layers_run_by_number_and_modules_without_one_where_they_are_listed():
+    class Turns(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.embed = nn.Identity(), nn.Identity()
+            self.space = nn.ModuleList(nn.Identity() for _ in range(2))
+            self.time = nn.ModuleList(nn.Identity() for _ in range(2))
+
+    stages = (Stage("embed", ()), Stage("time.*", ("t",)), Stage("space.*", ("s",)), Stage("norm", ()))
+    placed = placed_stages(Turns(), Plan("b t s c", stages, order="layers"))
+    assert [place.name for place in placed] == ["embed", "time.0", "space.0", "time.1", "space.1", "norm"]
+    placed = placed_stages(Turns(), Plan("b t s c", stages))
+    assert [place.name for place in placed] == ["norm", "embed", "space.0", "space.1", "time.0", "time.1"]
+
+
 def test_outermost_drops_what_is_inside_another():
     found = matching_modules(Model(), "blocks.0.**", "attention")
     assert list(outermost(found)) == ["blocks.0.space", "blocks.0.time"]

@@ -83,7 +83,7 @@ def _hold(size: int, names: list[str]) -> None:
         assert {inside for *_, inside in result.stages} == {"local", expected}, f"{name}: {result.stages}"
         dims = [dim for _, dim, _, _ in result.stages]
         if expected == "local" and name != "space only":
-            assert dims == ["t", "s", "t", "s"], f"{name}: {result.stages}"
+            assert dims == ["t", "s", "t", "s", "s", "s"], f"{name}: {result.stages}"
 
 
 @pytest.mark.parametrize("size", [2, 3, 4])
