@@ -131,6 +131,7 @@ def test_megatron_goes_on_after_a_kill(tmp_path: Path) -> None:
 
 
 @pytest.mark.megatron
+@pytest.mark.matrix
 def test_megatron_goes_on_with_another_size(tmp_path: Path) -> None:
     """Rank 0 killed with a sequence on 2 ranks; started again by hand with a sequence on each."""
     pytest.importorskip("megatron.core")

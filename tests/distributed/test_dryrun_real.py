@@ -50,7 +50,7 @@ def _compare(jobs: list[Job], size: int) -> None:
             assert dry.memory.peak == pytest.approx(real.memory.peak, rel=0.1), each
 
 
-@pytest.mark.parametrize("size", [1, 2, 4])
+@pytest.mark.parametrize("size", [1, 2, pytest.param(4, marks=pytest.mark.matrix)])
 def test_a_dry_run_has_the_bytes_and_the_memory_of_the_real_run(size: int) -> None:
     methods = ("dsp", "ulysses") if size > 1 else ("dsp",)
     _compare([job(method, size, recompute) for method in methods for recompute in (None, BLOCKS)], size)

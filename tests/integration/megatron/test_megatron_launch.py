@@ -73,11 +73,12 @@ def by_hostfile(job: str, folder: Path, **sizes: str) -> str:
     return shell(str(LAUNCH / "hostfile.sh"), str(hosts), str(LAUNCH / job), env=env)
 
 
-COVERING = (
-    ("megatron_gpt_usp.sh", on_slurm),
-    ("megatron_hybrid_lasp.sh", by_rendezvous),
-    ("megatron_video_dsp.sh", on_this_node),
-)
+# And the megatron-core that runs it.
+COVERING = {
+    ("megatron_gpt_usp.sh", on_slurm): "newest",
+    ("megatron_hybrid_lasp.sh", by_rendezvous): "oldest",
+    ("megatron_video_dsp.sh", on_this_node): "oldest",
+}
 STARTS = (on_this_node, by_rendezvous, on_slurm, by_hostfile)
 
 
@@ -88,7 +89,7 @@ STARTS = (on_this_node, by_rendezvous, on_slurm, by_hostfile)
             job,
             start,
             id=f"{job}-{start.__name__}",
-            marks=() if (job, start) in COVERING else pytest.mark.matrix,
+            marks=pytest.mark.core(COVERING[job, start]) if (job, start) in COVERING else pytest.mark.matrix,
         )
         for job in JOBS
         for start in STARTS
@@ -126,6 +127,7 @@ def test_dry_run_prints_what_srun_would_run(job: str, tmp_path: Path) -> None:
     assert done.stdout.endswith("--train-iters 5\n")
 
 
+@pytest.mark.core("oldest")
 def test_checkout_beside_the_script_is_used(tmp_path: Path) -> None:
     script = tmp_path / "train.py"
     script.write_text("import megatron.core\nprint(megatron.core.__file__, megatron.core.__version__)\n")

@@ -51,6 +51,11 @@ CASES = {
         f"{CP2} {PP2} --sp-exchange allgather {KEEP}",
     ),
 }
+EVERYWHERE = {
+    "tp2 x cp2, sequence parallel, lightseq, allgather, selective recompute",
+    "cp2 x pp2, interleaved, ulysses, scan, full recompute",
+}
+NEWEST = pytest.mark.core("newest")
 MATRIX = {
     **{
         f"{decay}, {exchange}": (
@@ -94,7 +99,7 @@ MATRIX = {
 @pytest.mark.parametrize(
     ("ranks", "model", "arguments"),
     [
-        *(pytest.param(*case, id=name) for name, case in CASES.items()),
+        *(pytest.param(*case, id=name, marks=[] if name in EVERYWHERE else NEWEST) for name, case in CASES.items()),
         *(pytest.param(*case, id=name, marks=pytest.mark.matrix) for name, case in MATRIX.items()),
     ],
 )
@@ -105,6 +110,7 @@ def test_trains_like_one_process(
     assert_parity(run, reference(*model.split()))
 
 
+@pytest.mark.core("oldest")
 @pytest.mark.timeout(400)
 def test_bf16_stays_within_its_own_noise(reference: Callable[..., Run], tmp_path: Path) -> None:
     model = HYBRID.split()
@@ -115,6 +121,7 @@ def test_bf16_stays_within_its_own_noise(reference: Callable[..., Run], tmp_path
     assert max(abs(a - b) for a, b in zip(run.losses, rounded.losses, strict=True)) <= noise
 
 
+@pytest.mark.core("oldest")
 @pytest.mark.timeout(400)
 @pytest.mark.parametrize(
     ("ranks", "arguments"),

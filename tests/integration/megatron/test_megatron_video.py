@@ -54,6 +54,17 @@ CASES: dict[str, tuple[int, str, tuple[str, ...]]] = {
     "cp2 x dp2, distributed optimizer": (4, f"{CP2} {ZERO}", ("distributed optimizer",)),
     "cp4, 7 frames": (4, f"{CP4} --frames 7", ("unequal token counts",)),
 }
+# Which of the tested megatron-cores runs a case; both where none is named.
+NEWEST, OLDEST = pytest.mark.core("newest"), pytest.mark.core("oldest")
+SHARED_OUT = {
+    "cp2, micro-batch of 2": [NEWEST],
+    "tp2 x cp2, sinusoidal positions": [OLDEST],
+    "tp2 x cp2, sequence parallel, 6 frames, selective recompute": [NEWEST],
+    "cp2 x pp2, 7 frames": [OLDEST],
+    "cp2 x pp2, interleaved, 7 frames, full recompute": [NEWEST],
+    "cp2 x dp2, distributed optimizer": [NEWEST],
+    "cp4, 7 frames": [NEWEST],
+}
 MATRIX: dict[str, tuple[int, str, tuple[str, ...]]] = {
     "one rank": (1, "", ()),
     "tp2": (2, TP2, ()),
@@ -97,7 +108,10 @@ def model_arguments(argv: list[str]) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("ranks", "arguments"),
     [
-        *(pytest.param(ranks, argv, id=name, marks=cells(*held)) for name, (ranks, argv, held) in CASES.items()),
+        *(
+            pytest.param(ranks, argv, id=name, marks=[*cells(*held), *SHARED_OUT.get(name, [])])
+            for name, (ranks, argv, held) in CASES.items()
+        ),
         *(
             pytest.param(ranks, argv, id=name, marks=[pytest.mark.matrix, *cells(*held)])
             for name, (ranks, argv, held) in MATRIX.items()
@@ -110,6 +124,7 @@ def test_trains_like_the_plain_model(ranks: int, arguments: str, plain: Callable
     assert_parity(run, plain(**model_arguments(argv)))
 
 
+@OLDEST
 @pytest.mark.timeout(400)
 @pytest.mark.cell("megatron", "dsp", "bf16")
 def test_bf16_stays_within_its_own_noise(plain: Callable[..., Run], tmp_path: Path) -> None:
@@ -121,6 +136,7 @@ def test_bf16_stays_within_its_own_noise(plain: Callable[..., Run], tmp_path: Pa
     assert max(abs(a - b) for a, b in zip(four.losses, one.losses, strict=True)) <= noise
 
 
+@NEWEST
 @pytest.mark.timeout(400)
 @pytest.mark.parametrize(
     ("ranks", "arguments", "sizes"),
@@ -177,6 +193,7 @@ RESUMED_MATRIX: dict[str, tuple[int, str, tuple[str, ...]]] = {
 }
 
 
+@OLDEST
 @pytest.mark.timeout(400)
 @pytest.mark.parametrize(
     ("ranks", "arguments"),
@@ -195,6 +212,7 @@ def test_goes_on_at_other_sizes(
     assert_parity(train(tmp_path, ranks, *argv, script=VIDEO_SCRIPT, timeout=300), plain(dumped=1))
 
 
+@NEWEST
 @pytest.mark.timeout(400)
 @pytest.mark.parametrize(
     ("arguments", "script", "words"),

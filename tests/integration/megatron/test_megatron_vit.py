@@ -79,6 +79,9 @@ COUNTED: dict[str, tuple[int, str, dict[str, int]]] = {
 }
 
 
+pytestmark = pytest.mark.core("newest")
+
+
 @pytest.fixture(scope="module")
 def plain() -> Callable[..., Run]:
     """Runs of the plain model, by what changes it."""

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
-import multiprocessing
-from multiprocessing import forkserver
 from pathlib import Path
 
 import pytest
+from preloading import preload
 
 HERE = Path(__file__).parent
 # What the tests of each library need; a rank that imports either by itself needs seconds for it.
@@ -17,8 +16,6 @@ NEEDED = {
     "esm": ["test_msa.py"],
 }
 PRELOADED = [
-    "torch",
-    "dsp_plugin",
     "diffusers.models.transformers.latte_transformer_3d",
     "diffusers.models.transformers.transformer_wan",
     "diffusers.schedulers.scheduling_ddim",
@@ -42,7 +39,4 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def _libraries_are_imported_once() -> None:
-    # Tests elsewhere may have started the server that ranks are forked from, without these.
-    forkserver._forkserver._stop()
-    multiprocessing.get_context("forkserver").set_forkserver_preload(PRELOADED)
-    forkserver.ensure_running()
+    preload(*PRELOADED)
