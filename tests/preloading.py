@@ -9,10 +9,13 @@ from __future__ import annotations
 import multiprocessing
 from multiprocessing import forkserver
 
-# torch imports dynamo when something is first checkpointed.
+# torch imports dynamo when something is first checkpointed; it and the two below are the most of what
+# `import megatron.core` takes. Megatron itself is imported by each test under its own patches.
 EVERYWHERE = (
     "torch",
     "torch._dynamo",
+    "torch._inductor.compile_fx",
+    "torch.distributed._tensor",
     "dsp_plugin",
     "dsp_plugin.cli",
     "dsp_plugin.rehearsal.validate",

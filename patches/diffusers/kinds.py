@@ -25,6 +25,6 @@ def sizes_of(module: nn.Module, kind: str, reference: str) -> tuple[int, int]:
             why=f"is the plan of a {kind}, not of a {type(module).__name__}",
             remedy=f'leave "plan" out: inside of other modules a {kind} is found by its class',
         )
-    final = module.get_submodule("proj_out")
-    assert isinstance(final, nn.Linear)
-    return int(module.config["num_attention_heads"]), final.out_features  # type: ignore[index]
+    # Not an nn.Linear under low-rank adapters.
+    pixels = module.get_submodule("proj_out").out_features
+    return int(module.config["num_attention_heads"]), int(pixels)  # type: ignore[index, arg-type]

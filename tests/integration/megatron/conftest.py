@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 from megatron_runs import Run, train
-from preloading import preload
 
 FOLDER = Path(__file__).parent
 
@@ -20,12 +19,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.megatron)
             if not installed:
                 item.add_marker(pytest.mark.skip(reason="megatron-core is not installed: pip install -e '.[megatron]'"))
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _megatrons_imports_are_made_once() -> None:
-    # The most of what `import megatron.core` takes. Megatron itself is imported by each test under its own patches.
-    preload("torch._inductor.compile_fx", "torch.distributed._tensor")
 
 
 @pytest.fixture(scope="session")

@@ -77,7 +77,6 @@ def by_hostfile(job: str, folder: Path, **sizes: str) -> str:
 COVERING = {
     ("megatron_gpt_usp.sh", on_slurm): "newest",
     ("megatron_hybrid_lasp.sh", by_rendezvous): "oldest",
-    ("megatron_video_dsp.sh", on_this_node): "oldest",
 }
 STARTS = (on_this_node, by_rendezvous, on_slurm, by_hostfile)
 
