@@ -25,8 +25,7 @@ class Arguments:
         self._takes_any_name = inspect.Parameter.VAR_KEYWORD in kinds
         self._names = list(self._parameters)
         # Some were given to *args, which tells no names.
-        places = kinds.index(inspect.Parameter.VAR_POSITIONAL) if inspect.Parameter.VAR_POSITIONAL in kinds else None
-        self._has_nameless = places is not None and len(args) > places
+        self._has_nameless = inspect.Parameter.VAR_POSITIONAL in kinds[: len(args)]
         self._name = name
 
     def tokens(self, argument: int | str) -> Tensor:
@@ -82,7 +81,7 @@ class Arguments:
                 raise SequenceParallelConfigError(
                     setting=f"plan of {self._name}",
                     value=argument,
-                    why=f"its forward takes {', '.join(f'{p}' for p in self._parameters.values())} and was given "
+                    why=f"its forward takes {', '.join(map(str, self._parameters.values()))} and was given "
                     f"{len(self.args)} arguments by position, any of which this may be",
                     remedy="wrap forward with functools.wraps, or pass the argument by name",
                 )

@@ -21,6 +21,9 @@ import torch.distributed as dist
 
 Result = TypeVar("Result")
 
+PRELOADED = ["torch", "dsp_plugin"]
+"""What the server that CPU ranks are forked from imports when it starts, with the first rank."""
+
 
 class RankFailure(RuntimeError):  # noqa: N818
     """A rank raised, died or hung; the message has the traceback, or the stacks, of every rank concerned.
@@ -53,7 +56,7 @@ def spawn(worker: Callable[..., Result], size: int, *args: Any, timeout: float =
     kind = "spawn" if torch.cuda.is_available() else "forkserver"
     context: Any = multiprocessing.get_context(kind)
     if kind == "forkserver":
-        context.set_forkserver_preload(["torch", "dsp_plugin"])
+        context.set_forkserver_preload(PRELOADED)
     with tempfile.TemporaryDirectory() as folder:
         ranks = []
         outcomes: dict[int, tuple[str, Any, str]] = {}

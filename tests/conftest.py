@@ -21,6 +21,7 @@ CONSTRAINTS = Path(__file__).parents[1] / "configs" / "constraints"
 os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
 # As every spawned rank has; more threads than cores slow the small kernels of the tests many times over.
 torch.set_num_threads(1)
+preload()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -70,8 +71,3 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     path = session.config.getoption("--cells-out")
     if path is not None:
         session.config.pluginmanager.get_plugin("cells").write(path, sys.argv[1:])
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _ranks_have_imported_what_tests_do() -> None:
-    preload()

@@ -6,17 +6,16 @@ forked from imports it once.
 
 from __future__ import annotations
 
-import multiprocessing
 from multiprocessing import forkserver
+
+from dsp_plugin.spawn import PRELOADED
 
 # torch imports dynamo when something is first checkpointed; it and the two below are the most of what
 # `import megatron.core` takes. Megatron itself is imported by each test under its own patches.
 EVERYWHERE = (
-    "torch",
     "torch._dynamo",
     "torch._inductor.compile_fx",
     "torch.distributed._tensor",
-    "dsp_plugin",
     "dsp_plugin.cli",
     "dsp_plugin.rehearsal.validate",
     "hypothesis",
@@ -26,7 +25,7 @@ EVERYWHERE = (
 
 
 def preload(*modules: str) -> None:
-    """Starts a server that imports `modules`, too, in place of the one that tests elsewhere may have started."""
+    """Has the next rank forked from a server that imports `modules`, too."""
+    PRELOADED.extend(name for name in (*EVERYWHERE, *modules) if name not in PRELOADED)
+    # Tests elsewhere may have started one without them.
     forkserver._forkserver._stop()
-    multiprocessing.get_context("forkserver").set_forkserver_preload([*EVERYWHERE, *modules])
-    forkserver.ensure_running()
