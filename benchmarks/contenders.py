@@ -12,7 +12,7 @@ from torch import Tensor
 from benchmarks.measure import Samples, in_turns
 from benchmarks.result import Row
 from dsp_plugin.comm.ledger import ledger
-from dsp_plugin.config import SequenceParallelConfig
+from dsp_plugin.config.schema import SequenceParallelConfig
 from dsp_plugin.groups import SequenceParallelGroups
 from dsp_plugin.kernels import softmax
 from dsp_plugin.layout import Layout, LayoutKind

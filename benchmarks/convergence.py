@@ -48,7 +48,8 @@ def run(quick: bool, advance: Advance) -> Result:
         {
             "model": "LinearLM, " + ", ".join(f"{name} {value}" for name, value in MODEL.items()),
             "text": f"bytes of Python's standard library, {LENGTH} in a sample, 4 samples in a step",
-            "script": "launch/train_linear_deepspeed.py with configs/deepspeed/linear_lasp_zero{1,2,3}.json, fp32",
+            "script": "launch/examples/train_linear_deepspeed.py with "
+            "configs/deepspeed/linear_lasp_zero{1,2,3}.json, fp32",
             "steps": count,
         },
         {
@@ -104,7 +105,7 @@ def train(zero: int, ranks: int, count: int) -> list[float]:
         path, metrics = Path(folder) / "deepspeed.json", Path(folder) / "metrics.json"
         path.write_text(json.dumps(config))
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-        script = ["-m", "dsp_plugin.launch", str(ROOT / "launch" / "train_linear_deepspeed.py")]
+        script = ["-m", "dsp_plugin.launch", str(ROOT / "launch" / "examples" / "train_linear_deepspeed.py")]
         sizes = [text for name, value in MODEL.items() for text in (f"--{name}", str(value))]
         data = ["--seq-length", str(LENGTH), "--steps", str(count)]
         files = ["--deepspeed_config", str(path), "--metrics-out", str(metrics)]

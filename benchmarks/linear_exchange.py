@@ -19,8 +19,8 @@ from benchmarks.netns import HostFailure, why_not
 from benchmarks.netns_switch import switched
 from benchmarks.progress import Advance
 from benchmarks.result import Result
+from dsp_plugin.comm.axis import Axis
 from dsp_plugin.comm.ledger import ledger
-from dsp_plugin.groups import Axis
 from dsp_plugin.kernels.linear import StateExchange
 from dsp_plugin.methods.state_exchange import EXCHANGES, scan_blocks, state_exchange
 

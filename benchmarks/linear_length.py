@@ -21,7 +21,7 @@ from benchmarks.measure import Samples, in_turns
 from benchmarks.progress import Advance
 from benchmarks.result import Result, Row
 from dsp_plugin.comm.ledger import ledger
-from dsp_plugin.config import SequenceParallelConfig
+from dsp_plugin.config.schema import SequenceParallelConfig
 from dsp_plugin.groups import SequenceParallelGroups
 from dsp_plugin.kernels.linear import linear_attention
 from dsp_plugin.kernels.softmax import attention as softmax_attention

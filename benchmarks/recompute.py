@@ -19,13 +19,13 @@ from benchmarks.measure import Samples, in_turns
 from benchmarks.progress import Advance
 from benchmarks.result import Result
 from dsp_plugin.comm.ledger import ledger
-from dsp_plugin.config import SequenceParallelConfig
+from dsp_plugin.config.schema import SequenceParallelConfig
 from dsp_plugin.groups import SequenceParallelGroups
 from dsp_plugin.kernels.counter import calls
 from dsp_plugin.layout import Layout
 from dsp_plugin.methods import METHODS
-from dsp_plugin.recompute import Tape
 from dsp_plugin.spawn import RankFailure, spawn
+from dsp_plugin.training.recompute import Tape
 
 NAME = "recompute"
 LAYERS, HEADS, HEAD_DIM, SIZE = 2, 4, 64, 2
@@ -81,7 +81,7 @@ def run(quick: bool, advance: Advance) -> Result:
 
 
 def kept_bytes(tokens: int) -> int:
-    """What `keep_attention` keeps on a rank of ``tokens`` tokens, by the formula in `dsp_plugin.recompute`."""
+    """What `keep_attention` keeps on a rank of ``tokens`` tokens, by the formula in `dsp_plugin.training.recompute`."""
     return LAYERS * tokens * HEADS * (HEAD_DIM * 4 + 4)
 
 

@@ -14,9 +14,9 @@ from dsp_plugin.models import video_dit_plan
 from dsp_plugin.models.rectified_flow import RectifiedFlowObjective
 from dsp_plugin.models.video_dit import VideoDiT
 from dsp_plugin.patches import cpu
-from dsp_plugin.patches.megatron import video_dit_weights
-from dsp_plugin.patches.megatron.video_dit import ParallelVideoDiT, VideoShape
-from dsp_plugin.plan import Plan
+from dsp_plugin.patches.megatron.models import video_dit_weights
+from dsp_plugin.patches.megatron.models.video_dit import ParallelVideoDiT, VideoShape
+from dsp_plugin.plans.plan import Plan
 
 PATCH, VOCABULARY, SEED = 4, 10, 7
 KEPT = {"ulysses": "t", "ring": "s"}

@@ -9,17 +9,19 @@ from __future__ import annotations
 from importlib.metadata import entry_points
 
 from dsp_plugin.comm import ledger
-from dsp_plugin.config import SequenceParallelConfig
-from dsp_plugin.data import PackedDocuments, SequenceParallelBatchSampler, SequenceParallelStream
+from dsp_plugin.comm.axis import Axis
+from dsp_plugin.config.schema import SequenceParallelConfig
 from dsp_plugin.errors import CollectiveMismatchError, PatchError, SequenceParallelConfigError, UnsupportedError
-from dsp_plugin.groups import Axis, SequenceParallelGroups
+from dsp_plugin.groups import SequenceParallelGroups
 from dsp_plugin.kernels.convolution import short_convolution
 from dsp_plugin.kernels.linear import linear_attention
 from dsp_plugin.layout import Layout
 from dsp_plugin.mask import MaskSpec
 from dsp_plugin.methods import METHODS
-from dsp_plugin.parallelize import Parallelized, parallelize
-from dsp_plugin.plan import Plan, Region, Stage
+from dsp_plugin.plans.plan import Plan
+from dsp_plugin.plans.stage import Region, Stage
+from dsp_plugin.sharding.parallelize import Parallelized, parallelize
+from dsp_plugin.training.data import PackedDocuments, SequenceParallelBatchSampler, SequenceParallelStream
 
 __version__ = "0.1.0"
 

@@ -6,63 +6,37 @@ names of their own so that a framework can register, and the ledger can tell, wh
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Self
+from dataclasses import dataclass
+from typing import Literal, Protocol, Self
 
 import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
-if TYPE_CHECKING:
-    from dsp_plugin.config import SequenceParallelConfig
+from dsp_plugin.comm.axis import Axis
 
 
-@dataclass(frozen=True)
-class Axis:
-    """One mesh axis as this rank sees it.
+class Grid(Protocol):
+    """What a configuration says of the ranks that share a sequence; `SequenceParallelConfig` is one."""
 
-    Attributes:
-        name: who it is for: ``sp``, ``ulysses``, ``ring``, ``dsp``, ``lasp`` or ``dp``.
-        group: its process group; None on an axis of size 1, which never communicates.
-        rank: this rank's place on the axis.
-        size: ranks on the axis.
-        ranks: their global ranks, in axis order.
-        debug: compare op, shapes and dtypes with the other ranks before each collective.
-    """
+    @property
+    def size(self) -> int: ...
 
-    name: str
-    group: ProcessGroup | None
-    rank: int
-    size: int
-    ranks: tuple[int, ...]
-    debug: bool = False
+    @property
+    def ulysses_size(self) -> int: ...
 
-    def __post_init__(self) -> None:
-        assert self.size == len(self.ranks)
-        assert 0 <= self.rank < self.size
-        assert self.size == 1 or self.group is not None
+    @property
+    def ring_size(self) -> int: ...
 
-    @classmethod
-    def alone(cls, name: str, global_rank: int = 0) -> Axis:
-        """An axis of one rank."""
-        return cls(name, None, 0, 1, (global_rank,))
+    @property
+    def ulysses_order(self) -> Literal["adjacent", "strided"]: ...
 
-    @classmethod
-    def of_group(cls, name: str, group: ProcessGroup) -> Axis:
-        """The axis over an existing process group, in the group's own rank order."""
-        ranks = tuple(dist.get_process_group_ranks(group))
-        rank = dist.get_rank(group)
-        return cls(name, group if len(ranks) > 1 else None, rank, len(ranks), ranks)
+    @property
+    def debug(self) -> bool: ...
 
-    def renamed(self, name: str) -> Axis:
-        """The same ranks and process group under another name."""
-        return replace(self, name=name)
-
-    def debugged(self, debug: bool) -> Axis:
-        """The same axis with debug mode set as asked, or on where ``DSP_PLUGIN_DEBUG=1``."""
-        return replace(self, debug=debug or os.environ.get("DSP_PLUGIN_DEBUG", "0") == "1")
+    def check_world(self, world_size: int, **other_sizes: int) -> int:
+        """The data-parallel size that is left; raises where the sizes do not fit the world."""
 
 
 @dataclass(frozen=True)
@@ -77,9 +51,7 @@ class SequenceParallelGroups:
     dp: Axis
 
     @classmethod
-    def build(
-        cls, config: SequenceParallelConfig, data_rows: Sequence[Sequence[int]] | None = None, **other_sizes: int
-    ) -> Self:
+    def build(cls, config: Grid, data_rows: Sequence[Sequence[int]] | None = None, **other_sizes: int) -> Self:
         """Cut data-parallel ranks into ``dp x ring x ulysses``, Ulysses ranks adjacent unless set otherwise.
 
         Every rank of the world must call this; the process groups are created in the same order everywhere.

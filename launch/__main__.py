@@ -27,12 +27,12 @@ import torch
 
 from dsp_plugin.errors import PatchError, SequenceParallelConfigError, UnsupportedError
 from dsp_plugin.launch.report import report
-from dsp_plugin.liveness import seconds
 from dsp_plugin.patches import cpu, megatron, restarts
-from dsp_plugin.patches.autoload import after_import
 from dsp_plugin.patches.liveness import watched
 from dsp_plugin.patches.megatron import arguments
 from dsp_plugin.patches.patch import PatchSet
+from dsp_plugin.patches.post_import import after_import
+from dsp_plugin.watch.liveness import seconds
 
 PROGRAM = "python -m dsp_plugin.launch"
 

@@ -24,8 +24,8 @@ import torch.distributed as dist
 from torch.overrides import TorchFunctionMode
 
 from dsp_plugin.errors import UnsupportedError
-from dsp_plugin.patches.autoload import after_import
 from dsp_plugin.patches.patch import Patch, PatchSet
+from dsp_plugin.patches.post_import import after_import
 
 CPU_MODE = "DSP_PLUGIN_CPU"
 """Environment variable: ``1`` asks for CPU mode, ``force`` also where CUDA is present; unset or ``0`` is off."""

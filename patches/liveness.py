@@ -1,4 +1,4 @@
-"""Puts the ranks of a launched script under watch (`dsp_plugin.liveness`), from its first world of ranks on."""
+"""Puts the ranks of a launched script under watch (`dsp_plugin.watch.liveness`), from its first world of ranks on."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ import torch.distributed as dist
 
 from dsp_plugin.comm.ledger import ledger
 from dsp_plugin.errors import PatchError
-from dsp_plugin.last_words import Latest
-from dsp_plugin.liveness import Watch
 from dsp_plugin.patches.patch import Patch
+from dsp_plugin.watch.last_words import Latest
+from dsp_plugin.watch.liveness import Watch
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from dsp_plugin.patches.patch import Patch, PatchSet
-from dsp_plugin.recompute import keep_attention, keeping_attention
+from dsp_plugin.training.recompute import keep_attention, keeping_attention
 
 
 def checkpoint_function(module: str, distribution: str, supported: str) -> Patch:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from dsp_plugin import Layout, Plan, SequenceParallelConfig, SequenceParallelGroups, ledger, parallelize
 from dsp_plugin.comm import all_gather
-from dsp_plugin.groups import Axis
+from dsp_plugin.comm.axis import Axis
 from dsp_plugin.rehearsal.validate import validate_plan
 from dsp_plugin.spawn import spawn
 

@@ -16,7 +16,7 @@ EVERYWHERE = (
     "torch._dynamo",
     "torch._inductor.compile_fx",
     "torch.distributed._tensor",
-    "dsp_plugin.cli",
+    "dsp_plugin.cli.app",
     "dsp_plugin.rehearsal.validate",
     "hypothesis",
     "typer.testing",

@@ -1,4 +1,4 @@
-"""Runs of the jobs and starters in launch/, with stand-ins for what a cluster has and a test machine has not.
+"""Runs of the jobs and starters in launch/jobs/, with stand-ins for what a cluster has and a test machine has not.
 
 A stand-in is an executable on the PATH that runs on this machine, once per node, the command that it was asked to run
 there: so the command lines are the real ones, from the starter down to the ranks.
@@ -16,7 +16,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-LAUNCH = ROOT / "launch"
+JOBS = ROOT / "launch" / "jobs"
+EXAMPLES = ROOT / "launch" / "examples"
 
 STAND_INS = {
     # Once per node, in the environment of the caller, as srun exports it.

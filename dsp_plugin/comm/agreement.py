@@ -16,8 +16,8 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from dsp_plugin.comm.axis import Axis
 from dsp_plugin.errors import CollectiveMismatchError
-from dsp_plugin.groups import Axis
 
 Shapes = Sequence[Sequence[int]]
 

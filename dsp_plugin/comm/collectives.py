@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dsp_plugin.comm.axis import Axis
 from dsp_plugin.comm.wire import Sender, Transfers, collect, exchange
-from dsp_plugin.groups import Axis
 from dsp_plugin.layout import Layout, run_of, shard_ranges
 
 Runs = tuple[range, ...]

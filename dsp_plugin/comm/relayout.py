@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from dsp_plugin.comm.axis import Axis
 from dsp_plugin.comm.wire import Sender, exchange
-from dsp_plugin.groups import Axis
 from dsp_plugin.layout import Layout, run_of
 
 

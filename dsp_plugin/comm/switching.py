@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dsp_plugin.comm.axis import Axis
 from dsp_plugin.comm.wire import Exchange, Sender
 from dsp_plugin.errors import SequenceParallelConfigError
-from dsp_plugin.groups import Axis
 from dsp_plugin.layout import shard_sizes
 
 MOST_ROUNDS = 8

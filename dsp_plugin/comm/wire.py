@@ -14,9 +14,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dsp_plugin.comm.agreement import Shapes, agree
+from dsp_plugin.comm.axis import Axis
 from dsp_plugin.comm.ledger import Phase, record
 from dsp_plugin.comm.meter import waiting
-from dsp_plugin.groups import Axis
 
 # torch 2.13 renamed it and warns at the old name.
 _all_gather_single = dist.all_gather_single if hasattr(dist, "all_gather_single") else dist.all_gather_into_tensor

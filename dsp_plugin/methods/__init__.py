@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial, wraps
-from typing import TYPE_CHECKING, Any
+from functools import wraps
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,10 +14,7 @@ from dsp_plugin.comm.meter import count, metering
 from dsp_plugin.mask import MaskSpec
 from dsp_plugin.methods import dsp, lasp, lightseq, ring, ulysses, usp
 from dsp_plugin.methods.method import Method, WireBytes, Workload
-from dsp_plugin.recompute import on_tape
-
-if TYPE_CHECKING:
-    from dsp_plugin.config import SequenceParallelConfig
+from dsp_plugin.training.recompute import on_tape
 
 _ALL = (dsp.METHOD, ulysses.METHOD, ring.METHOD, usp.METHOD, lightseq.METHOD, lasp.METHOD)
 
@@ -48,15 +45,4 @@ def _complete(method: Method) -> Method:
 METHODS: dict[str, Method] = {method.name: _complete(method) for method in _ALL}
 
 
-def attention_of(config: SequenceParallelConfig, name: str | None = None) -> Callable[..., Tensor]:
-    """The attention of the configured method, with the settings that it takes from the configuration filled in.
-
-    Args:
-        name: another method's, for stages whose plan chose it.
-    """
-    method = METHODS[config.method if name is None else name]
-    assert method.attention is not None, f"{method.name} replaces no attention"
-    return partial(method.attention, **{name: getattr(config, name) for name in method.settings})
-
-
-__all__ = ["METHODS", "Method", "WireBytes", "Workload", "attention_of"]
+__all__ = ["METHODS", "Method", "WireBytes", "Workload"]

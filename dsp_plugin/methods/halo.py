@@ -10,16 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dsp_plugin.comm.axis import Axis
 from dsp_plugin.comm.relayout import relayout
 from dsp_plugin.comm.wire import Sender, Transfers
 from dsp_plugin.errors import SequenceParallelConfigError
-from dsp_plugin.groups import Axis, SequenceParallelGroups
+from dsp_plugin.groups import SequenceParallelGroups
 from dsp_plugin.kernels import convolution
 from dsp_plugin.layout import Layout
 from dsp_plugin.mask import document_starts
 from dsp_plugin.methods.inputs import check_length
 from dsp_plugin.methods.method import WireBytes
-from dsp_plugin.recompute import on_tape
+from dsp_plugin.training.recompute import on_tape
 
 
 def left_halo(x_BnC: Tensor, tokens: int, *, layout: Layout, axis: Axis, method: str = "lasp") -> Tensor:

@@ -7,8 +7,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from dsp_plugin.comm.axis import Axis
 from dsp_plugin.errors import SequenceParallelConfigError
-from dsp_plugin.groups import Axis
 from dsp_plugin.kernels.merge import accumulation_dtype
 from dsp_plugin.layout import Layout
 from dsp_plugin.methods.method import Workload

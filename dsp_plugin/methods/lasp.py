@@ -17,10 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dsp_plugin.comm.axis import Axis
 from dsp_plugin.comm.collectives import summed
 from dsp_plugin.comm.relayout import relayout, relayout_bytes
 from dsp_plugin.comm.wire import Sender
-from dsp_plugin.groups import Axis, SequenceParallelGroups
+from dsp_plugin.groups import SequenceParallelGroups
 from dsp_plugin.kernels.linear import attend, check, decay_of
 from dsp_plugin.kernels.linear_bidirectional import bidirectional
 from dsp_plugin.kernels.linear_chunks import Inputs

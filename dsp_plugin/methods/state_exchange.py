@@ -22,8 +22,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from dsp_plugin.comm.axis import Axis
 from dsp_plugin.comm.wire import Collection, Sender, Transfers
-from dsp_plugin.groups import Axis
 from dsp_plugin.kernels.linear import Alone, Arriving, StateExchange
 from dsp_plugin.kernels.linear_state import apply, transposed
 

@@ -16,9 +16,10 @@ from functools import cached_property, lru_cache
 
 from torch import Tensor
 
+from dsp_plugin.comm.axis import Axis
 from dsp_plugin.comm.collectives import Route, all_to_all
 from dsp_plugin.errors import SequenceParallelConfigError
-from dsp_plugin.groups import Axis, SequenceParallelGroups
+from dsp_plugin.groups import SequenceParallelGroups
 from dsp_plugin.kernels import softmax
 from dsp_plugin.layout import Layout, shard_ranges
 from dsp_plugin.mask import MaskSpec

@@ -5,7 +5,8 @@ from __future__ import annotations
 from torch import nn
 
 from dsp_plugin.errors import SequenceParallelConfigError
-from dsp_plugin.plan import Plan, Stage
+from dsp_plugin.plans.plan import Plan
+from dsp_plugin.plans.stage import Stage
 
 
 def plan(module: nn.Module) -> Plan:

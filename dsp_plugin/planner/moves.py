@@ -10,7 +10,7 @@ from typing import NamedTuple
 from dsp_plugin.layout import shard_sizes
 from dsp_plugin.methods.dsp import switch_bytes
 from dsp_plugin.methods.method import WireBytes
-from dsp_plugin.pattern import Extra
+from dsp_plugin.plans.pattern import Extra
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,8 @@ from dsp_plugin.errors import SequenceParallelConfigError
 from dsp_plugin.layout import shard_sizes
 from dsp_plugin.methods import METHODS
 from dsp_plugin.methods.method import WireBytes, Workload
-from dsp_plugin.pattern import Extra
 from dsp_plugin.planner.moves import Activation, Border, Shard, added, move, none_sent
+from dsp_plugin.plans.pattern import Extra
 
 
 class AttentionShape(NamedTuple):

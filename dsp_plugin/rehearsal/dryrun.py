@@ -28,14 +28,14 @@ from torch.utils.checkpoint import checkpoint
 
 from dsp_plugin.comm import wire
 from dsp_plugin.comm.ledger import Ledger, LedgerRow, ledger
-from dsp_plugin.config import SequenceParallelConfig
+from dsp_plugin.config.schema import SequenceParallelConfig
 from dsp_plugin.errors import SequenceParallelConfigError, UnsupportedError
 from dsp_plugin.groups import SequenceParallelGroups
-from dsp_plugin.parallelize import Parallelized, parallelize
-from dsp_plugin.plan import matching_modules, outermost
 from dsp_plugin.planner.stages import StagePlan
+from dsp_plugin.plans.plan import matching_modules, outermost
 from dsp_plugin.rehearsal.memory import AllocatorLog, Memory, StorageTracker, memory_of, step, tensors_in
 from dsp_plugin.rehearsal.subject import Subject
+from dsp_plugin.sharding.parallelize import Parallelized, parallelize
 from dsp_plugin.spawn import spawn
 
 # gloo's threads let go of a collective's buffers when they next get to run: a real run waits `_PAUSE` seconds for them

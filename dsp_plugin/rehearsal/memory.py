@@ -17,7 +17,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from dsp_plugin.outputs import first_tensor
+from dsp_plugin.sharding.outputs import first_tensor
 
 
 class Memory(NamedTuple):

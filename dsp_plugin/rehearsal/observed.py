@@ -12,12 +12,13 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from dsp_plugin.errors import SequenceParallelConfigError
-from dsp_plugin.outputs import first_tensor
-from dsp_plugin.pattern import parse
-from dsp_plugin.plan import Plan, Stage, matching_modules
-from dsp_plugin.region_arguments import Arguments
-from dsp_plugin.region_plan import sizes_of_inputs
+from dsp_plugin.plans.pattern import parse
+from dsp_plugin.plans.plan import Plan, matching_modules
+from dsp_plugin.plans.stage import Stage
 from dsp_plugin.rehearsal.suspects import StageCall
+from dsp_plugin.sharding.arguments import Arguments
+from dsp_plugin.sharding.outputs import first_tensor
+from dsp_plugin.sharding.passes import sizes_of_inputs
 
 _DROPOUT = (nn.modules.dropout._DropoutNd,)
 

@@ -11,7 +11,7 @@ from functools import partial
 
 import torch
 
-from dsp_plugin.config import SequenceParallelConfig
+from dsp_plugin.config.schema import SequenceParallelConfig
 from dsp_plugin.errors import SequenceParallelConfigError, UnsupportedError
 from dsp_plugin.methods.method import WireBytes
 from dsp_plugin.planner.stages import StagePlan, StageRow

@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from dsp_plugin.errors import SequenceParallelConfigError
-from dsp_plugin.outputs import first_tensor
-from dsp_plugin.pattern import Pattern
-from dsp_plugin.plan import Plan, Stage, matching_modules
-from dsp_plugin.region_arguments import Arguments
+from dsp_plugin.plans.pattern import Pattern
+from dsp_plugin.plans.plan import Plan, matching_modules
+from dsp_plugin.plans.stage import Stage
+from dsp_plugin.sharding.arguments import Arguments
+from dsp_plugin.sharding.outputs import first_tensor
 
 _SHOWN = 4
 

@@ -13,20 +13,21 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from dsp_plugin.comm import all_gather, ledger
-from dsp_plugin.config import SequenceParallelConfig
+from dsp_plugin.comm.axis import Axis
+from dsp_plugin.config.schema import SequenceParallelConfig
 from dsp_plugin.errors import SequenceParallelConfigError, UnsupportedError
-from dsp_plugin.groups import Axis, SequenceParallelGroups
+from dsp_plugin.groups import SequenceParallelGroups
 from dsp_plugin.layout import Layout
-from dsp_plugin.parallelize import parallelize
-from dsp_plugin.pattern import Pattern
-from dsp_plugin.plan import Plan, resolve_plan
 from dsp_plugin.planner.stages import StagePlan, StageRow
+from dsp_plugin.plans.pattern import Pattern
+from dsp_plugin.plans.plan import Plan, resolve_plan
 from dsp_plugin.rehearsal.observed import ObservedPass, Visit, undisturbed
 from dsp_plugin.rehearsal.plan_check import Fault, PlanCheck, StageCheck
 from dsp_plugin.rehearsal.subject import Setting, Subject, subject
 from dsp_plugin.rehearsal.suspects import suspects_between, suspects_of_stage
+from dsp_plugin.sharding.parallelize import parallelize
+from dsp_plugin.sharding.token_moves import Place, TokenMoves
 from dsp_plugin.spawn import RankFailure, spawn
-from dsp_plugin.token_moves import Place, TokenMoves
 
 # Of the largest entry. Sharded and unsharded sums differ in rounding, a wrong plan by much more. Some models compute
 # in fp32 here and there, whatever the dtype of their weights.

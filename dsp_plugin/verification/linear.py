@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dsp_plugin.comm import ledger
-from dsp_plugin.groups import Axis, SequenceParallelGroups
+from dsp_plugin.comm.axis import Axis
+from dsp_plugin.groups import SequenceParallelGroups
 from dsp_plugin.kernels.linear import linear_attention
 from dsp_plugin.kernels.linear_reference import token_recurrence
 from dsp_plugin.kernels.merge import accumulation_dtype

@@ -18,14 +18,16 @@ from torch import Tensor, nn
 
 from dsp_plugin import kernels
 from dsp_plugin.comm import ledger
-from dsp_plugin.config import SequenceParallelConfig
-from dsp_plugin.groups import Axis, SequenceParallelGroups
+from dsp_plugin.comm.axis import Axis
+from dsp_plugin.config.schema import SequenceParallelConfig
+from dsp_plugin.groups import SequenceParallelGroups
 from dsp_plugin.layout import Layout
 from dsp_plugin.mask import MaskSpec
 from dsp_plugin.methods import METHODS, WireBytes, dsp
-from dsp_plugin.parallelize import parallelize
-from dsp_plugin.plan import Plan, Stage
 from dsp_plugin.planner.stages import StagePlan
+from dsp_plugin.plans.plan import Plan
+from dsp_plugin.plans.stage import Stage
+from dsp_plugin.sharding.parallelize import parallelize
 from dsp_plugin.verification.cases import Case
 from dsp_plugin.verification.report import Distance, RankReport, WireCheck, exact, judge
 

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from rich.console import Console
 from rich.progress import Progress
 
-from dsp_plugin.config import SequenceParallelConfig
+from dsp_plugin.config.schema import SequenceParallelConfig
 from dsp_plugin.spawn import spawn
 from dsp_plugin.verification.cases import Case
 from dsp_plugin.verification.engine import run_cases

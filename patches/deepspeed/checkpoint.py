@@ -17,11 +17,11 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from dsp_plugin import checkpoint
-from dsp_plugin.config import SequenceParallelConfig
+from dsp_plugin.config.schema import SequenceParallelConfig
 from dsp_plugin.groups import SequenceParallelGroups
 from dsp_plugin.patches import safe_load
 from dsp_plugin.patches.deepspeed.engine import CONFIG, GROUPS
+from dsp_plugin.training import checkpoint
 
 logger = logging.getLogger(__name__)
 

@@ -13,14 +13,15 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from dsp_plugin.config import DEEPSPEED_SECTION, SequenceParallelConfig
-from dsp_plugin.groups import Axis, SequenceParallelGroups
-from dsp_plugin.known_models import softmax_heads
-from dsp_plugin.parallelize import parallelize
+from dsp_plugin.comm.axis import Axis
+from dsp_plugin.config.schema import DEEPSPEED_SECTION, SequenceParallelConfig
+from dsp_plugin.groups import SequenceParallelGroups
 from dsp_plugin.patches.deepspeed import pipeline, random_state, recompute, step_log, tensor_parallel
 from dsp_plugin.patches.deepspeed.refusals import refuse_conflicts
 from dsp_plugin.patches.deepspeed.same_sample import SameSampleCheck
 from dsp_plugin.patches.transformers import ShardedCausalLM, checked_section, serves
+from dsp_plugin.plans.known_models import softmax_heads
+from dsp_plugin.sharding.parallelize import parallelize
 
 GROUPS = "sequence_parallel_groups"
 CONFIG = "sequence_parallel_config"

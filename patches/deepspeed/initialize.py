@@ -7,7 +7,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from dsp_plugin.config import SequenceParallelConfig
+from dsp_plugin.config.schema import SequenceParallelConfig
 from dsp_plugin.patches.deepspeed.refusals import refuse_conflicts
 
 

@@ -19,19 +19,21 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from dsp_plugin.batch import BatchSharder
+from dsp_plugin.comm.axis import Axis
 from dsp_plugin.comm.collectives import all_gather
-from dsp_plugin.config import SequenceParallelConfig
+from dsp_plugin.config.attention import attention_of
+from dsp_plugin.config.schema import SequenceParallelConfig
 from dsp_plugin.errors import SequenceParallelConfigError, UnsupportedError
-from dsp_plugin.groups import Axis, SequenceParallelGroups
+from dsp_plugin.groups import SequenceParallelGroups
 from dsp_plugin.layout import Layout
-from dsp_plugin.methods import METHODS, attention_of
-from dsp_plugin.outputs import when_backward_starts
-from dsp_plugin.parallelize import global_loss
+from dsp_plugin.methods import METHODS
 from dsp_plugin.patches.deepspeed.same_sample import SameSampleCheck
-from dsp_plugin.plan import matching_modules, outermost
-from dsp_plugin.randomness import RegionSeed, RegionVisit
-from dsp_plugin.routing import AttentionRoute
+from dsp_plugin.plans.plan import matching_modules, outermost
+from dsp_plugin.sharding.batch import BatchSharder
+from dsp_plugin.sharding.outputs import when_backward_starts
+from dsp_plugin.sharding.parallelize import global_loss
+from dsp_plugin.sharding.routing import AttentionRoute
+from dsp_plugin.training.randomness import RegionSeed, RegionVisit
 
 INPUTS, LABELS = "inputs", "labels"
 EXAMPLE = (

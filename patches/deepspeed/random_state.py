@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from dsp_plugin.groups import Axis
+from dsp_plugin.comm.axis import Axis
 
 
 def share(axis: Axis) -> None:

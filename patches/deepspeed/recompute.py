@@ -13,7 +13,7 @@ from torch import nn
 from dsp_plugin.patches import recompute
 from dsp_plugin.patches.deepspeed.versions import DISTRIBUTION, SUPPORTED
 from dsp_plugin.patches.patch import Patch, PatchSet
-from dsp_plugin.recompute import keeping_attention
+from dsp_plugin.training.recompute import keeping_attention
 
 _RELEASE = "_sequence_parallel_recompute"
 _MODULE = "deepspeed.runtime.activation_checkpointing.checkpointing"

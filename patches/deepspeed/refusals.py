@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from dsp_plugin.config import SequenceParallelConfig
+from dsp_plugin.config.schema import SequenceParallelConfig
 from dsp_plugin.errors import SequenceParallelConfigError, UnsupportedError
 from dsp_plugin.patches.deepspeed import pipeline, tensor_parallel
 

@@ -16,8 +16,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from dsp_plugin.comm.axis import Axis
 from dsp_plugin.errors import SequenceParallelConfigError
-from dsp_plugin.groups import Axis
 
 CHECKED_FORWARDS = 4
 SAMPLED_ELEMENTS = 1 << 16

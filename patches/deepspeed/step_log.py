@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dsp_plugin import log_writers
-from dsp_plugin.config import SequenceParallelConfig
+from dsp_plugin.config.schema import SequenceParallelConfig
 from dsp_plugin.groups import SequenceParallelGroups
 from dsp_plugin.methods import METHODS
-from dsp_plugin.step_log import StepLog, known_peak
+from dsp_plugin.training import log_writers
+from dsp_plugin.training.step_log import StepLog, known_peak
 
 LOG = "sequence_parallel_log"
 _LOSSES = "_sequence_parallel_losses"

@@ -11,8 +11,8 @@ from typing import Any
 
 from torch import nn
 
-from dsp_plugin.config import SequenceParallelConfig
-from dsp_plugin.groups import Axis
+from dsp_plugin.comm.axis import Axis
+from dsp_plugin.config.schema import SequenceParallelConfig
 from dsp_plugin.patches.deepspeed import random_state
 from dsp_plugin.patches.transformers import serves
 

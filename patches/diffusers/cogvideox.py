@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from dsp_plugin.errors import UnsupportedError
-from dsp_plugin.plan import Plan
+from dsp_plugin.plans.plan import Plan
 
 
 def plan(module: nn.Module) -> Plan:

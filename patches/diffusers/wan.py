@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 from dsp_plugin.patches.diffusers.kinds import sizes_of
-from dsp_plugin.plan import Plan, Stage
+from dsp_plugin.plans.plan import Plan
+from dsp_plugin.plans.stage import Stage
 
 
 def _times_are_of_videos(call: Mapping[str, Any]) -> bool:

@@ -13,7 +13,6 @@ import sys
 from collections.abc import Callable
 
 from dsp_plugin.errors import PatchError
-from dsp_plugin.patches.autoload import after_import
 from dsp_plugin.patches.megatron import (
     attention,
     checkpoint,
@@ -28,6 +27,7 @@ from dsp_plugin.patches.megatron import (
 from dsp_plugin.patches.megatron import layout as token_order
 from dsp_plugin.patches.megatron.state import MegatronState, Settings
 from dsp_plugin.patches.patch import Patch, PatchSet
+from dsp_plugin.patches.post_import import after_import
 
 logger = logging.getLogger(__name__)
 

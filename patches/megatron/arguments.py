@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from itertools import zip_longest
 from typing import Any
 
-from dsp_plugin.config import KERNEL_CHOICES
+from dsp_plugin.config.settings import KERNEL_CHOICES
 from dsp_plugin.errors import SequenceParallelConfigError
 from dsp_plugin.methods.state_exchange import EXCHANGES
 from dsp_plugin.patches.megatron.state import NATIVE_LAYOUT, servable

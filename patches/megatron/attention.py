@@ -17,10 +17,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from dsp_plugin.config.attention import attention_of
 from dsp_plugin.errors import SequenceParallelConfigError, UnsupportedError
 from dsp_plugin.layout import Layout
 from dsp_plugin.mask import MaskSpec
-from dsp_plugin.methods import attention_of
 from dsp_plugin.patches.megatron.mask import document_borders
 from dsp_plugin.patches.megatron.state import MegatronState, attending, order_of
 from dsp_plugin.patches.megatron.versions import DISTRIBUTION, SUPPORTED
@@ -110,7 +110,7 @@ def _check_layer(state: MegatronState, config: Any, core: Any, process_groups: A
             why="this model's layers attend along the one dim that its tokens have, and the method shards a dim along "
             "which a layer does not compute",
             remedy=f"use one of {', '.join(attending())}; dsp is for models of several dims, such as "
-            "dsp_plugin.patches.megatron.video_dit and vit",
+            "dsp_plugin.patches.megatron.models.video_dit and vit",
         )
     check_groups(state, config, process_groups)
     assert state.config is not None

@@ -16,13 +16,13 @@ from typing import Any
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
-from dsp_plugin import checkpoint
 from dsp_plugin.errors import SequenceParallelConfigError, UnsupportedError
 from dsp_plugin.patches import safe_load
 from dsp_plugin.patches.megatron import safe_metadata
 from dsp_plugin.patches.megatron.parallel_state import registered_state
 from dsp_plugin.patches.megatron.versions import DISTRIBUTION, SUPPORTED
 from dsp_plugin.patches.patch import Patch
+from dsp_plugin.training import checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -146,7 +146,7 @@ def _check(folder: Path | None, sharded_state_dict: Mapping[str, Any]) -> None:
 
 
 def _record(sharded_state_dict: Mapping[str, Any]) -> dict[str, Any]:
-    """What `dsp_plugin.checkpoint` records, and how the optimizer's states are stored, None without an optimizer."""
+    """What `training.checkpoint` records, and how the optimizer's states are stored, None without an optimizer."""
     from megatron.core import parallel_state
 
     sizes = {"world": dist.get_world_size()}

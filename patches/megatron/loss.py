@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dsp_plugin.comm.axis import Axis
 from dsp_plugin.comm.collectives import all_gather
-from dsp_plugin.groups import Axis
 from dsp_plugin.layout import Layout
 from dsp_plugin.patches.megatron.state import MegatronState
 from dsp_plugin.patches.megatron.versions import DISTRIBUTION, SUPPORTED

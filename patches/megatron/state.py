@@ -10,9 +10,10 @@ from typing import Any
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
-from dsp_plugin.config import SequenceParallelConfig
+from dsp_plugin.comm.axis import Axis
+from dsp_plugin.config.schema import SequenceParallelConfig
 from dsp_plugin.errors import SequenceParallelConfigError
-from dsp_plugin.groups import Axis, SequenceParallelGroups
+from dsp_plugin.groups import SequenceParallelGroups
 from dsp_plugin.layout import LayoutKind
 from dsp_plugin.methods import METHODS
 

@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 
 from dsp_plugin.comm.relayout import relayout
+from dsp_plugin.config.attention import attention_of
 from dsp_plugin.errors import SequenceParallelConfigError, UnsupportedError
 from dsp_plugin.kernels.convolution import short_convolution
 from dsp_plugin.kernels.linear import linear_attention
 from dsp_plugin.layout import Layout
-from dsp_plugin.methods import METHODS, attention_of
+from dsp_plugin.methods import METHODS
 from dsp_plugin.methods.halo import convolve
 from dsp_plugin.patches.megatron.attention import check_groups
 from dsp_plugin.patches.megatron.mask import check_mask

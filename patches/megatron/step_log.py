@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dsp_plugin import log_writers
 from dsp_plugin.comm import meter
 from dsp_plugin.methods import METHODS
 from dsp_plugin.patches.megatron.state import MegatronState
 from dsp_plugin.patches.megatron.versions import DISTRIBUTION, SUPPORTED
 from dsp_plugin.patches.patch import Patch
-from dsp_plugin.step_log import StepLog, known_peak
+from dsp_plugin.training import log_writers
+from dsp_plugin.training.step_log import StepLog, known_peak
 
 _HOME = "megatron.core.pipeline_parallel"
 

@@ -18,7 +18,7 @@ import sys
 
 from torch import nn
 
-from dsp_plugin.config import SequenceParallelConfig
+from dsp_plugin.config.schema import SequenceParallelConfig
 from dsp_plugin.methods import METHODS
 from dsp_plugin.patches.transformers.causal_lm import ShardedCausalLM
 from dsp_plugin.patches.transformers.checks import checked_section

@@ -6,14 +6,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from dsp_plugin.config import SequenceParallelConfig
+from dsp_plugin.config.attention import attention_of
+from dsp_plugin.config.schema import SequenceParallelConfig
 from dsp_plugin.errors import UnsupportedError
 from dsp_plugin.groups import SequenceParallelGroups
 from dsp_plugin.mask import MaskSpec
-from dsp_plugin.methods import attention_of
 from dsp_plugin.patches.transformers.inputs import Placement
-from dsp_plugin.randomness import RegionSeed
-from dsp_plugin.routing import autocast
+from dsp_plugin.sharding.routing import autocast
+from dsp_plugin.training.randomness import RegionSeed
 
 # What some families pass to attention beyond q, k and v, and what it would change.
 ALTERING = {

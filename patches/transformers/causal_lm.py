@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Any, Self
 from torch import nn
 
 from dsp_plugin.comm.collectives import gather
-from dsp_plugin.config import SequenceParallelConfig
+from dsp_plugin.config.schema import SequenceParallelConfig
 from dsp_plugin.errors import UnsupportedError
 from dsp_plugin.groups import SequenceParallelGroups
-from dsp_plugin.outputs import first_tensor, when_backward_starts
 from dsp_plugin.patches.transformers.attention import SequenceAttention
 from dsp_plugin.patches.transformers.inputs import SEQUENCE_DIM, InputSharder, Placement
 from dsp_plugin.patches.transformers.loss import SequenceLoss
-from dsp_plugin.randomness import RegionSeed, RegionVisit
+from dsp_plugin.sharding.outputs import first_tensor, when_backward_starts
+from dsp_plugin.training.randomness import RegionSeed, RegionVisit
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

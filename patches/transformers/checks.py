@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from dsp_plugin.config import DEEPSPEED_SECTION, SequenceParallelConfig
+from dsp_plugin.config.schema import DEEPSPEED_SECTION, SequenceParallelConfig
 from dsp_plugin.errors import SequenceParallelConfigError, UnsupportedError
 from dsp_plugin.patches.transformers.seams import SEAMS
 

@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dsp_plugin.comm import meter
+from dsp_plugin.comm.axis import Axis
 from dsp_plugin.comm.collectives import split
-from dsp_plugin.config import SequenceParallelConfig
+from dsp_plugin.config.schema import SequenceParallelConfig
 from dsp_plugin.errors import SequenceParallelConfigError, UnsupportedError
-from dsp_plugin.groups import Axis
 from dsp_plugin.layout import Layout
 
 if TYPE_CHECKING:

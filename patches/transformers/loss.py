@@ -8,8 +8,8 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from dsp_plugin.groups import Axis
-from dsp_plugin.loss import contract
+from dsp_plugin.comm.axis import Axis
+from dsp_plugin.sharding.loss import contract
 
 
 class SequenceLoss:
@@ -37,7 +37,7 @@ class SequenceLoss:
         shift_labels: Tensor | None = None,
         **kwargs: Any,
     ) -> Tensor:
-        """The loss as upstream defines it, over the whole sequence; see `dsp_plugin.loss` for its gradient.
+        """The loss as upstream defines it, over the whole sequence; see `dsp_plugin.sharding.loss` for its gradient.
 
         Args:
             logits: ``[B, n, V]`` of this rank's tokens.

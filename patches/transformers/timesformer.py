@@ -11,7 +11,8 @@ from typing import Any
 from torch import nn
 
 from dsp_plugin.errors import SequenceParallelConfigError, UnsupportedError
-from dsp_plugin.plan import Plan, Region, Stage
+from dsp_plugin.plans.plan import Plan
+from dsp_plugin.plans.stage import Region, Stage
 
 
 def plan(module: nn.Module) -> Plan:

@@ -13,8 +13,8 @@ import pytest
 from failing_ranks import Ranks, ranks
 
 from dsp_plugin.errors import SequenceParallelConfigError
-from dsp_plugin.last_words import STATUS, patience
-from dsp_plugin.liveness import DEFAULT_TIMEOUT, TIMEOUT, seconds
+from dsp_plugin.watch.last_words import STATUS, patience
+from dsp_plugin.watch.liveness import DEFAULT_TIMEOUT, TIMEOUT, seconds
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(200)]
 
@@ -181,9 +181,9 @@ def test_nobody_is_watched_alone_or_on_request(size: int, timeout: float, tmp_pa
 NOBODY_THERE = """
 import time
 import torch.distributed as dist
-from dsp_plugin.last_words import Latest
-from dsp_plugin.links import Hub
-from dsp_plugin.liveness import Watch
+from dsp_plugin.watch.last_words import Latest
+from dsp_plugin.watch.links import Hub
+from dsp_plugin.watch.liveness import Watch
 
 store = dist.HashStore()
 hub, listener = Hub.listen()

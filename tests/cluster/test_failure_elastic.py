@@ -19,8 +19,8 @@ from failing_ranks import free_port
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(600)]
 
 STEPS, SAVE_EVERY, KILLED_AFTER = 20, 3, 6
-DEEPSPEED_SCRIPT = ROOT / "launch" / "train_linear_deepspeed.py"
-MEGATRON_SCRIPT = ROOT / "launch" / "pretrain_gpt_core.py"
+DEEPSPEED_SCRIPT = ROOT / "launch" / "examples" / "train_linear_deepspeed.py"
+MEGATRON_SCRIPT = ROOT / "launch" / "examples" / "pretrain_gpt_core.py"
 ONE_RESTART = ("--standalone", "--max-restarts", "1")
 GOES_ON = re.compile(r"going on after step (\d+)")
 

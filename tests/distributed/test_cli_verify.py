@@ -12,7 +12,7 @@ import pytest
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(150)]
 
-CLI = ["-m", "dsp_plugin.cli", "verify"]
+CLI = ["-m", "dsp_plugin.cli.app", "verify"]
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -51,7 +51,7 @@ def test_lasp_with_a_decay_and_an_exchange() -> None:
 
 WRONG = """
 from dataclasses import replace
-from dsp_plugin.cli import app
+from dsp_plugin.cli.app import app
 from dsp_plugin.methods import METHODS
 
 true = METHODS["ulysses"]

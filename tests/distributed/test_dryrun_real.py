@@ -10,7 +10,8 @@ import torch
 import typer
 from typer.testing import CliRunner
 
-from dsp_plugin import SequenceParallelConfig, cli_dryrun
+from dsp_plugin import SequenceParallelConfig
+from dsp_plugin.cli import dryrun as cli_dryrun
 from dsp_plugin.models.linear_lm import LinearLM, LinearLMConfig
 from dsp_plugin.rehearsal.dryrun import Job, RankRun, dry_run, real_rank
 from dsp_plugin.rehearsal.subject import Subject, subject

@@ -8,7 +8,7 @@ import torch
 from dsp_plugin import SequenceParallelConfig, SequenceParallelGroups, ledger
 from dsp_plugin.comm import all_gather
 from dsp_plugin.layout import Layout
-from dsp_plugin.loss import contract
+from dsp_plugin.sharding.loss import contract
 from dsp_plugin.spawn import spawn
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(60)]

@@ -19,13 +19,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
-from dsp_plugin import Layout, MaskSpec, SequenceParallelConfig, SequenceParallelGroups, ledger, recompute
+from dsp_plugin import Layout, MaskSpec, SequenceParallelConfig, SequenceParallelGroups, ledger
 from dsp_plugin.kernels import calls
 from dsp_plugin.methods import METHODS
 from dsp_plugin.methods.ulysses import head_partition
 from dsp_plugin.patches import recompute as patches
-from dsp_plugin.recompute import Tape, keep_attention
 from dsp_plugin.spawn import spawn
+from dsp_plugin.training import recompute
+from dsp_plugin.training.recompute import Tape, keep_attention
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(120)]
 
@@ -202,7 +203,7 @@ DTYPES = [torch.float64, torch.float32, torch.bfloat16]
 
 
 def formula(method: str, groups: SequenceParallelGroups, shape: tuple[int, ...], length: int, dtype: Any) -> int:
-    """As in the docstring of `dsp_plugin.recompute`."""
+    """As in the docstring of `dsp_plugin.training.recompute`."""
     heads, kv_heads, d, dv = shape
     layout = Layout(WORLDS[method][2], length, groups.sp.size)
     e, w = dtype.itemsize, max(dtype.itemsize, 4)

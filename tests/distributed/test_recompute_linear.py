@@ -19,8 +19,8 @@ from dsp_plugin.kernels import calls
 from dsp_plugin.methods import METHODS
 from dsp_plugin.methods.state_exchange import EXCHANGES
 from dsp_plugin.patches import recompute as patches
-from dsp_plugin.recompute import Tape, on_tape
 from dsp_plugin.spawn import spawn
+from dsp_plugin.training.recompute import Tape, on_tape
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(120)]
 
@@ -201,7 +201,7 @@ def example(decay: str, n: int, dtype: torch.dtype) -> list[Tensor | None]:
 
 
 def formula(case: Case, groups: SequenceParallelGroups, dtype: torch.dtype, final_state: bool) -> int:
-    """As in the docstring of `dsp_plugin.recompute`."""
+    """As in the docstring of `dsp_plugin.training.recompute`."""
     size, rank = groups.lasp.size, groups.lasp.rank
     n = Layout(case.layout, LENGTH, size).sizes[rank]
     e, w = dtype.itemsize, max(dtype.itemsize, 4)

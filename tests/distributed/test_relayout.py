@@ -10,8 +10,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dsp_plugin import CollectiveMismatchError, Layout, SequenceParallelConfig, SequenceParallelGroups, ledger
+from dsp_plugin.comm.axis import Axis
 from dsp_plugin.comm.relayout import relayout, relayout_bytes
-from dsp_plugin.groups import Axis
 from dsp_plugin.spawn import RankFailure, spawn
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(120)]

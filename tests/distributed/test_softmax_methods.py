@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from dsp_plugin import Layout, MaskSpec, SequenceParallelConfig, SequenceParallelConfigError, SequenceParallelGroups
-from dsp_plugin.methods import METHODS, attention_of, lightseq, ring
+from dsp_plugin.config.attention import attention_of
+from dsp_plugin.methods import METHODS, lightseq, ring
 from dsp_plugin.spawn import RankFailure, spawn
 from dsp_plugin.verification import Case, CaseResult, default_cases, refusal, run_cases
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from dsp_plugin import SequenceParallelConfig, SequenceParallelGroups, ledger, parallelize
 from dsp_plugin.methods import METHODS
 from dsp_plugin.spawn import spawn
-from dsp_plugin.step_log import StepLog, StepRecord
+from dsp_plugin.training.step_log import StepLog, StepRecord
 
 BATCH, LENGTH, HEADS, DIM, STEPS, SLEEP = 2, 26, 4, 8, 4, 0.4
 PARAMETERS = 3 * (HEADS * DIM) ** 2

@@ -13,7 +13,7 @@ from einops import rearrange, repeat
 from torch import Tensor, nn
 
 from dsp_plugin import Plan, SequenceParallelConfig, SequenceParallelConfigError, SequenceParallelGroups, Stage
-from dsp_plugin.plan import Region
+from dsp_plugin.plans.stage import Region
 from dsp_plugin.rehearsal.plan_check import PlanCheck
 from dsp_plugin.rehearsal.validate import validate_plan, validate_subject
 from dsp_plugin.spawn import RankFailure, spawn

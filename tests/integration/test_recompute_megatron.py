@@ -84,7 +84,7 @@ DROPPED_KEEPING = [
 @contextmanager
 def arguments(case: Case) -> Iterator[Any]:
     """The training script and its arguments for a case."""
-    from dsp_plugin.launch import pretrain_gpt_core as script
+    from dsp_plugin.launch.examples import pretrain_gpt_core as script
 
     context = CP2 if case.method else ""
     before, sys.argv = sys.argv, ["script", *MODEL.split(), *case.parallel.split(), *context.split()]
@@ -100,8 +100,8 @@ def train(case: Case) -> dict[str, Any]:
     from megatron.core.distributed import finalize_model_grads
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 
-    from dsp_plugin.launch import core_training
-    from dsp_plugin.launch import pretrain_gpt_core as script
+    from dsp_plugin.launch.examples import core_training
+    from dsp_plugin.launch.examples import pretrain_gpt_core as script
     from dsp_plugin.patches import megatron
 
     if case.method is not None:

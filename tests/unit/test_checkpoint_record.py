@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from dsp_plugin import SequenceParallelConfig, SequenceParallelConfigError, UnsupportedError
-from dsp_plugin.checkpoint import FILE, check, read, record, write
+from dsp_plugin.training.checkpoint import FILE, check, read, record, write
 
 SIZES = {"world": 4, "tp": 1, "pp": 1, "dp": 2, "sp": 2}
 LM = {"attention": ["layers.*.attn"], "batch": {"input_ids": 1, "labels": 1}, "loss": {"labels": "labels"}}

@@ -16,7 +16,9 @@ import torch
 from rich.console import Console
 from typer.testing import CliRunner
 
-from dsp_plugin import MaskSpec, SequenceParallelConfigError, UnsupportedError, cli, demo, doctor
+from dsp_plugin import MaskSpec, SequenceParallelConfigError, UnsupportedError
+from dsp_plugin.cli import app as cli
+from dsp_plugin.cli import demo, doctor
 from dsp_plugin.kernels.linear import DECAYS
 from dsp_plugin.methods import METHODS
 from dsp_plugin.methods.state_exchange import EXCHANGES
@@ -100,7 +102,7 @@ def test_doctor_says_which_sizes_are_legal_and_why_others_are_not(
 
 def test_doctor_imports_no_upstream_package() -> None:
     script = (
-        "import sys; from typer.testing import CliRunner; from dsp_plugin.cli import app;"
+        "import sys; from typer.testing import CliRunner; from dsp_plugin.cli.app import app;"
         "assert CliRunner().invoke(app, ['doctor', '--world-size', '2', '--heads', '2']).exit_code == 0;"
         "names = 'deepspeed', 'megatron', 'flash_attn', 'fla', 'apex', 'transformer_engine';"
         "print([name for name in names if name in sys.modules])"

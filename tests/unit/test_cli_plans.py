@@ -11,7 +11,8 @@ import typer
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
-from dsp_plugin import Plan, Stage, cli_plans
+from dsp_plugin import Plan, Stage
+from dsp_plugin.cli import plans as cli_plans
 from dsp_plugin.planner.moves import Activation, Border
 from dsp_plugin.planner.stages import AttentionShape, StageSpec
 from dsp_plugin.planner.stages import plan_stages as plan_of

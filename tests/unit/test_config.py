@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from dsp_plugin import SequenceParallelConfig, SequenceParallelConfigError
-from dsp_plugin.config import EXCHANGE_CHOICES, KERNEL_CHOICES, LAYOUT_CHOICES
+from dsp_plugin.config.settings import EXCHANGE_CHOICES, KERNEL_CHOICES, LAYOUT_CHOICES
 from dsp_plugin.kernels.table import KERNELS
 from dsp_plugin.methods import METHODS
 from dsp_plugin.methods.state_exchange import EXCHANGES

@@ -14,7 +14,8 @@ import typer
 from torch import nn
 from typer.testing import CliRunner
 
-from dsp_plugin import SequenceParallelConfig, SequenceParallelConfigError, UnsupportedError, cli_dryrun
+from dsp_plugin import SequenceParallelConfig, SequenceParallelConfigError, UnsupportedError
+from dsp_plugin.cli import dryrun as cli_dryrun
 from dsp_plugin.models.linear_lm import LinearLM, LinearLMConfig
 from dsp_plugin.rehearsal.dryrun import Job, dry_run
 from dsp_plugin.rehearsal.memory import AllocatorLog, StorageTracker, Timeline

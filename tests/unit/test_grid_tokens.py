@@ -10,9 +10,10 @@ import pytest
 import torch
 from torch.distributed import ProcessGroup
 
+from dsp_plugin.comm.axis import Axis
 from dsp_plugin.errors import SequenceParallelConfigError
-from dsp_plugin.groups import Axis, SequenceParallelGroups
-from dsp_plugin.patches.megatron.grid_tokens import Tokens, sharded_dims
+from dsp_plugin.groups import SequenceParallelGroups
+from dsp_plugin.patches.megatron.models.grid_tokens import Tokens, sharded_dims
 
 NAMES = {"t": "frames", "s": "patches"}
 VIDEO, GRID, SEQUENCE = ("t", "s"), ("z", "y", "x"), ("l",)

@@ -7,7 +7,7 @@ import torch
 
 from dsp_plugin import SequenceParallelGroups
 from dsp_plugin.comm import ledger
-from dsp_plugin.loss import contract
+from dsp_plugin.sharding.loss import contract
 
 ALONE = SequenceParallelGroups.single().sp
 

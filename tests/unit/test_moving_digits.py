@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-sys.path.append(str(Path(__file__).resolve().parents[2] / "launch"))
+sys.path.append(str(Path(__file__).resolve().parents[2] / "launch" / "examples"))
 
 from moving_digits import NULL_TOKEN, VOCABULARY, MovingDigits, bounce, encode
 

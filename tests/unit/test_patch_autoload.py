@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from dsp_plugin.patches.autoload import PostImportFinder, after_import
+from dsp_plugin.patches.post_import import PostImportFinder, after_import
 
 NAME = "hooked_module"
 
@@ -71,7 +71,7 @@ def test_absent_module_stays_absent(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_importing_the_plugin_imports_no_framework() -> None:
     code = (
         "import sys, dsp_plugin\n"
-        "from dsp_plugin.patches.autoload import PostImportFinder\n"
+        "from dsp_plugin.patches.post_import import PostImportFinder\n"
         "names = ('deepspeed', 'megatron.core', 'transformers', 'diffusers')\n"
         "frameworks = [name for name in names if name in sys.modules]\n"
         "hooked = [finder.module for finder in sys.meta_path if isinstance(finder, PostImportFinder)]\n"

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from starters import environment
+from starters import JOBS, environment
 
 from dsp_plugin.errors import SequenceParallelConfigError
 from dsp_plugin.launch.__main__ import Command, main
@@ -154,12 +154,12 @@ def test_help_shows_the_flags(capsys: pytest.CaptureFixture[str]) -> None:
     assert all(flag in printed for flag in ("--cpu", "--sp-method", "--sp-kernel", "--context-parallel-size"))
 
 
-@pytest.mark.parametrize("job", sorted((ROOT / "launch").glob("*_*.sh")), ids=lambda path: path.name)
+@pytest.mark.parametrize("job", sorted(JOBS.glob("*_*.sh")), ids=lambda path: path.name)
 @pytest.mark.parametrize("starter", ["", "elastic.sh", "slurm.sbatch", "hostfile.sh"])
 def test_jobs_form_a_command_that_the_launcher_accepts(starter: str, job: Path, tmp_path: Path) -> None:
     hosts = tmp_path / "hosts"
     hosts.write_text("node0 slots=8\n")
-    start = [str(ROOT / "launch" / starter)] if starter else []
+    start = [str(JOBS / starter)] if starter else []
     if starter == "hostfile.sh":
         start.append(str(hosts))
     kept = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
@@ -225,9 +225,7 @@ def test_documented_commands_start_what_they_say(command: str, tmp_path: Path, m
     ],
 )
 def test_hostfile_starter_says_what_it_takes(argv: list[str], words: list[str]) -> None:
-    done = subprocess.run(
-        ["bash", str(ROOT / "launch" / "hostfile.sh"), *argv], capture_output=True, text=True, timeout=60
-    )
+    done = subprocess.run(["bash", str(JOBS / "hostfile.sh"), *argv], capture_output=True, text=True, timeout=60)
     assert done.returncode == 2
     assert all(word in done.stdout + done.stderr for word in words)
 

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsp_plugin import SequenceParallelConfigError
-from dsp_plugin.pattern import Extra, alternative, parse
+from dsp_plugin.plans.pattern import Extra, alternative, parse
 
 
 def test_names_extras_and_numbers_are_read():

@@ -7,8 +7,8 @@ from torch import nn
 
 from dsp_plugin import Plan, SequenceParallelConfigError, Stage
 from dsp_plugin.models.video_dit import VideoDiT
-from dsp_plugin.plan import matching_modules, outermost, resolve_plan
-from dsp_plugin.region import placed_stages
+from dsp_plugin.plans.plan import matching_modules, outermost, resolve_plan
+from dsp_plugin.sharding.region import placed_stages
 
 SPACE, TIME = Stage("blocks.*.space", ("s",)), Stage("blocks.*.time", ("t",))
 

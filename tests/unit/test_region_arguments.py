@@ -8,7 +8,7 @@ import pytest
 from torch import nn
 
 from dsp_plugin import SequenceParallelConfigError
-from dsp_plugin.region_arguments import Arguments
+from dsp_plugin.sharding.arguments import Arguments
 
 
 class Block(nn.Module):

@@ -14,7 +14,7 @@ from dsp_plugin import Layout, SequenceParallelGroups, UnsupportedError
 from dsp_plugin.kernels.convolution import short_convolution
 from dsp_plugin.kernels.linear import linear_attention
 from dsp_plugin.methods import halo
-from dsp_plugin.routing import AttentionRoute
+from dsp_plugin.sharding.routing import AttentionRoute
 
 BATCH, LENGTH, HEADS, KEY_DIM, VALUE_DIM, TAPS = 2, 5, 3, 4, 6, 3
 LAYOUT = Layout("contiguous", LENGTH, 1)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from dsp_plugin.launch.shallow_water import (
+from dsp_plugin.launch.examples.shallow_water import (
     CHANGING,
     GRAVITY,
     PROGNOSTIC,

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from dsp_plugin import SequenceParallelConfigError
 from dsp_plugin.layout import Layout, shard_sizes
 from dsp_plugin.methods import METHODS, ulysses
-from dsp_plugin.pattern import Extra
 from dsp_plugin.planner.moves import Activation, Border
 from dsp_plugin.planner.stages import AttentionShape, Inside, StageSpec, attention_workload, plan_stages
+from dsp_plugin.plans.pattern import Extra
 
 HEADS = AttentionShape(heads=4, kv_heads=4, head_dim=8)
 Score = tuple[int, int]

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from dsp_plugin import SequenceParallelConfig, SequenceParallelConfigError
-from dsp_plugin.log_writers import in_units, line, scalars, tensorboard, wandb, writers
 from dsp_plugin.mask import MaskSpec
-from dsp_plugin.step_log import StepRecord
+from dsp_plugin.training.log_writers import in_units, line, scalars, tensorboard, wandb, writers
+from dsp_plugin.training.step_log import StepRecord
 
 RECORD = StepRecord(
     step=20,

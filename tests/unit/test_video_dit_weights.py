@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from dsp_plugin.models.video_dit import VideoDiT
-from dsp_plugin.patches.megatron.video_dit import VideoShape
-from dsp_plugin.patches.megatron.video_dit_weights import by_head, by_part, draw
+from dsp_plugin.patches.megatron.models.video_dit import VideoShape
+from dsp_plugin.patches.megatron.models.video_dit_weights import by_head, by_part, draw
 
 HEADS, WIDTH = 4, 32
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from dsp_plugin.models.vit import VisionTransformer
-from dsp_plugin.patches.megatron.vit import VitShape
-from dsp_plugin.patches.megatron.vit_weights import draw
+from dsp_plugin.patches.megatron.models.vit import VitShape
+from dsp_plugin.patches.megatron.models.vit_weights import draw
 
 
 def test_drawn_weights_have_the_distributions_of_the_plain_model() -> None:

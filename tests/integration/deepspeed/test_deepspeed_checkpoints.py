@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 from deepspeed_world import run_launcher, run_ranks
 
-from dsp_plugin.checkpoint import FILE
+from dsp_plugin.training.checkpoint import FILE
 
 HERE = Path(__file__).parent
-SCRIPT = HERE.parents[2] / "launch" / "train_linear_deepspeed.py"
+SCRIPT = HERE.parents[2] / "launch" / "examples" / "train_linear_deepspeed.py"
 STEPS, SAVED_AT = 5, 2
 SIZES = {"seq-length": 61, "samples": 64, "width": 48, "layers": 2, "decay": "head", "conv": 0, "softmax-every": 2}
 MODEL = [word for name, value in SIZES.items() for word in (f"--{name}", str(value))]

@@ -20,7 +20,7 @@ from dsp_plugin import SequenceParallelConfig
 HERE = Path(__file__).parent
 ROOT = HERE.parents[2]
 SCRIPT = HERE / "user_script.py"
-LINEAR_SCRIPT = ROOT / "launch" / "train_linear_deepspeed.py"
+LINEAR_SCRIPT = ROOT / "launch" / "examples" / "train_linear_deepspeed.py"
 LINEAR_CONFIGS = sorted((ROOT / "configs" / "deepspeed").glob("linear_*.json"))
 CLIPPING = 1.0
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler
 
 from dsp_plugin import SequenceParallelConfig
-from dsp_plugin.launch.shallow_water import VARIABLES, ShallowWater, Weather, batch_of_some_variables
+from dsp_plugin.launch.examples.shallow_water import VARIABLES, ShallowWater, Weather, batch_of_some_variables
 from dsp_plugin.models.vit import VisionTransformer
 from dsp_plugin.models.vit_objective import VitObjective
 
@@ -61,7 +61,7 @@ def train(name: str, folder: Path) -> dict[str, Any]:
     import deepspeed
 
     import dsp_plugin
-    from dsp_plugin.launch.train_weather_deepspeed import forecast
+    from dsp_plugin.launch.examples.train_weather_deepspeed import forecast
 
     objective = build(ATTENTION[name])
     engine, _, loader, _ = deepspeed.initialize(
@@ -154,7 +154,14 @@ def test_the_script_trains_forecasts_and_plots(tmp_path: Path) -> None:
     log = run_launcher(
         [
             *("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "dsp_plugin.launch"),
-            *(str(ROOT / "launch" / "train_weather_deepspeed.py"), *sizes, "--steps", "2", "--forecast-steps", "2"),
+            *(
+                str(ROOT / "launch" / "examples" / "train_weather_deepspeed.py"),
+                *sizes,
+                "--steps",
+                "2",
+                "--forecast-steps",
+                "2",
+            ),
             *("--deepspeed_config", str(CONFIGS["weather_dsp_zero2"])),
             *("--plots-out", str(plot), "--metrics-out", str(metrics)),
         ],

@@ -6,12 +6,12 @@ import json
 from pathlib import Path
 
 import pytest
-from starters import LAUNCH, ROOT, environment, free_port, shell
+from starters import JOBS, ROOT, environment, free_port, shell
 
 pytest.importorskip("deepspeed")
 pytestmark = [pytest.mark.deepspeed, pytest.mark.timeout(400)]
 
-JOB = str(LAUNCH / "deepspeed_video_dsp.sh")
+JOB = str(JOBS / "deepspeed_video_dsp.sh")
 SMALL = ["--steps", "2", "--videos", "64", "--width", "24", "--heads", "2", "--depth", "1"]
 # What the CPU accelerator of DeepSpeed takes for the number of devices; its own launcher sets it by itself.
 ONE_RANK = {"LOCAL_SIZE": "1", "GPUS": "1"}
@@ -50,19 +50,19 @@ def test_hostfile_and_pdsh(alone: list[float], tmp_path: Path) -> None:
     hosts = tmp_path / "hosts"
     hosts.write_text("node0 slots=1\nnode1 slots=1\n")
     place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    found = losses(tmp_path, str(LAUNCH / "hostfile.sh"), str(hosts), **place)
+    found = losses(tmp_path, str(JOBS / "hostfile.sh"), str(hosts), **place)
     assert found == pytest.approx(alone, rel=1e-5)
 
 
 @pytest.mark.matrix
 def test_rendezvous(alone: list[float], tmp_path: Path) -> None:
     place = {"RDZV": f"localhost:{free_port()}", **TWO_NODES}
-    found = losses(tmp_path, str(LAUNCH / "elastic.sh"), copies=2, **place)
+    found = losses(tmp_path, str(JOBS / "elastic.sh"), copies=2, **place)
     assert found == pytest.approx(alone, rel=1e-5)
 
 
 @pytest.mark.matrix
 def test_slurm(alone: list[float], tmp_path: Path) -> None:
     place = {"SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_NODELIST": "localhost,localhost", "SLURM_JOB_ID": "7"}
-    found = losses(tmp_path, str(LAUNCH / "slurm.sbatch"), MASTER_PORT=str(free_port()), **place, **ONE_RANK)
+    found = losses(tmp_path, str(JOBS / "slurm.sbatch"), MASTER_PORT=str(free_port()), **place, **ONE_RANK)
     assert found == pytest.approx(alone, rel=1e-5)

@@ -1,4 +1,4 @@
-"""A script of the standing worlds: launch/pretrain_video_core.py with an account of what each rank sent."""
+"""A script of the standing worlds: launch/examples/pretrain_video_core.py with an account of what each rank sent."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import os
 from types import ModuleType
 
 from dsp_plugin.comm.ledger import ledger
-from dsp_plugin.launch import pretrain_video_core
+from dsp_plugin.launch.examples import pretrain_video_core
 
 
 def account(script: ModuleType) -> None:
-    """Trains under a ledger, with a script on `dsp_plugin.launch.core_training`.
+    """Trains under a ledger, with a script on `dsp_plugin.launch.examples.core_training`.
 
     Writes ``--metrics-out`` as the script does, and beside it ``sent-R.json`` on every rank R: the bytes of switches,
     and those of anything else of ours.

@@ -17,7 +17,8 @@ from standing_world import Worlds
 from torch import Tensor
 
 ROOT = Path(__file__).parents[3]
-CORE_SCRIPT = ROOT / "launch" / "pretrain_gpt_core.py"
+EXAMPLES = ROOT / "launch" / "examples"
+CORE_SCRIPT = EXAMPLES / "pretrain_gpt_core.py"
 
 # Arguments that change the model or the loss, and how many values each takes.
 MODEL_FLAGS = {

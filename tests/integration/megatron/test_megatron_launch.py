@@ -1,4 +1,4 @@
-"""The Megatron jobs in launch/, started in each way that there is, train as one rank does.
+"""The Megatron jobs in launch/jobs/, started in each way that there is, train as one rank does.
 
 Where the wheel has `megatron.training` (0.17 on) they run its `pretrain`, else the script that needs the core alone.
 """
@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 from megatron_runs import torchrun
-from starters import LAUNCH, ROOT, environment, free_port, shell
+from starters import EXAMPLES, JOBS, ROOT, environment, free_port, shell
 
 pytestmark = pytest.mark.timeout(400)
 
@@ -25,7 +25,7 @@ TRAINING = (
 CONFIGS = ROOT / "configs" / "megatron"
 GPT = ("pretrain_gpt.py", "") if TRAINING else ("pretrain_gpt_core.py", "_core")
 # The script of each job, and the file with the flags of a small model.
-JOBS = {
+MODELS = {
     "megatron_gpt_usp.sh": (GPT[0], f"gpt{GPT[1]}_tiny_cpu.args"),
     "megatron_hybrid_lasp.sh": (GPT[0], f"hybrid{GPT[1]}_tiny_cpu.args"),
     "megatron_video_dsp.sh": ("pretrain_video_core.py", "video_core_tiny_cpu.args"),
@@ -43,34 +43,34 @@ def alone() -> Callable[[str], list[float]]:
 
     @cache
     def run(job: str) -> list[float]:
-        script, flags = LAUNCH / JOBS[job][0], (CONFIGS / JOBS[job][1]).read_text().split()
+        script, flags = EXAMPLES / MODELS[job][0], (CONFIGS / MODELS[job][1]).read_text().split()
         return losses(torchrun(1, "-m", "dsp_plugin.launch", "--cpu", str(script), *flags, timeout=200).stdout)
 
     return run
 
 
 def on_this_node(job: str, folder: Path, **sizes: str) -> str:
-    return shell(str(LAUNCH / job), env=environment(folder, GPUS="2", **sizes))
+    return shell(str(JOBS / job), env=environment(folder, GPUS="2", **sizes))
 
 
 def by_rendezvous(job: str, folder: Path, **sizes: str) -> str:
     """As somebody does who logs in to both nodes."""
     env = environment(folder, RDZV=f"localhost:{free_port()}", NNODES="2", GPUS="1", **sizes)
-    return shell(str(LAUNCH / "elastic.sh"), str(LAUNCH / job), env=env, copies=2)
+    return shell(str(JOBS / "elastic.sh"), str(JOBS / job), env=env, copies=2)
 
 
 def on_slurm(job: str, folder: Path, **sizes: str) -> str:
     """What sbatch would run on the first node of an allocation."""
     allocation = {"SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_NODELIST": "localhost,localhost", "SLURM_JOB_ID": "7"}
     env = environment(folder, MASTER_PORT=str(free_port()), GPUS="1", **allocation, **sizes)
-    return shell(str(LAUNCH / "slurm.sbatch"), str(LAUNCH / job), env=env)
+    return shell(str(JOBS / "slurm.sbatch"), str(JOBS / job), env=env)
 
 
 def by_hostfile(job: str, folder: Path, **sizes: str) -> str:
     hosts = folder / "hosts"
     hosts.write_text("node0 slots=1\nnode1 slots=1\n")
     env = environment(folder, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()), **sizes)
-    return shell(str(LAUNCH / "hostfile.sh"), str(hosts), str(LAUNCH / job), env=env)
+    return shell(str(JOBS / "hostfile.sh"), str(hosts), str(JOBS / job), env=env)
 
 
 # And the megatron-core that runs it.
@@ -90,7 +90,7 @@ STARTS = (on_this_node, by_rendezvous, on_slurm, by_hostfile)
             id=f"{job}-{start.__name__}",
             marks=pytest.mark.core(COVERING[job, start]) if (job, start) in COVERING else pytest.mark.matrix,
         )
-        for job in JOBS
+        for job in MODELS
         for start in STARTS
     ],
 )
@@ -99,18 +99,18 @@ def test_job_trains_as_one_rank_does(
 ) -> None:
     if start is by_hostfile:
         pytest.importorskip("deepspeed")
-    script, flags = LAUNCH / JOBS[job][0], CONFIGS / JOBS[job][1]
+    script, flags = EXAMPLES / MODELS[job][0], CONFIGS / MODELS[job][1]
     found = losses(start(job, tmp_path, TP="1", CP="2", SCRIPT=str(script), ARGUMENTS=str(flags)))
     assert len(found) == 3
     assert found[-1] < found[0]
     assert found == pytest.approx(alone(job), rel=1e-6)
 
 
-@pytest.mark.parametrize("job", JOBS)
+@pytest.mark.parametrize("job", MODELS)
 def test_dry_run_prints_what_srun_would_run(job: str, tmp_path: Path) -> None:
     env = environment(tmp_path, DRY_RUN="1", SLURM_JOB_ID="7", TP="2", CP="8")
     done = subprocess.run(
-        ["bash", str(LAUNCH / "slurm.sbatch"), str(LAUNCH / job), "--train-iters", "5"],
+        ["bash", str(JOBS / "slurm.sbatch"), str(JOBS / job), "--train-iters", "5"],
         env=env,
         capture_output=True,
         text=True,
@@ -119,7 +119,7 @@ def test_dry_run_prints_what_srun_would_run(job: str, tmp_path: Path) -> None:
     )
     expected = (
         "torchrun --nnodes 2 --nproc-per-node 8 --max-restarts 0 --rdzv-backend c10d --rdzv-endpoint localhost:20007 "
-        f"--rdzv-id 7 -m dsp_plugin.launch {LAUNCH}/pretrain_"
+        f"--rdzv-id 7 -m dsp_plugin.launch {EXAMPLES}/pretrain_"
     )
     assert done.stdout.startswith(expected)
     assert "--tensor-model-parallel-size 2 --sequence-parallel" in done.stdout

@@ -6,7 +6,7 @@ import importlib.util
 import re
 
 import pytest
-from megatron_runs import ROOT, torchrun
+from megatron_runs import EXAMPLES, ROOT, torchrun
 
 pytestmark = [
     pytest.mark.timeout(400),
@@ -15,7 +15,7 @@ pytestmark = [
         reason="this megatron-core is core only; its wheel ships megatron.training from 0.17 on",
     ),
 ]
-SCRIPT = str(ROOT / "launch" / "pretrain_gpt.py")
+SCRIPT = str(EXAMPLES / "pretrain_gpt.py")
 ARGUMENTS = (ROOT / "configs" / "megatron" / "gpt_tiny_cpu.args").read_text().split()
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from megatron_runs import ROOT, torchrun
+from megatron_runs import EXAMPLES, ROOT, torchrun
 
 pytestmark = [
     pytest.mark.timeout(600),
@@ -138,7 +138,7 @@ def test_documents_of_a_sample_do_not_see_each_other(method: str, alone: Trained
     ],
     ids=["tp2 x cp2", "pp2 x cp2", "dp2 x cp2"],
 )
-@pytest.mark.parametrize("script", [SCRIPT, ROOT / "launch" / "pretrain_gpt.py"], ids=lambda path: path.stem)
+@pytest.mark.parametrize("script", [SCRIPT, EXAMPLES / "pretrain_gpt.py"], ids=lambda path: path.stem)
 def test_scripts_train_on_indexed_data_as_without_sequence_parallelism(
     parallel: str, argv: str, script: Path, project: Project
 ) -> None:

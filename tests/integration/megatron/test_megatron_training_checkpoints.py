@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 
 import pytest
-from megatron_runs import ROOT, torchrun
+from megatron_runs import EXAMPLES, ROOT, torchrun
 
 pytestmark = [
     pytest.mark.matrix,
@@ -18,7 +18,7 @@ pytestmark = [
         reason="this megatron-core is core only; its wheel ships megatron.training from 0.17 on",
     ),
 ]
-SCRIPT = str(ROOT / "launch" / "pretrain_gpt.py")
+SCRIPT = str(EXAMPLES / "pretrain_gpt.py")
 ARGUMENTS = [*(ROOT / "configs" / "megatron" / "gpt_tiny_cpu.args").read_text().split(), "--train-iters", "5"]
 TORCH_DIST = ["--ckpt-format", "torch_dist"]
 CP2 = "--context-parallel-size 2 --sp-method ulysses"

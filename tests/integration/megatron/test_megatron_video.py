@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from megatron_runs import ROOT, Run, assert_parity, train
+from megatron_runs import EXAMPLES, Run, assert_parity, train
 from standing_world import RunFailure
 from switch_formula import assert_switches
 from video_reference import plain_run
 
-VIDEO_SCRIPT = ROOT / "launch" / "pretrain_video_core.py"
+VIDEO_SCRIPT = EXAMPLES / "pretrain_video_core.py"
 COUNTED_SCRIPT = Path(__file__).with_name("counted_video.py")
 TP2, PP2, CP2 = (f"--{axis}-parallel-size 2" for axis in ("tensor-model", "pipeline-model", "context"))
 CP4 = "--context-parallel-size 4"

@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from megatron_runs import ROOT, Run, assert_parity, train
+from megatron_runs import EXAMPLES, Run, assert_parity, train
 from plain_training import BATCH, STEPS
 from standing_world import RunFailure
 from switch_formula import assert_switches
 from vit_reference import SAMPLES, WEATHERS, plain_run
 
-VIT_SCRIPT = ROOT / "launch" / "pretrain_vit_core.py"
+VIT_SCRIPT = EXAMPLES / "pretrain_vit_core.py"
 COUNTED_SCRIPT = Path(__file__).with_name("counted_vit.py")
 TP2, PP2, CP2 = (f"--{axis}-parallel-size 2" for axis in ("tensor-model", "pipeline-model", "context"))
 CP4 = "--context-parallel-size 4"

@@ -1,4 +1,4 @@
-"""The plain `VideoDiT` in one process, trained on what launch/pretrain_video_core.py trains on, and no Megatron."""
+"""The plain `VideoDiT` in one process, trained on what examples/pretrain_video_core.py trains on, and no Megatron."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import torch
 from megatron_runs import Run
 from plain_training import BATCH, SEED, STEPS, train, with_first_weights
 
-from dsp_plugin.launch.moving_digits import VOCABULARY, MovingDigits
+from dsp_plugin.launch.examples.moving_digits import VOCABULARY, MovingDigits
 from dsp_plugin.models.rectified_flow import RectifiedFlow
 from dsp_plugin.models.video_dit import VideoDiT
-from dsp_plugin.patches.megatron.video_dit_weights import draw
+from dsp_plugin.patches.megatron.models.video_dit_weights import draw
 
 
 def plain_run(

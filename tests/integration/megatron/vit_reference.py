@@ -1,4 +1,4 @@
-"""The plain `VisionTransformer` in one process, trained on the data of launch/pretrain_vit_core.py, and no Megatron."""
+"""The plain `VisionTransformer` in one process, on the data of examples/pretrain_vit_core.py, and no Megatron."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import torch
 from megatron_runs import Run
 from plain_training import BATCH, SEED, train, with_first_weights
 
-from dsp_plugin.launch.shallow_water import VARIABLES, ShallowWater, Weather, batch_of_some_variables
+from dsp_plugin.launch.examples.shallow_water import VARIABLES, ShallowWater, Weather, batch_of_some_variables
 from dsp_plugin.models.vit import VisionTransformer
 from dsp_plugin.models.vit_objective import VitObjective
-from dsp_plugin.patches.megatron.vit_weights import draw
+from dsp_plugin.patches.megatron.models.vit_weights import draw
 
 # Two samples of each weather, so that every step trains on the same four.
 WEATHERS, SAMPLES, HOURS = 2, 2, 3.0

@@ -14,8 +14,9 @@ from typing import NamedTuple
 import pytest
 from typer.testing import CliRunner
 
-from dsp_plugin import SequenceParallelConfig, cli
-from dsp_plugin.plan import resolve_plan
+from dsp_plugin import SequenceParallelConfig
+from dsp_plugin.cli import app as cli
+from dsp_plugin.plans.plan import resolve_plan
 from dsp_plugin.spawn import spawn
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(240)]

@@ -1,0 +1,190 @@
+"""Hooks that shard an unmodified module: inside it by a plan (DSP, Ulysses on one dim), or its batch (all others)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dsp_plugin.comm.collectives import gather
+from dsp_plugin.config.attention import attention_of
+from dsp_plugin.config.checks import PLANNED
+from dsp_plugin.config.schema import SequenceParallelConfig
+from dsp_plugin.errors import SequenceParallelConfigError
+from dsp_plugin.groups import SequenceParallelGroups
+from dsp_plugin.layout import Layout
+from dsp_plugin.methods import METHODS
+from dsp_plugin.planner.stages import StagePlan
+from dsp_plugin.plans.known_models import complete
+from dsp_plugin.plans.plan import Plan, matching_modules, outermost, resolve_plan
+from dsp_plugin.sharding import loss
+from dsp_plugin.sharding.batch import BatchSharder
+from dsp_plugin.sharding.outputs import first_tensor, when_backward_starts
+from dsp_plugin.sharding.region import ShardedRegion
+from dsp_plugin.sharding.routing import AttentionRoute
+from dsp_plugin.training.randomness import RegionSeed, RegionVisit
+
+
+class Parallelized:
+    """Hooks in place on a module; `remove` takes them off."""
+
+    def __init__(self) -> None:
+        self._undo: list[Callable[[], None]] = []
+        self._region: ShardedRegion | None = None
+
+    @property
+    def stage_plan(self) -> StagePlan | None:
+        """Which dim was sharded where, with bytes; None before the first forward pass and for batch sharding."""
+        return self._region.stage_plan if self._region is not None else None
+
+    def remove(self) -> None:
+        """Leave the module as it was."""
+        while self._undo:
+            self._undo.pop()()
+
+
+def parallelize(
+    module: nn.Module,
+    plan: Plan | None = None,
+    *,
+    config: SequenceParallelConfig,
+    groups: SequenceParallelGroups,
+) -> Parallelized:
+    """Shard the sequence of ``module`` by hooks; its code and its callers stay as they are.
+
+    With ``config.batch``, which the models in `known_models` do without, the named forward arguments are sharded before
+    the module runs. Otherwise a plan says where inside the module tokens are split, switched and gathered. Either way
+    callers see whole tensors, and the loss of whole sequences.
+
+    Parameter gradients come out such that their mean over the sequence ranks is exact.
+
+    Args:
+        plan: for ``module``; ``config.plan``, or the one known for the model, when None.
+
+    Raises:
+        SequenceParallelConfigError: the model does not fit the config or the plan.
+    """
+    _check_groups(config, groups)
+    if plan is None:
+        module, config = complete(module, config)
+    _check_fit(config)
+    handle = Parallelized()
+    try:
+        if config.batch:
+            _shard_batch(module, config, groups, handle._undo)
+        else:
+            root, plan = (module, plan) if plan is not None else resolve_plan(module, config.plan)
+            handle._region = ShardedRegion(root, plan, config, groups)
+            handle._region.install(handle._undo)
+    except BaseException:
+        handle.remove()
+        raise
+    return handle
+
+
+def _check_groups(config: SequenceParallelConfig, groups: SequenceParallelGroups) -> None:
+    if groups.sp.size != config.size:
+        raise SequenceParallelConfigError(
+            setting="size",
+            value=config.size,
+            why=f"the groups have {groups.sp.size} ranks to a sequence",
+            remedy="build the groups from the same config",
+        )
+
+
+def _check_fit(config: SequenceParallelConfig) -> None:
+    if not config.batch and config.method not in PLANNED:
+        raise SequenceParallelConfigError(
+            setting="plan",
+            why=f"inside a plan's stages runs one of {', '.join(PLANNED)}, not {config.method}",
+            remedy="use one of these, or shard the batch",
+        )
+    if not config.batch and config.layout not in ("auto", "contiguous"):
+        raise SequenceParallelConfigError(
+            setting="layout",
+            value=config.layout,
+            why="a plan shards dims of the activation, each of them in contiguous runs",
+            remedy='drop layout, or shard the batch, as in "batch": {"input_ids": 1}',
+        )
+
+
+def _shard_batch(
+    module: nn.Module, config: SequenceParallelConfig, groups: SequenceParallelGroups, undo: list[Callable[[], None]]
+) -> None:
+    sharder, attention = BatchSharder(module, config, groups.sp), attention_of(config, config.for_softmax)
+    linear = attention_of(config) if METHODS[config.method].kind == "linear" else None
+    found = [matching_modules(module, pattern, "attention") for pattern in config.attention]
+    layout_now: Layout | None = None
+    count_now: Tensor | None = None
+    visit: RegionVisit | None = None
+    seed_now: RegionSeed | None = None
+
+    def recall(layout: Layout | None, seed: RegionSeed | None) -> None:
+        nonlocal layout_now, seed_now
+        layout_now, seed_now = layout, seed
+
+    def leave() -> None:
+        nonlocal visit
+        entered, visit = visit, None
+        if entered is not None:
+            entered.leave()
+
+    def before(_: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        nonlocal layout_now, count_now, visit, seed_now
+        args, kwargs, layout_now, count_now = sharder.shard(args, kwargs)
+        leave()
+        visit = RegionVisit(groups.sp) if module.training and groups.sp.size > 1 else None
+        seed_now = visit.seed if visit is not None else None
+        return args, kwargs
+
+    def after(_: nn.Module, args: tuple, output: Any) -> Any:
+        leave()
+        assert layout_now is not None
+        first, rebuild = first_tensor(output)
+        if count_now is not None:
+            whole = global_loss(first, count_now, groups)
+        else:
+            assert config.gather_output is not None
+            whole = _global_output(first, config.gather_output, layout_now, config.method, groups)
+        when_backward_starts(whole, partial(recall, layout_now, seed_now))
+        return rebuild(whole)
+
+    undo.append(module.register_forward_pre_hook(before, with_kwargs=True).remove)
+    undo.append(module.register_forward_hook(after).remove)
+    for name, part in outermost({name: part for modules in found for name, part in modules.items()}).items():
+        route = AttentionRoute(name, attention, groups, lambda: layout_now, lambda: seed_now, linear)
+        undo.append(route.install(part))
+
+
+def global_loss(local_mean: Tensor, count: Tensor, groups: SequenceParallelGroups) -> Tensor:
+    """The mean loss of the whole sequence from the mean over the ``count`` labels of this rank; see `loss.contract`.
+
+    Raises:
+        SequenceParallelConfigError: it is no scalar.
+    """
+    if local_mean.numel() != 1:
+        raise SequenceParallelConfigError(
+            setting="loss",
+            why=f"forward returned a tensor {tuple(local_mean.shape)} where the config promises a scalar mean loss",
+            remedy='return the mean loss, or set "gather_output" and compute the loss outside',
+        )
+    # A sum over many tokens overflows fp16, and bf16 rounds it.
+    wide = local_mean.to(torch.promote_types(local_mean.dtype, torch.float32))
+    # The mean over a shard of no tokens is NaN, and NaN times a count of 0 too.
+    local_sum = torch.where(count > 0, wide * count, torch.zeros_like(wide))
+    return loss.contract(local_sum.reshape(()), count, groups.sp).reshape(local_mean.shape).to(local_mean.dtype)
+
+
+def _global_output(output: Tensor, dim: int, layout: Layout, method: str, groups: SequenceParallelGroups) -> Tensor:
+    expected = layout.sizes[groups.sp.rank]
+    if not -output.dim() <= dim < output.dim() or output.shape[dim] != expected:
+        raise SequenceParallelConfigError(
+            setting="gather_output",
+            value=dim,
+            why=f"the output {tuple(output.shape)} has not this rank's {expected} of {layout.length} tokens there",
+            remedy="give the sequence dim of the tensor that forward returns (first)",
+        )
+    return gather(output, dim % output.dim(), layout, axis=groups.sp, method=method)

@@ -1,0 +1,228 @@
+"""Routing of attention calls to a method, inside chosen modules only: softmax attention, linear attention, convolution.
+
+The calls that are seen are torch's `scaled_dot_product_attention` and the library's own `linear_attention` and
+`short_convolution`, by which models with linear attention are written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import update_wrapper
+from typing import Any, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from dsp_plugin.errors import UnsupportedError
+from dsp_plugin.groups import SequenceParallelGroups
+from dsp_plugin.kernels.convolution import short_convolution
+from dsp_plugin.kernels.linear import linear_attention
+from dsp_plugin.layout import Layout
+from dsp_plugin.mask import MaskSpec
+from dsp_plugin.methods import halo
+from dsp_plugin.training.randomness import RegionSeed
+
+LayoutNow = Callable[[], Layout | None]
+
+
+class AttentionRoute:
+    """Sends attention calls of one module to the method, as long as its sequence is sharded.
+
+    Args:
+        name: of the module, for errors.
+        attention: softmax attention, from `dsp_plugin.config.attention.attention_of`.
+        layout_now: the placement of the sequence in the running forward pass; None while it is whole.
+        seed_now: the seeds of that pass; None outside training.
+        linear: linear attention, likewise; None where the method serves none.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        attention: Callable[..., Tensor],
+        groups: SequenceParallelGroups,
+        layout_now: LayoutNow,
+        seed_now: Callable[[], RegionSeed | None],
+        linear: Callable[..., Tensor | tuple[Tensor, Tensor]] | None = None,
+    ) -> None:
+        self._name, self._attention, self._linear, self._groups = name, attention, linear, groups
+        self._layout_now, self._seed_now = layout_now, seed_now
+
+    def install(self, module: nn.Module) -> Callable[[], None]:
+        """Route the calls made inside ``module.forward``; returns what undoes it."""
+        of_instance = module.__dict__.get("forward")
+        module.forward = _RoutedForward(module.forward, self)
+
+        def undo() -> None:
+            if of_instance is None:
+                del module.forward
+            else:
+                module.forward = of_instance
+
+        return undo
+
+    def run(self, forward: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
+        """Call ``forward`` with its attention routed, if the sequence is sharded now.
+
+        Raises:
+            UnsupportedError: it made no call that could be routed, so it would have attended within the shard.
+        """
+        layout = self._layout_now()
+        if layout is None:
+            return forward(*args, **kwargs)
+        with _Intercept(self, layout) as intercept:
+            output = forward(*args, **kwargs)
+        if not intercept.routed:
+            raise UnsupportedError(
+                setting=f"attention of {self._name}",
+                why="its forward never called torch.nn.functional.scaled_dot_product_attention or "
+                "dsp_plugin.kernels.linear.linear_attention, so it would attend within the shard only "
+                "(nn.MultiheadAttention makes the call out of our sight)",
+                remedy="name the modules that make the call, and set the model's attention implementation to sdpa",
+            )
+        return output
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        return self
+
+    def attend(
+        self,
+        layout: Layout,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> Tensor:
+        """`scaled_dot_product_attention` on sharded ``[B, H, n, D]`` tensors, with its arguments.
+
+        Raises:
+            UnsupportedError: a dense mask, or inputs that are not self-attention over the shard.
+        """
+        shapes = f"query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}"
+        if attn_mask is not None:
+            raise UnsupportedError(
+                setting=f"attn_mask of {self._name}",
+                value=tuple(attn_mask.shape),
+                why="a dense mask is over whole sequences, of which a rank holds a part",
+                remedy="use is_causal=True or no mask; pack documents with MaskSpec(cu_seqlens=...)",
+            )
+        if is_causal:
+            self._check_order(layout, f"is_causal of {self._name}=True", "drop the mask")
+        if not query.dim() == key.dim() == value.dim() == 4 or query.shape[2] != key.shape[2]:
+            raise UnsupportedError(
+                setting=f"attention of {self._name}",
+                value=shapes,
+                why="expected self-attention on [B, H, n, D], with as many keys as queries",
+                remedy="leave cross-attention modules out of the attention globs",
+            )
+        if query.shape[1] != key.shape[1] and not enable_gqa:
+            raise UnsupportedError(
+                setting=f"attention of {self._name}",
+                value=shapes,
+                why="heads of query and key differ and enable_gqa is not set",
+                remedy="pass enable_gqa=True, as torch itself demands",
+            )
+        q, k, v = (autocast(x).transpose(1, 2) for x in (query, key, value))
+        out = self._attention(
+            q,
+            k,
+            v,
+            groups=self._groups,
+            layout=layout,
+            mask=MaskSpec(causal=is_causal),
+            scale=scale,
+            dropout_p=dropout_p,
+            dropout_seed=self._dropout_seed() if dropout_p else None,
+        )
+        return out.transpose(1, 2)
+
+    def attend_linearly(
+        self, layout: Layout, q: Tensor, k: Tensor, v: Tensor, *gates: Tensor | None, **settings: Any
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """`dsp_plugin.kernels.linear.linear_attention` on sharded ``[B, n, H, D]`` tensors, with its arguments.
+
+        Under autocast q, k and v are taken in its dtype. Decays add up, so gates stay in theirs.
+
+        Raises:
+            UnsupportedError: the method serves no linear attention.
+        """
+        if self._linear is None:
+            raise UnsupportedError(
+                setting=f"linear_attention of {self._name}",
+                why="the method in use serves softmax attention, and every shard would start from a state of zeros",
+                remedy='set "method" to "lasp", and "softmax_method" to what is to serve the softmax layers, if any',
+            )
+        q, k, v = (autocast(x) for x in (q, k, v))
+        return self._linear(q, k, v, *gates, groups=self._groups, layout=layout, **settings)
+
+    def convolve(
+        self, layout: Layout, x: Tensor, weight: Tensor, bias: Tensor | None = None, **settings: Any
+    ) -> Tensor:
+        """`dsp_plugin.kernels.convolution.short_convolution` on a sharded ``[B, n, C]`` tensor, with its arguments.
+
+        Raises:
+            UnsupportedError: the shard's tokens are not in global order.
+        """
+        self._check_order(layout, f"short_convolution of {self._name}", "leave it out")
+        return halo.convolve(x, weight, bias, groups=self._groups, layout=layout, **settings)
+
+    def _check_order(self, layout: Layout, setting: str, otherwise: str) -> None:
+        if layout.explicit_sizes is not None:
+            raise UnsupportedError(
+                setting=setting,
+                why="the stage computes along several dims of which one is sharded: its tokens are not in global order",
+                remedy=f"shard a dim that the stage does not compute along, or {otherwise}",
+            )
+
+    def _dropout_seed(self) -> int:
+        seed = self._seed_now()
+        if seed is None:
+            raise UnsupportedError(
+                setting=f"dropout_p of {self._name}",
+                why="its attention drops weights outside of training",
+                remedy="pass dropout_p=0.0 unless self.training",
+            )
+        return seed.of_attention(self._name)
+
+
+def autocast(x: Tensor) -> Tensor:
+    """``x`` in the dtype that torch's own call would compute in: rotary embeddings often leave q and k in fp32."""
+    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+        return x.to(torch.get_autocast_dtype(x.device.type))
+    return x
+
+
+class _RoutedForward:
+    """A module's forward. An object, not a closure, so that in a deep copy of the module it calls the copy's."""
+
+    def __init__(self, original: Callable[..., Any], route: AttentionRoute) -> None:
+        self._original, self._route = original, route
+        update_wrapper(self, original)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._route.run(self._original, args, kwargs)
+
+
+class _Intercept(TorchFunctionMode):
+    def __init__(self, route: AttentionRoute, layout: Layout) -> None:
+        super().__init__()
+        self._route, self._layout, self.routed = route, layout, False
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is F.scaled_dot_product_attention:
+            self.routed = True
+            return self._route.attend(self._layout, *args, **kwargs)
+        if func is linear_attention:
+            self.routed = True
+            return self._route.attend_linearly(self._layout, *args, **kwargs)
+        if func is short_convolution:
+            # Not what makes a module mix tokens: one that does nothing else we see attends out of our sight.
+            return self._route.convolve(self._layout, *args, **kwargs)
+        return func(*args, **kwargs)

@@ -1,0 +1,188 @@
+"""What a checkpoint records of how its run was parallelized, and how a load under other settings is judged.
+
+The record is JSON beside the framework's own files. Weights and optimizer states depend neither on the method nor on
+the ranks that shared a sequence, so a change of either is noted and never refused; what a framework's format cannot
+follow, such as another number of data-parallel ranks, the framework's patch names as fixed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+
+from dsp_plugin.errors import SequenceParallelConfigError, UnsupportedError
+
+FILE = "sequence_parallel.json"
+FORMAT = 1
+
+
+def record(config: BaseModel | None, framework: str, sizes: Mapping[str, int]) -> dict[str, Any]:
+    """What to write beside a checkpoint.
+
+    Args:
+        config: settings of the run; None for one that shards no sequence.
+        framework: ``"deepspeed"`` or ``"megatron"``.
+        sizes: ranks by axis, such as ``{"world": 8, "tp": 2, "pp": 1, "dp": 2, "sp": 2}``.
+
+    Returns:
+        Nothing but what JSON holds.
+    """
+    return {
+        "format": FORMAT,
+        "plugin": metadata.version("dsp-plugin"),
+        "framework": framework,
+        "config": _all_settings(config),
+        "sizes": dict(sizes),
+    }
+
+
+def write(folder: Path, record: Mapping[str, Any]) -> None:
+    """Writes the record to `FILE` in the folder, which is made if it is missing. One rank calls it.
+
+    A reader, or a run that is killed meanwhile, leaves either the file that was there before or the whole new one.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=folder, prefix=f".{FILE}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            json.dump(record, file, indent=1)
+            file.flush()
+            os.fsync(file.fileno())
+        # mkstemp makes files for their owner alone; checkpoints are shared like the files beside them.
+        os.chmod(name, 0o666 & ~_umask())
+        os.replace(name, folder / FILE)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def read(folder: Path) -> dict[str, Any] | None:
+    """The record in the folder; None where there is none, as in checkpoints of runs without this library.
+
+    Raises:
+        UnsupportedError: a format that this version does not know.
+        SequenceParallelConfigError: the file is not a record.
+    """
+    path = folder / FILE
+    try:
+        text = path.read_bytes()
+    except FileNotFoundError:
+        return None
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise _malformed(path, f"it is not JSON ({error})") from None
+    if not isinstance(found, dict) or not isinstance(found.get("format"), int):
+        raise _malformed(path, "it has no format number")
+    if found["format"] != FORMAT:
+        raise UnsupportedError(
+            setting=f"{path}: format",
+            value=found["format"],
+            why=f"it was written by dsp-plugin {found.get('plugin', 'of an unknown version')}; this is dsp-plugin "
+            f"{metadata.version('dsp-plugin')}, which reads format {FORMAT}",
+            remedy="load the checkpoint with the version that wrote it or a later one, or remove the file to load "
+            "without this check: weights do not depend on it",
+        )
+    for wrong in _wrong_fields(found):
+        raise _malformed(path, wrong)
+    return found
+
+
+def check(
+    recorded: Mapping[str, Any],
+    config: BaseModel | None,
+    framework: str,
+    sizes: Mapping[str, int],
+    *,
+    fixed: Iterable[str],
+    remedy: str | None = None,
+) -> list[str]:
+    """Judges a load of a checkpoint with this record by a run of this config and these sizes.
+
+    Args:
+        recorded: from `read`.
+        config, framework, sizes: of the run that loads, as for `record`.
+        fixed: names of sizes that the checkpoint's format cannot follow in a change.
+        remedy: what to do about a change of one of them.
+
+    Returns:
+        What changed, for the log, such as ``"sequence_parallel.size 2 -> 4"``. Sizes that only one side names, and
+        settings that only one side's version knows, are not compared.
+
+    Raises:
+        SequenceParallelConfigError: another framework wrote it, or a fixed size differs.
+    """
+    if recorded["framework"] != framework:
+        raise SequenceParallelConfigError(
+            f"the checkpoint was written by {recorded['framework']} and this run is {framework}: their files hold "
+            f"weights and optimizer states in different forms. Load it with {recorded['framework']}, or convert its "
+            "weights with the tools of both and start the optimizer anew."
+        )
+    saved: Mapping[str, int] = recorded["sizes"]
+    changed = {name: (saved[name], sizes[name]) for name in saved if name in sizes and saved[name] != sizes[name]}
+    notes = [*_config_notes(recorded["config"], config)]
+    notes += [f"{name} {old} -> {new}" for name, (old, new) in changed.items() if name != "sp"]
+    broken = [name for name in fixed if name in changed]
+    if broken:
+        where = ", ".join(f"{name} {old}" for name, old in saved.items())
+        raise SequenceParallelConfigError(
+            setting=", ".join(broken),
+            value=changed[broken[0]][1] if len(broken) == 1 else [changed[name][1] for name in broken],
+            why=f"the checkpoint was written by a run of {where}, and its files cannot be loaded under another "
+            f"{' or '.join(broken)} ({'; '.join(notes)})",
+            remedy=remedy or f"start with {', '.join(f'{name} {changed[name][0]}' for name in broken)} again",
+        )
+    return notes
+
+
+def _all_settings(config: BaseModel | None) -> dict[str, Any] | None:
+    return None if config is None else config.model_dump(mode="json")
+
+
+def _config_notes(saved: Mapping[str, Any] | None, config: BaseModel | None) -> Iterator[str]:
+    given = _all_settings(config)
+    if saved is None or given is None:
+        if saved is not given:
+            yield f"sequence_parallel {_in_words(saved)} -> {_in_words(given)}"
+        return
+    for key, new in given.items():
+        if key in saved and saved[key] != new:
+            yield f"sequence_parallel.{key} {_shown(saved[key])} -> {_shown(new)}"
+
+
+def _in_words(config: Mapping[str, Any] | None) -> str:
+    return "none" if config is None else f"{config.get('method')} of {config.get('size')} ranks"
+
+
+def _shown(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _wrong_fields(found: Mapping[str, Any]) -> Iterator[str]:
+    if not isinstance(found.get("framework"), str):
+        yield "it names no framework"
+    if not isinstance(found.get("config", 0), dict | None):
+        yield "its config is neither a section nor null"
+    sizes = found.get("sizes")
+    if not isinstance(sizes, dict) or not all(type(size) is int and size > 0 for size in sizes.values()):
+        yield "its sizes are not counts of ranks by name"
+
+
+def _malformed(path: Path, why: str) -> SequenceParallelConfigError:
+    return SequenceParallelConfigError(
+        f"{path} is not a record of a checkpoint: {why}. Restore the file, or remove it to load without this check: "
+        "weights do not depend on it."
+    )
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

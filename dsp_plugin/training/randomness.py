@@ -1,0 +1,70 @@
+"""Random numbers inside a sharded region: other ones on every rank, the same ones when a stretch is recomputed.
+
+Ranks of a sequence group hold other tokens, so layers that drop activations must draw other numbers on each; before and
+after the region all ranks compute the same, and must draw the same. So torch's generators are set aside when a training
+forward enters the region, seeded by rank inside it, and put back when it leaves. Attention gets seeds that are the same
+on all ranks, since which weights it drops must not depend on the sharding.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from hashlib import blake2b
+
+import torch
+
+from dsp_plugin.comm.axis import Axis
+
+
+@dataclass(frozen=True)
+class RegionSeed:
+    """Seeds of one forward pass through a region.
+
+    Attributes:
+        base: taken from the state of torch's CPU generator at the entry, which all ranks must have alike.
+        rank: on the sequence axis.
+    """
+
+    base: str
+    rank: int
+
+    def apply(self) -> None:
+        """Seed this rank's generators, at the entry and again where the entry is recomputed."""
+        torch.manual_seed(self._seed(f"rank {self.rank}"))
+
+    def of_attention(self, module: str) -> int:
+        """The dropout seed of an attention module: the same on every rank, and when it is recomputed."""
+        return self._seed(f"attention {module}")
+
+    def _seed(self, what: str) -> int:
+        return int.from_bytes(blake2b(f"{self.base}/{what}".encode(), digest_size=7).digest(), "little")
+
+
+class RegionVisit:
+    """One forward pass inside a region, from construction until `leave`.
+
+    Attributes:
+        seed: this pass's seeds.
+    """
+
+    def __init__(self, axis: Axis) -> None:
+        self._outer = _state()
+        self.seed = RegionSeed(blake2b(self._outer[0].numpy().tobytes(), digest_size=16).hexdigest(), axis.rank)
+        self.seed.apply()
+        self._entered = _state()
+
+    def leave(self) -> None:
+        """Put the generators back; one step further if the region drew from them, so that the next visit differs."""
+        drew = any(not torch.equal(now, then) for now, then in zip(_state(), self._entered, strict=True))
+        torch.set_rng_state(self._outer[0])
+        if len(self._outer) > 1:
+            torch.cuda.set_rng_state(self._outer[1])
+        if drew:
+            torch.rand((), device="cpu")
+
+
+def _state() -> list[torch.Tensor]:
+    states = [torch.get_rng_state()]
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        states.append(torch.cuda.get_rng_state())
+    return states

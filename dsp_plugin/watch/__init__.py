@@ -1,0 +1,1 @@
+"""Ranks that watch each other, and end a run together when one is lost."""
