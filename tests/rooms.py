@@ -46,7 +46,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "training": ("errors", "comm", "groups"),
     "watch": ("errors", "comm"),
     "methods": ("errors", "layout", "mask", "groups", "comm", "kernels", "training"),
-    "config": ("errors", "layout", "methods"),
+    "config": ("errors", "layout", "kernels", "methods"),
     "plans": ("errors", "config"),
     "planner": ("errors", "layout", "plans", "methods"),
     "sharding": (
@@ -61,7 +61,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "patches": ("errors", "comm", "training", "watch"),
     "patches/autoload": ("patches", "patches/deepspeed"),
     "patches/diffusers": ("errors", "plans"),
-    "patches/transformers": (*_TOP, "plans", "sharding"),
+    "patches/transformers": (*_TOP, "kernels", "plans", "sharding"),
     "patches/deepspeed": (*_TOP, "plans", "sharding", "patches/transformers"),
     "patches/megatron": (*_TOP, "kernels"),
     "patches/megatron/models": (*_TOP, "kernels", "planner", "models", "patches/megatron"),
@@ -73,6 +73,7 @@ ONLY = {
     ("groups", "comm"): ("axis",),
     ("methods", "training"): ("recompute",),
     ("watch", "comm"): ("ledger",),
+    ("config", "kernels"): ("spec",),
 }
 
 
