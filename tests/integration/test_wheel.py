@@ -37,7 +37,7 @@ class Installed:
     elsewhere: Path
 
     def run(self, *command: str | Path, **settings: str) -> str:
-        """What a command prints; it has to exit with 0 and to complain of nothing."""
+        """What a command prints; it has to exit with 0."""
         kept = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME")}
         path = os.pathsep.join([str(self.python.parent), str(Path(sys.executable).parent), kept["PATH"]])
         env = {**kept, "PATH": path, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", **settings}
