@@ -20,6 +20,7 @@ pytestmark = pytest.mark.timeout(60)
 torch.set_num_threads(1)
 
 KERNELS_ON_CPU = ("cpu_flash", "math", "reference")
+NAMES = ("out", "lse", "dq", "dk", "dv")
 
 
 @dataclass(frozen=True)
@@ -49,10 +50,10 @@ def make(shape: Shape, dtype: torch.dtype = torch.float32, seed: int = 0) -> tup
 
 
 def run(fn, q: Tensor, k: Tensor, v: Tensor, dout: Tensor, **arguments) -> dict[str, Tensor]:
-    """Output, lse and gradients by name; the oracle's in fp64."""
+    """Output, lse and gradients by name."""
     out, lse = fn(q, k, v, **arguments)
     grads = torch.autograd.grad(out, (q, k, v), dout.to(out.dtype))
-    return dict(zip(("out", "lse", "dq", "dk", "dv"), (out.detach(), lse.detach(), *grads), strict=True))
+    return dict(zip(NAMES, (out.detach(), lse.detach(), *grads), strict=True))
 
 
 def fast(q: Tensor, k: Tensor, v: Tensor, **arguments) -> tuple[Tensor, Tensor]:
@@ -60,23 +61,32 @@ def fast(q: Tensor, k: Tensor, v: Tensor, **arguments) -> tuple[Tensor, Tensor]:
 
 
 def oracle(q: Tensor, k: Tensor, v: Tensor, dout: Tensor, **arguments) -> dict[str, Tensor]:
+    """All that `run` returns, in fp64, and what ``dq subtracts`` and ``dk subtracts``.
+
+    The gradient of a score is its weight times the difference of two dot products with the output's gradient: the
+    value's and the output's. Where a query sees one key they are equal, and what a kernel leaves of the gradient is
+    their rounding. The part of the second is the gradient of lse times that product.
+    """
     q, k, v = (x.detach().double().requires_grad_() for x in (q, k, v))
-    return run(dense_attention, q, k, v, dout, **arguments)
+    want = run(dense_attention, q, k, v, dout, **arguments)
+    lse = dense_attention(q, k, v, **arguments)[1]
+    terms = torch.autograd.grad(lse, (q, k), (dout.double() * want["out"]).sum(-1).mT)
+    return want | dict(zip(("dq subtracts", "dk subtracts"), terms, strict=True))
 
 
-def error(got: Tensor, want: Tensor) -> float:
-    """Largest deviation relative to the largest expected magnitude; infinities must agree exactly."""
+def error(got: Tensor, want: Tensor, terms: Tensor | None = None) -> float:
+    """Largest deviation relative to the largest expected magnitude, or that of the terms; infinities must be equal."""
     assert got.shape == want.shape
     finite = want.isfinite()
     assert torch.equal(got.isfinite(), finite), "infinite or NaN where the oracle is finite, or the reverse"
     assert torch.equal(got[~finite].double(), want[~finite].double())
     got, want = got[finite].double(), want[finite].double()
-    # The floor is for gradients that vanish exactly, as dq does where each query sees one key.
-    return ((got - want).abs().max() / want.abs().max().clamp_min(0.25)).item() if want.numel() else 0.0
+    scale = max((x.abs().max().item() for x in (want, terms) if x is not None and x.numel()), default=0.0)
+    return (got - want).abs().max().item() / scale if scale else float(bool(got.any()))
 
 
 def assert_close(got: dict[str, Tensor], want: dict[str, Tensor], tolerance: float) -> None:
-    errors = {name: error(got[name], want[name]) for name in want}
+    errors = {name: error(got[name], want[name], want.get(f"{name} subtracts")) for name in NAMES}
     assert max(errors.values()) <= tolerance, errors
 
 
