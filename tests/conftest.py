@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import os
-import re
 import sys
-from importlib import metadata
 from pathlib import Path
 
 import pytest
 import torch
 from compatibility import Recorder
-from packaging.version import Version
+from cores import left_to_another
 from preloading import preload
-
-CONSTRAINTS = Path(__file__).parents[1] / "configs" / "constraints"
 
 # As where the environment is activated. Its ninja and the system's, of another version, would each compile anew what
 # the other has compiled for DeepSpeed.
@@ -36,7 +32,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "matrix: a case beyond the covering subset; runs with --matrix only")
     config.addinivalue_line(
-        "markers", "core(end): of the tested megatron-cores the newest or the oldest runs it; others with --matrix only"
+        "markers",
+        "core(which): of the tested megatron-cores the newest, the oldest or every one runs it; see tests/cores.py",
     )
     config.addinivalue_line(
         "markers", "cell(framework, method, feature, status, reason): the cell of docs/compatibility.md that it holds"
@@ -49,22 +46,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if config.getoption("--matrix"):
         return
     skip = pytest.mark.skip(reason="beyond the covering subset: run with --matrix")
-    other = {"newest": "oldest", "oldest": "newest"}.get(_end_of_tested_cores())
     for item in items:
-        core = item.get_closest_marker("core")
-        if item.get_closest_marker("matrix") or (core is not None and core.args == (other,)):
+        if item.get_closest_marker("matrix") or left_to_another(item):
             item.add_marker(skip)
-
-
-def _end_of_tested_cores() -> str:
-    """Whether the installed megatron-core is the newest or the oldest that we test with; empty for any other."""
-    try:
-        installed = Version(metadata.version("megatron-core"))
-    except metadata.PackageNotFoundError:
-        return ""
-    pins = (re.search(r"^megatron-core==(\S+)$", path.read_text(), re.M) for path in CONSTRAINTS.glob("py*.txt"))
-    tested = sorted(Version(pin[1]) for pin in pins if pin)
-    return "newest" if installed >= tested[-1] else "oldest" if installed <= tested[0] else ""
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

@@ -1,30 +1,25 @@
-"""LASP on drawn workloads, judged by the token recurrence in fp64 and the byte formulas.
-
-One example is several cases that run in one world of spawned processes, because a world costs more than a case. Draws
-are the same in every run; a failure shrinks to one case in most runs, and its message has the case.
-"""
+"""LASP on drawn workloads, judged by the token recurrence in fp64 and the byte formulas."""
 
 from __future__ import annotations
 
-from dataclasses import fields
 from itertools import accumulate
 
 import pytest
 import torch
-from hypothesis import HealthCheck, Phase, given, settings
+from drawn_worlds import examples, run_world, shown, worlds
+from hypothesis import given
 from hypothesis import strategies as st
 
 from dsp_plugin import MaskSpec
 from dsp_plugin.kernels.linear import DECAYS
 from dsp_plugin.methods.state_exchange import EXCHANGES
-from dsp_plugin.spawn import spawn
-from dsp_plugin.verification import Case, refusal, run_cases
+from dsp_plugin.verification import Case, refusal
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(300)]
 
 
 @st.composite
-def drawn_cases(draw: st.DrawFn, size: int) -> Case:
+def cases(draw: st.DrawFn, size: int) -> Case:
     lengths = draw(st.lists(st.integers(0, 40), min_size=1, max_size=5).filter(sum))
     length = sum(lengths)
     decay = draw(st.sampled_from(DECAYS))
@@ -58,29 +53,9 @@ def drawn_cases(draw: st.DrawFn, size: int) -> Case:
     )
 
 
-@st.composite
-def worlds(draw: st.DrawFn) -> list[Case]:
-    size = draw(st.sampled_from([2, 3, 4]))
-    return draw(st.lists(drawn_cases(size), min_size=1, max_size=16))
-
-
-def shown(case: Case) -> str:
-    """Python that makes the case again."""
-    values = (f"{field.name}={getattr(case, field.name)!r}" for field in fields(case))
-    return f"Case({', '.join(values)})"
-
-
-@settings(
-    max_examples=8,
-    derandomize=True,
-    database=None,
-    deadline=None,
-    phases=[Phase.explicit, Phase.generate, Phase.shrink],
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
-)
-@given(world=worlds())
+@examples(8)
+@given(world=worlds(cases))
 def test_any_workload_is_exact(world: list[Case]) -> None:
-    results = spawn(run_cases, world[0].size, world, timeout=100)[0]
-    for case, result in zip(world, results, strict=True):
+    for case, result in run_world(world):
         assert refusal(case) is None, shown(case)
         assert result.ok, f"{result.failures()}: {shown(case)}"

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
-from test_recompute import ORDINARY, Storages, by_context, non_reentrant, reentrant, whole
+from checkpointed import ORDINARY, Storages, by_context, non_reentrant, reentrant, whole
 from torch import Tensor, nn
 
 from dsp_plugin import Layout, SequenceParallelConfig, SequenceParallelGroups, ledger

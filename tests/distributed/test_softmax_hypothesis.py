@@ -1,23 +1,19 @@
-"""Softmax methods on drawn workloads, judged by the fp64 oracle and the byte formulas.
-
-One example is several cases that run in one world of spawned processes, because a world costs more than a case. Draws
-are the same in every run; a failure shrinks to one case in most runs, and its message has the case.
-"""
+"""Softmax methods on drawn workloads, judged by the fp64 oracle and the byte formulas."""
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
+from dataclasses import replace
 from itertools import accumulate
 
 import pytest
 import torch
-from hypothesis import HealthCheck, Phase, given, settings
+from drawn_worlds import examples, run_world, shown, worlds
+from hypothesis import given
 from hypothesis import strategies as st
 
 from dsp_plugin import MaskSpec
 from dsp_plugin.methods import METHODS
-from dsp_plugin.spawn import spawn
-from dsp_plugin.verification import Case, refusal, run_cases
+from dsp_plugin.verification import Case, refusal
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(300)]
 
@@ -67,30 +63,10 @@ def cases(draw: st.DrawFn, size: int) -> Case:
     return case
 
 
-@st.composite
-def worlds(draw: st.DrawFn) -> list[Case]:
-    size = draw(st.sampled_from([2, 3, 4]))
-    return draw(st.lists(cases(size), min_size=1, max_size=16))
-
-
-def shown(case: Case) -> str:
-    """Python that makes the case again."""
-    given = (f"{field.name}={getattr(case, field.name)!r}" for field in fields(case))
-    return f"Case({', '.join(given)})"
-
-
-@settings(
-    max_examples=12,
-    derandomize=True,
-    database=None,
-    deadline=None,
-    phases=[Phase.explicit, Phase.generate, Phase.shrink],
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
-)
-@given(world=worlds())
+@examples(12)
+@given(world=worlds(cases))
 def test_any_workload_is_exact_or_refused_with_a_reason(world: list[Case]) -> None:
-    results = spawn(run_cases, world[0].size, world, timeout=100)[0]
-    for case, result in zip(world, results, strict=True):
+    for case, result in run_world(world):
         assert result.refused == refusal(case), shown(case)
         too_few_heads = case.heads < (case.ulysses_size or (case.size if case.method == "ulysses" else 1))
         assert (result.refused is not None) == too_few_heads, f"{result.refused}: {shown(case)}"

@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+from cores import EVERY, NEWEST, OLDEST
 from megatron_runs import Run, model_arguments, train, worlds
 
 pytestmark = pytest.mark.timeout(600)
@@ -82,28 +83,32 @@ def assert_same_losses(run: Run, reference: Run, tolerance: float = 1e-6) -> Non
     ("before", "ranks", "after"),
     [
         pytest.param(
-            f"{ULYSSES} {ZERO1}", 4, f"{CP4} {ZERO1} --sp-method ring", id="cp4", marks=cells("ulysses ring", SIZE)
+            f"{ULYSSES} {ZERO1}",
+            4,
+            f"{CP4} {ZERO1} --sp-method ring",
+            id="cp4",
+            marks=[*cells("ulysses ring", SIZE), EVERY],
         ),
         pytest.param(
             f"{ULYSSES} {ZERO1}",
             4,
             f"{CP2} {PP2} {ZERO1} --sp-method lightseq",
             id="pp2 x cp2",
-            marks=[*cells("lightseq", "other method"), pytest.mark.core("newest")],
+            marks=[*cells("lightseq", "other method"), NEWEST],
         ),
         pytest.param(
             f"{ULYSSES} {ZERO1}",
             4,
             f"{CP4} {ZERO1} --sp-method usp --sp-ulysses-size 2 --sp-ring-size 2",
             id="cp4, usp",
-            marks=[*cells("usp", SIZE), pytest.mark.core("newest")],
+            marks=[*cells("usp", SIZE), NEWEST],
         ),
         pytest.param(
             f"{CP4} {ZERO1} --sp-method lightseq",
             1,
             ZERO1,
             id="one rank",
-            marks=[*cells("lightseq", SIZE), pytest.mark.core("oldest")],
+            marks=[*cells("lightseq", SIZE), OLDEST],
         ),
         pytest.param(
             ULYSSES,
@@ -117,7 +122,7 @@ def assert_same_losses(run: Run, reference: Run, tolerance: float = 1e-6) -> Non
             4,
             f"{HYBRID} {CP4} {ZERO1} --sp-method lasp --sp-exchange ring",
             id="lasp: cp4",
-            marks=[*cells("lasp", "other SP size"), pytest.mark.core("oldest")],
+            marks=[*cells("lasp", "other SP size"), OLDEST],
         ),
         pytest.param(
             LASP,
@@ -146,7 +151,7 @@ OTHERS = {
 }
 
 
-@pytest.mark.core("newest")
+@NEWEST
 @pytest.mark.parametrize("after", [TP2, PP2], ids=["tp2", "pp2"])
 @pytest.mark.parametrize(
     "method",
@@ -192,7 +197,7 @@ def test_bf16_goes_on_from_fp32_main_weights(optimizer: str, saved: Saved, tmp_p
     assert run.losses == train(tmp_path / "whole", 2, *before.split(), *FIVE).losses
 
 
-@pytest.mark.core("oldest")
+@OLDEST
 def test_a_save_that_was_cut_off_is_not_the_last_one(
     saved: Saved, reference: Callable[..., Run], tmp_path: Path
 ) -> None:

@@ -14,16 +14,14 @@ from functools import cache, partial
 from pathlib import Path
 
 import pytest
+from cores import NEWEST, OLDEST, has
 from megatron_runs import torchrun
 from starters import EXAMPLES, JOBS, ROOT, environment, free_port, shell
 
 pytestmark = pytest.mark.timeout(400)
 
-TRAINING = (
-    importlib.util.find_spec("megatron") is not None and importlib.util.find_spec("megatron.training") is not None
-)
 CONFIGS = ROOT / "configs" / "megatron"
-GPT = ("pretrain_gpt.py", "") if TRAINING else ("pretrain_gpt_core.py", "_core")
+GPT = ("pretrain_gpt.py", "") if has("megatron.training") else ("pretrain_gpt_core.py", "_core")
 # The script of each job, and the file with the flags of a small model.
 MODELS = {
     "megatron_gpt_usp.sh": (GPT[0], f"gpt{GPT[1]}_tiny_cpu.args"),
@@ -73,10 +71,9 @@ def by_hostfile(job: str, folder: Path, **sizes: str) -> str:
     return shell(str(JOBS / "hostfile.sh"), str(hosts), str(JOBS / job), env=env)
 
 
-# And the megatron-core that runs it.
 COVERING = {
-    ("megatron_gpt_usp.sh", on_slurm): "newest",
-    ("megatron_hybrid_lasp.sh", by_rendezvous): "oldest",
+    ("megatron_gpt_usp.sh", on_slurm): NEWEST,
+    ("megatron_hybrid_lasp.sh", by_rendezvous): OLDEST,
 }
 STARTS = (on_this_node, by_rendezvous, on_slurm, by_hostfile)
 
@@ -88,7 +85,7 @@ STARTS = (on_this_node, by_rendezvous, on_slurm, by_hostfile)
             job,
             start,
             id=f"{job}-{start.__name__}",
-            marks=pytest.mark.core(COVERING[job, start]) if (job, start) in COVERING else pytest.mark.matrix,
+            marks=COVERING.get((job, start), pytest.mark.matrix),
         )
         for job in MODELS
         for start in STARTS
@@ -126,7 +123,7 @@ def test_dry_run_prints_what_srun_would_run(job: str, tmp_path: Path) -> None:
     assert done.stdout.endswith("--train-iters 5\n")
 
 
-@pytest.mark.core("oldest")
+@OLDEST
 def test_checkout_beside_the_script_is_used(tmp_path: Path) -> None:
     script = tmp_path / "train.py"
     script.write_text("import megatron.core\nprint(megatron.core.__file__, megatron.core.__version__)\n")

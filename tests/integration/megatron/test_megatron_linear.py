@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from cores import EVERY, NEWEST, OLDEST
 from linear_workers import layer_errors, refused
 from megatron_runs import Run, assert_parity, train
 
@@ -27,35 +28,34 @@ LINEAR = "--linear-decay head"
 DECAYS = ("none", "head", "scalar", "vector", "delta", "gated-delta", "kda")
 EXCHANGES = ("ring", "allgather", "scan")
 
-# Ranks, the model, and how it is run.
+# Megatron-core, ranks, the model, and how it is run.
 CASES = {
-    "tp2 x cp2, ring": (4, LINEAR, f"{TP2} {CP2} --sp-exchange ring"),
+    "tp2 x cp2, ring": (NEWEST, 4, LINEAR, f"{TP2} {CP2} --sp-exchange ring"),
     "tp2 x cp2, sequence parallel, lightseq, allgather, selective recompute": (
+        EVERY,
         4,
         HYBRID,
         f"{TP2} {CP2} --sequence-parallel --sp-exchange allgather {SELECTIVE}",
     ),
     "cp2 x pp2, interleaved, ulysses, scan, full recompute": (
+        EVERY,
         4,
         HYBRID,
         f"{CP2} {PP2} {VPP2} --sp-softmax-method ulysses --sp-exchange scan {FULL}",
     ),
     "cp4, distributed optimizer, zigzag, ring, full recompute that keeps attention": (
+        NEWEST,
         4,
         HYBRID,
         f"{CP4} --use-distributed-optimizer --sp-layout zigzag --sp-softmax-method ring --sp-exchange ring {KEEP}",
     ),
     "cp2 x pp2, allgather, full recompute that keeps attention": (
+        NEWEST,
         4,
         LINEAR,
         f"{CP2} {PP2} --sp-exchange allgather {KEEP}",
     ),
 }
-EVERYWHERE = {
-    "tp2 x cp2, sequence parallel, lightseq, allgather, selective recompute",
-    "cp2 x pp2, interleaved, ulysses, scan, full recompute",
-}
-NEWEST = pytest.mark.core("newest")
 MATRIX = {
     **{
         f"{decay}, {exchange}": (
@@ -99,7 +99,7 @@ MATRIX = {
 @pytest.mark.parametrize(
     ("ranks", "model", "arguments"),
     [
-        *(pytest.param(*case, id=name, marks=[] if name in EVERYWHERE else NEWEST) for name, case in CASES.items()),
+        *(pytest.param(*case, id=name, marks=core) for name, (core, *case) in CASES.items()),
         *(pytest.param(*case, id=name, marks=pytest.mark.matrix) for name, case in MATRIX.items()),
     ],
 )
@@ -110,7 +110,7 @@ def test_trains_like_one_process(
     assert_parity(run, reference(*model.split()))
 
 
-@pytest.mark.core("oldest")
+@OLDEST
 @pytest.mark.timeout(400)
 def test_bf16_stays_within_its_own_noise(reference: Callable[..., Run], tmp_path: Path) -> None:
     model = HYBRID.split()
@@ -121,7 +121,7 @@ def test_bf16_stays_within_its_own_noise(reference: Callable[..., Run], tmp_path
     assert max(abs(a - b) for a, b in zip(run.losses, rounded.losses, strict=True)) <= noise
 
 
-@pytest.mark.core("oldest")
+@OLDEST
 @pytest.mark.timeout(400)
 @pytest.mark.parametrize(
     ("ranks", "arguments"),

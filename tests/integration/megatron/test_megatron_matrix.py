@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cores import NEWEST
 from megatron_runs import Run, assert_parity, model_arguments, train
 
 TP2, PP2 = (f"--{axis}-model-parallel-size 2" for axis in ("tensor", "pipeline"))
@@ -59,10 +60,8 @@ COVERING = {
     ("lasp", "SP2 x PP2 x DP2"),
     ("lasp", "unequal token counts"),
 }
-
-
-# Another pairing than test_megatron_parity.py has, which serves the oldest.
-pytestmark = pytest.mark.core("newest")
+# test_megatron_parity.py, with another pairing, serves the oldest.
+pytestmark = NEWEST
 
 
 def cells() -> Iterator[Any]:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 
 import pytest
+from cores import needs
 from megatron_runs import Run, assert_parity, train
 
 SCRIPT = Path(__file__).with_name("other_models.py")
@@ -13,10 +13,9 @@ MLA = ("mla", "--num-query-groups", "8")
 
 pytestmark = [
     pytest.mark.timeout(400),
-    pytest.mark.skipif(
-        importlib.util.find_spec("megatron") is not None
-        and importlib.util.find_spec("megatron.core.models.hybrid") is None,
-        reason="this megatron-core has no HybridModel, and builds multi-latent attention only on Transformer Engine",
+    needs(
+        "megatron.core.models.hybrid",
+        "this megatron-core has no HybridModel, and builds multi-latent attention only on Transformer Engine",
     ),
 ]
 

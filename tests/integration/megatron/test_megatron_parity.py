@@ -7,10 +7,10 @@ steps.
 from __future__ import annotations
 
 from collections.abc import Callable
-from importlib import metadata
 from pathlib import Path
 
 import pytest
+from cores import EVERY, OLDEST, until
 from megatron_runs import Run, assert_parity, model_arguments, train
 
 TP2, PP2, CP2 = (f"--{axis}-parallel-size 2" for axis in ("tensor-model", "pipeline-model", "context"))
@@ -18,73 +18,75 @@ CP4 = "--context-parallel-size 4"
 VPP2 = "--virtual-pipeline-model-parallel-size 2"
 RING, LIGHTSEQ = "--sp-method ring", "--sp-method lightseq"
 
+# Megatron-core, ranks, and arguments. The newest runs pairs of method and feature that
+# test_megatron_matrix.py has not.
 COMBINATIONS = {
-    "cp2": (2, CP2),
-    "cp4, more ranks than key/value heads": (4, "--context-parallel-size 4 --num-query-groups 2"),
-    "cp2 x dp2": (4, CP2),
-    "cp2 x dp2, distributed optimizer": (4, f"{CP2} --use-distributed-optimizer"),
-    "tp2 x cp2": (4, f"{TP2} {CP2}"),
-    "tp2 x cp2, sequence parallel": (4, f"{TP2} {CP2} --sequence-parallel"),
-    "cp2 x pp2": (4, f"{CP2} {PP2}"),
-    "cp2 x pp2, interleaved": (4, f"{CP2} {PP2} {VPP2}"),
+    "cp2": (OLDEST, 2, CP2),
+    "cp4, more ranks than key/value heads": (OLDEST, 4, "--context-parallel-size 4 --num-query-groups 2"),
+    "cp2 x dp2": (OLDEST, 4, CP2),
+    "cp2 x dp2, distributed optimizer": (OLDEST, 4, f"{CP2} --use-distributed-optimizer"),
+    "tp2 x cp2": (OLDEST, 4, f"{TP2} {CP2}"),
+    "tp2 x cp2, sequence parallel": (OLDEST, 4, f"{TP2} {CP2} --sequence-parallel"),
+    "cp2 x pp2": (OLDEST, 4, f"{CP2} {PP2}"),
+    "cp2 x pp2, interleaved": (OLDEST, 4, f"{CP2} {PP2} {VPP2}"),
     "tp2 x cp2 x pp2, sequence parallel, distributed optimizer": (
+        EVERY,
         8,
         f"{TP2} {CP2} {PP2} --sequence-parallel --use-distributed-optimizer",
     ),
-    "ring: cp4": (4, f"{CP4} {RING}"),
+    "ring: cp4": (OLDEST, 4, f"{CP4} {RING}"),
     "ring: tp2 x cp2, sequence parallel, selective recompute": (
+        OLDEST,
         4,
         f"{TP2} {CP2} --sequence-parallel --recompute-granularity selective {RING}",
     ),
-    "ring: cp2 x pp2, interleaved, full recompute": (4, f"{CP2} {PP2} {VPP2} --recompute-granularity full {RING}"),
+    "ring: cp2 x pp2, interleaved, full recompute": (
+        EVERY,
+        4,
+        f"{CP2} {PP2} {VPP2} --recompute-granularity full {RING}",
+    ),
     "ring: cp2 x dp2, distributed optimizer, contiguous": (
+        OLDEST,
         4,
         f"{CP2} --use-distributed-optimizer --sp-layout contiguous --sp-ring-gradient-dtype input {RING}",
     ),
-    "usp: cp4": (4, f"{CP4} --sp-method usp --sp-ulysses-size 2 --sp-ring-size 2"),
+    "usp: cp4": (OLDEST, 4, f"{CP4} --sp-method usp --sp-ulysses-size 2 --sp-ring-size 2"),
     "usp: cp4, strided, contiguous, sliding window": (
+        EVERY,
         4,
         f"{CP4} --sp-method usp --sp-ulysses-size 2 --sp-ulysses-order strided --sp-layout contiguous "
         "--window-size 16 0",
     ),
-    "lightseq: cp4": (4, f"{CP4} {LIGHTSEQ}"),
+    "lightseq: cp4": (OLDEST, 4, f"{CP4} {LIGHTSEQ}"),
     "lightseq: tp2 x cp2, full recompute that keeps attention": (
+        OLDEST,
         4,
         f"{TP2} {CP2} --recompute-granularity full --sp-recompute keep_attention {LIGHTSEQ}",
     ),
     "lightseq: cp2 x pp2, interleaved, uneven loss mask, per-token loss": (
+        EVERY,
         4,
         f"{CP2} {PP2} {VPP2} --mask-newlines --calculate-per-token-loss {LIGHTSEQ}",
     ),
     "lightseq: cp2 x dp2, distributed optimizer, selective recompute": (
+        OLDEST,
         4,
         f"{CP2} --use-distributed-optimizer --recompute-granularity selective {LIGHTSEQ}",
     ),
-    "cp2, uneven loss mask, per-token loss": (2, f"{CP2} --mask-newlines --calculate-per-token-loss"),
-    "cp2, sliding window": (2, f"{CP2} --window-size 16 0"),
+    "cp2, uneven loss mask, per-token loss": (OLDEST, 2, f"{CP2} --mask-newlines --calculate-per-token-loss"),
+    "cp2, sliding window": (OLDEST, 2, f"{CP2} --window-size 16 0"),
     "cp2, selective recompute, untied embeddings": (
+        OLDEST,
         2,
         f"{CP2} --recompute-granularity selective --untie-embeddings-and-output-weights",
     ),
 }
 
 
-# The others pair methods and features as test_megatron_matrix.py does not, which serves the newest.
-EVERYWHERE = {
-    "tp2 x cp2 x pp2, sequence parallel, distributed optimizer",
-    "ring: cp2 x pp2, interleaved, full recompute",
-    "usp: cp4, strided, contiguous, sliding window",
-    "lightseq: cp2 x pp2, interleaved, uneven loss mask, per-token loss",
-}
-
-
 @pytest.mark.timeout(400)
 @pytest.mark.parametrize(
     ("ranks", "arguments"),
-    [
-        pytest.param(*case, id=name, marks=[] if name in EVERYWHERE else pytest.mark.core("oldest"))
-        for name, case in COMBINATIONS.items()
-    ],
+    [pytest.param(*case, id=name, marks=core) for name, (core, *case) in COMBINATIONS.items()],
 )
 def test_trains_like_one_process_of_stock_megatron(
     ranks: int, arguments: str, reference: Callable[..., Run], tmp_path: Path
@@ -102,21 +104,21 @@ def test_dropout_does_not_depend_on_the_sharding(reference: Callable[..., Run], 
     assert abs(two.losses[0] - reference().losses[0]) > 1e-4, "nothing was dropped"
 
 
+@until(
+    "0.17",
+    "this megatron-core weighs a multi-token loss by the token count of a rank, so its own context parallelism does "
+    "not equal one process",
+)
 @pytest.mark.timeout(400)
 @pytest.mark.parametrize("method", ["ring", "lightseq"])
 def test_multi_token_prediction_follows_the_layout(method: str, reference: Callable[..., Run], tmp_path: Path) -> None:
-    if not metadata.version("megatron-core").startswith("0.16."):
-        pytest.skip(
-            "this megatron-core weighs a multi-token loss by the token count of a rank, so its own context parallelism "
-            "does not equal one process"
-        )
     argv = ("--mtp-num-layers", "2", "--calculate-per-token-loss")
     run = train(tmp_path, 2, "--context-parallel-size", "2", "--sp-method", method, *argv)
     assert_parity(run, reference(*argv))
 
 
 @pytest.mark.timeout(400)
-@pytest.mark.core("oldest")
+@OLDEST
 @pytest.mark.parametrize("method", ["ulysses", "ring", "lightseq"])
 def test_bf16_stays_within_its_own_noise(method: str, reference: Callable[..., Run], tmp_path: Path) -> None:
     exact, rounded = reference(), reference("--bf16")

@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 
 import pytest
+from cores import needs_training
 from megatron_runs import EXAMPLES, ROOT, torchrun
 
-pytestmark = [
-    pytest.mark.timeout(400),
-    pytest.mark.skipif(
-        importlib.util.find_spec("megatron") is not None and importlib.util.find_spec("megatron.training") is None,
-        reason="this megatron-core is core only; its wheel ships megatron.training from 0.17 on",
-    ),
-]
+pytestmark = [pytest.mark.timeout(400), needs_training()]
 SCRIPT = str(EXAMPLES / "pretrain_gpt.py")
 ARGUMENTS = (ROOT / "configs" / "megatron" / "gpt_tiny_cpu.args").read_text().split()
 

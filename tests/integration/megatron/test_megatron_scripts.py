@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 from dataclasses import dataclass
@@ -10,15 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from cores import needs_training
 from megatron_runs import EXAMPLES, ROOT, torchrun
 
-pytestmark = [
-    pytest.mark.timeout(600),
-    pytest.mark.skipif(
-        importlib.util.find_spec("megatron") is not None and importlib.util.find_spec("megatron.training") is None,
-        reason="this megatron-core is core only; its wheel ships megatron.training from 0.17 on",
-    ),
-]
+pytestmark = [pytest.mark.timeout(600), needs_training()]
 SCRIPT = Path(__file__).parent / "users_pretrain.py"
 TINY = (ROOT / "configs" / "megatron" / "gpt_tiny_cpu.args").read_text().split()
 END_OF_DOCUMENT = 255

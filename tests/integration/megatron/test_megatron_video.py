@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cores import EVERY, NEWEST, OLDEST
 from megatron_runs import EXAMPLES, Run, assert_parity, train
 from standing_world import RunFailure
 from switch_formula import assert_switches
@@ -34,36 +35,33 @@ def cells(*features: str) -> list[pytest.MarkDecorator]:
     return [pytest.mark.cell("megatron", "dsp", feature) for feature in features]
 
 
-# Ranks, arguments, and the cells. There are 25 patches, which nothing divides, and 8 frames unless a case says else.
-CASES: dict[str, tuple[int, str, tuple[str, ...]]] = {
-    "tp2 x cp2 x pp2, sequence parallel": (8, f"{TPSP} {CP2} {PP2}", ("TP2 x SP2 x PP2",)),
-    "cp2 x pp2 x dp2, distributed optimizer, 7 frames": (8, f"{CP2} {PP2} {ZERO} --frames 7", ("SP2 x PP2 x DP2",)),
-    "cp2, micro-batch of 2": (2, f"{CP2} --micro-batch-size 2", ("micro-batches > 1",)),
-    "tp2 x cp2, sinusoidal positions": (4, f"{TP2} {CP2} --positions sinusoidal", ("TP",)),
+# Megatron-core, ranks, arguments, and the cells. There are 25 patches, which nothing divides, and 8 frames unless a
+# case says else.
+CASES: dict[str, tuple[pytest.MarkDecorator, int, str, tuple[str, ...]]] = {
+    "tp2 x cp2 x pp2, sequence parallel": (EVERY, 8, f"{TPSP} {CP2} {PP2}", ("TP2 x SP2 x PP2",)),
+    "cp2 x pp2 x dp2, distributed optimizer, 7 frames": (
+        EVERY,
+        8,
+        f"{CP2} {PP2} {ZERO} --frames 7",
+        ("SP2 x PP2 x DP2",),
+    ),
+    "cp2, micro-batch of 2": (NEWEST, 2, f"{CP2} --micro-batch-size 2", ("micro-batches > 1",)),
+    "tp2 x cp2, sinusoidal positions": (OLDEST, 4, f"{TP2} {CP2} --positions sinusoidal", ("TP",)),
     "tp2 x cp2, sequence parallel, 6 frames, selective recompute": (
+        NEWEST,
         4,
         f"{TPSP} {CP2} --frames 6 {SELECTIVE}",
         ("TP-SP", "unequal token counts", "recompute"),
     ),
-    "cp2 x pp2, 7 frames": (4, f"{CP2} {PP2} --frames 7", ("PP", "unequal token counts")),
+    "cp2 x pp2, 7 frames": (OLDEST, 4, f"{CP2} {PP2} --frames 7", ("PP", "unequal token counts")),
     "cp2 x pp2, interleaved, 7 frames, full recompute": (
+        NEWEST,
         4,
         f"{CP2} {PP2} {VPP2} --frames 7 {FULL}",
         ("interleaved PP", "recompute"),
     ),
-    "cp2 x dp2, distributed optimizer": (4, f"{CP2} {ZERO}", ("distributed optimizer",)),
-    "cp4, 7 frames": (4, f"{CP4} --frames 7", ("unequal token counts",)),
-}
-# Which of the tested megatron-cores runs a case; both where none is named.
-NEWEST, OLDEST = pytest.mark.core("newest"), pytest.mark.core("oldest")
-SHARED_OUT = {
-    "cp2, micro-batch of 2": [NEWEST],
-    "tp2 x cp2, sinusoidal positions": [OLDEST],
-    "tp2 x cp2, sequence parallel, 6 frames, selective recompute": [NEWEST],
-    "cp2 x pp2, 7 frames": [OLDEST],
-    "cp2 x pp2, interleaved, 7 frames, full recompute": [NEWEST],
-    "cp2 x dp2, distributed optimizer": [NEWEST],
-    "cp4, 7 frames": [NEWEST],
+    "cp2 x dp2, distributed optimizer": (NEWEST, 4, f"{CP2} {ZERO}", ("distributed optimizer",)),
+    "cp4, 7 frames": (NEWEST, 4, f"{CP4} --frames 7", ("unequal token counts",)),
 }
 MATRIX: dict[str, tuple[int, str, tuple[str, ...]]] = {
     "one rank": (1, "", ()),
@@ -109,8 +107,8 @@ def model_arguments(argv: list[str]) -> dict[str, Any]:
     ("ranks", "arguments"),
     [
         *(
-            pytest.param(ranks, argv, id=name, marks=[*cells(*held), *SHARED_OUT.get(name, [])])
-            for name, (ranks, argv, held) in CASES.items()
+            pytest.param(ranks, argv, id=name, marks=[core, *cells(*held)])
+            for name, (core, ranks, argv, held) in CASES.items()
         ),
         *(
             pytest.param(ranks, argv, id=name, marks=[pytest.mark.matrix, *cells(*held)])

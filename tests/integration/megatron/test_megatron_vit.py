@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cores import NEWEST
 from megatron_runs import EXAMPLES, Run, assert_parity, train
 from plain_training import BATCH, STEPS
 from standing_world import RunFailure
@@ -79,7 +80,7 @@ COUNTED: dict[str, tuple[int, str, dict[str, int]]] = {
 }
 
 
-pytestmark = pytest.mark.core("newest")
+pytestmark = NEWEST
 
 
 @pytest.fixture(scope="module")
