@@ -46,7 +46,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "training": ("errors", "comm", "groups"),
     "watch": ("errors", "comm"),
     "methods": ("errors", "layout", "mask", "groups", "comm", "kernels", "training"),
-    "config": ("errors", "layout", "methods"),
+    "config": ("errors", "layout", "methods", "kernels"),
     "plans": ("errors", "config"),
     "planner": ("errors", "layout", "plans", "methods"),
     "sharding": (
@@ -73,6 +73,7 @@ ONLY = {
     ("groups", "comm"): ("axis",),
     ("methods", "training"): ("recompute",),
     ("watch", "comm"): ("ledger",),
+    ("config", "kernels"): ("candidates",),
 }
 
 

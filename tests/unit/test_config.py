@@ -79,6 +79,7 @@ WRONG_CONFIGS: dict[str, tuple[Callable[[], Any], list[str]]] = {
     ),
     "unknown kernel": (lambda: ulysses(kernel="fa4"), ["kernel='fa4'", "cuda_flash", "mean 'fa3'?"]),
     "debug as text": (lambda: ulysses(debug="yes"), ["debug='yes'", "boolean", "Write true or false"]),
+    "quiet as text": (lambda: ulysses(quiet="yes"), ["quiet='yes'", "boolean", "Write true or false"]),
     "plan without a colon": (lambda: dsp(plan="my.plans.plan"), ["plan='my.plans.plan'", "package.module:name"]),
     "unknown key": (
         lambda: ulysses(layuot="auto"),
@@ -311,11 +312,11 @@ def test_sizes_follow_from_each_other(method, given, sizes):
 
 
 def test_the_same_settings_from_every_source_are_the_same_config():
-    expected = Config(method="ulysses", size=4, layout="zigzag", kernel="math", debug=True)
-    section = {"method": "ulysses", "size": 4, "layout": "zigzag", "kernel": "math", "debug": True}
+    expected = Config(method="ulysses", size=4, layout="zigzag", kernel="math", debug=True, quiet=True)
+    section = {"method": "ulysses", "size": 4, "layout": "zigzag", "kernel": "math", "debug": True, "quiet": True}
     assert deepspeed(section) == expected
     assert Config.parse(section, source="test") == expected
-    flags = {"sp_method": "ulysses", "sp_layout": "zigzag", "sp_kernel": "math", "sp_debug": True}
+    flags = {"sp_method": "ulysses", "sp_layout": "zigzag", "sp_kernel": "math", "sp_debug": True, "sp_quiet": True}
     assert megatron(**flags, context_parallel_size=4) == expected
     assert megatron(**flags, sp_ulysses_size=None, sp_ring_size=1, context_parallel_size=4) == expected
 
