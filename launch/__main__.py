@@ -92,7 +92,7 @@ class Command:
                 rest = rest if value else rest[1:]
             elif name.startswith("--sp-"):
                 before.append(flag)
-                if not value and name != "--sp-debug" and rest:
+                if not value and name not in ("--sp-debug", "--sp-quiet") and rest:
                     before.append(rest.pop(0))
             else:
                 raise SequenceParallelConfigError(

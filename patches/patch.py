@@ -10,7 +10,7 @@ import importlib
 import inspect
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -153,7 +153,7 @@ class Patch:
         return owner, attribute
 
     def _verify_version(self) -> None:
-        version = self._version()
+        version = self.version
         if version is None:
             raise PatchError(
                 f"patch '{self.name}' needs {self.distribution} {self.supported}, which is not installed. "
@@ -180,11 +180,13 @@ class Patch:
 
     def _refusal(self, why: str) -> PatchError:
         return PatchError(
-            f"patch '{self.name}' does not fit {self.distribution} {self._version() or '(not installed)'}: {why}; "
+            f"patch '{self.name}' does not fit {self.distribution} {self.version or '(not installed)'}: {why}; "
             f"nothing was patched. Install a version in {self.supported}, or report this version."
         )
 
-    def _version(self) -> str | None:
+    @property
+    def version(self) -> str | None:
+        """That of the distribution as it is used: installed, or a checkout that is imported in its place."""
         checkout = self._checkout_version()
         if checkout is not None:
             return checkout
@@ -273,3 +275,13 @@ class PatchSet:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.revert()
+
+
+def applied_in_words(patches: Iterable[Patch]) -> str:
+    """How many of the patches are applied, by distribution, such as ``deepspeed 0.19.8 (14 patches)``."""
+    counts: dict[str, int] = {}
+    for patch in patches:
+        if patch.applied:
+            name = f"{patch.distribution} {patch.version}"
+            counts[name] = counts.get(name, 0) + 1
+    return ", ".join(f"{name} ({count} patch{'es' if count > 1 else ''})" for name, count in counts.items())

@@ -78,7 +78,7 @@ ONLY = {
     ("groups", "comm"): ("axis",),
     ("methods", "training"): ("recompute",),
     ("watch", "comm"): ("ledger",),
-    ("config", "kernels"): ("spec",),
+    ("config", "kernels"): ("spec", "candidates"),
 }
 
 

@@ -24,6 +24,7 @@ _MEGATRON_FLAGS = {
     "layout": "sp_layout",
     "kernel": "sp_kernel",
     "debug": "sp_debug",
+    "quiet": "sp_quiet",
     "recompute": "sp_recompute",
     "ulysses_order": "sp_ulysses_order",
     "ring_gradient_dtype": "sp_ring_gradient_dtype",
@@ -39,6 +40,7 @@ _MEGATRON_FLAGS = {
 # What to write where a value has the wrong type, by setting.
 _EXAMPLES = {
     "debug": "write true or false",
+    "quiet": "write true or false",
     "plan": 'name a Plan as "package.module:name"',
     "attention": 'write a list of module-name globs, such as ["layers.*.attn"]',
     "batch": 'map forward arguments to their sequence dims, as in {"input_ids": 1, "labels": 1}',

@@ -64,6 +64,7 @@ class Settings(BaseModel):
         log_wandb: project of Weights & Biases, likewise.
         peak_tflops: of a device, which the log takes model FLOP utilization of; None where its name says enough.
         debug: ranks compare op, shapes and dtypes before each collective; also ``DSP_PLUGIN_DEBUG=1``.
+        quiet: no line at the start of a run, see `start_line`.
         plan: ``package.module:name`` of a `Plan` for the model; needed where the model is not one we know.
         attention: globs over module names: the modules whose `scaled_dot_product_attention` or `linear_attention`
             spans the sequence.
@@ -84,6 +85,7 @@ class Settings(BaseModel):
     layout: LayoutName = "auto"
     kernel: KernelName = "auto"
     debug: StrictBool = False
+    quiet: StrictBool = False
     recompute: Literal["full", "keep_attention"] = "full"
     ulysses_order: Literal["adjacent", "strided"] = "adjacent"
     ring_gradient_dtype: Literal["fp32", "input"] = "fp32"

@@ -35,7 +35,7 @@ from dsp_plugin.planner.stages import StagePlan
 from dsp_plugin.plans.plan import matching_modules, outermost
 from dsp_plugin.rehearsal.memory import AllocatorLog, Memory, StorageTracker, memory_of, step, tensors_in
 from dsp_plugin.rehearsal.subject import Subject
-from dsp_plugin.sharding.parallelize import Parallelized, parallelize
+from dsp_plugin.sharding.parallelize import Parallelized, hooked
 from dsp_plugin.spawn import spawn
 
 # gloo's threads let go of a collective's buffers when they next get to run: a real run waits `_PAUSE` seconds for them
@@ -160,7 +160,7 @@ def _prepared(job: Job, groups: SequenceParallelGroups) -> tuple[Subject, Parall
     with _default_dtype(job.dtype):
         subject = job.build()
     module = subject.module.train()
-    handle = parallelize(module, config=job.config, groups=groups)
+    handle = hooked(module, config=job.config, groups=groups)
     if job.recompute is not None:
         for part in outermost(matching_modules(module, job.recompute, "recompute")).values():
             part.forward = _recomputed(part.forward)

@@ -25,7 +25,7 @@ from dsp_plugin.rehearsal.observed import ObservedPass, Visit, undisturbed
 from dsp_plugin.rehearsal.plan_check import Fault, PlanCheck, StageCheck
 from dsp_plugin.rehearsal.subject import Setting, Subject, subject
 from dsp_plugin.rehearsal.suspects import suspects_between, suspects_of_stage
-from dsp_plugin.sharding.parallelize import parallelize
+from dsp_plugin.sharding.parallelize import hooked
 from dsp_plugin.sharding.token_moves import Place, TokenMoves
 from dsp_plugin.spawn import RankFailure, spawn
 
@@ -71,7 +71,7 @@ def validate_plan(
             raise whole.raised
         again = ObservedPass(module, root, plan, kwargs, backward=False, seed=2)
         _check_reference(whole, groups.sp)
-        handle = parallelize(root, plan, config=config, groups=groups)
+        handle = hooked(root, plan, config=config, groups=groups)
         try:
             with ledger() as log:
                 sharded = ObservedPass(module, root, plan, kwargs, backward=backward, seed=1)

@@ -13,6 +13,7 @@ from dsp_plugin.comm.collectives import gather
 from dsp_plugin.config.attention import attention_of
 from dsp_plugin.config.checks import PLANNED
 from dsp_plugin.config.schema import SequenceParallelConfig
+from dsp_plugin.config.start_line import BY_PLAN, announce, devices_of, dtype_of
 from dsp_plugin.errors import SequenceParallelConfigError
 from dsp_plugin.groups import SequenceParallelGroups
 from dsp_plugin.layout import Layout
@@ -31,9 +32,20 @@ from dsp_plugin.training.randomness import RegionSeed, RegionVisit
 class Parallelized:
     """Hooks in place on a module; `remove` takes them off."""
 
-    def __init__(self) -> None:
+    def __init__(self, config: SequenceParallelConfig) -> None:
+        self._config = config
         self._undo: list[Callable[[], None]] = []
         self._region: ShardedRegion | None = None
+
+    @property
+    def order(self) -> str:
+        """Which rank holds what, for the line at the start."""
+        return BY_PLAN if self._region is not None else f"tokens {self._config.layout_for()}"
+
+    @property
+    def serves_attention(self) -> bool:
+        """Whether a method computes attention; under a plan that names none, the model does."""
+        return self._region is None or self._region.serves_attention
 
     @property
     def stage_plan(self) -> StagePlan | None:
@@ -53,11 +65,11 @@ def parallelize(
     config: SequenceParallelConfig,
     groups: SequenceParallelGroups,
 ) -> Parallelized:
-    """Shard the sequence of ``module`` by hooks; its code and its callers stay as they are.
+    """Shard the sequence of ``module`` by hooks, and say so; its code and its callers stay as they are.
 
     With ``config.batch``, which the models in `known_models` do without, the named forward arguments are sharded before
     the module runs. Otherwise a plan says where inside the module tokens are split, switched and gathered. Either way
-    callers see whole tensors, and the loss of whole sequences.
+    callers see whole tensors, and the loss of whole sequences. The first rank prints one line, see `announce`.
 
     Parameter gradients come out such that their mean over the sequence ranks is exact.
 
@@ -67,11 +79,30 @@ def parallelize(
     Raises:
         SequenceParallelConfigError: the model does not fit the config or the plan.
     """
+    handle = hooked(module, plan, config=config, groups=groups)
+    announce(
+        config,
+        order=handle.order,
+        devices=devices_of(module),
+        dtype=dtype_of(module),
+        attention=handle.serves_attention,
+    )
+    return handle
+
+
+def hooked(
+    module: nn.Module,
+    plan: Plan | None = None,
+    *,
+    config: SequenceParallelConfig,
+    groups: SequenceParallelGroups,
+) -> Parallelized:
+    """`parallelize` without a word, for who checks a model, or has more to say of it."""
     _check_groups(config, groups)
     if plan is None:
         module, config = complete(module, config)
     _check_fit(config)
-    handle = Parallelized()
+    handle = Parallelized(config)
     try:
         if config.batch:
             _shard_batch(module, config, groups, handle._undo)

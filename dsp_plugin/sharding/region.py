@@ -78,6 +78,11 @@ class ShardedRegion:
         return self
 
     @property
+    def serves_attention(self) -> bool:
+        """Whether some stage's attention is computed by a method."""
+        return any(stage.attention is not None for stage in self._plan.stages)
+
+    @property
     def stage_plan(self) -> StagePlan | None:
         """The plan of the running forward pass, or the last; None before the first."""
         return self._pass.stage_plan if self._pass is not None else None

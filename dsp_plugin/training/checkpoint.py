@@ -21,6 +21,8 @@ from dsp_plugin.errors import SequenceParallelConfigError, UnsupportedError
 
 FILE = "sequence_parallel.json"
 FORMAT = 1
+# Settings of what a run prints about itself: no change of them is worth a note.
+_NEVER_NOTED = ("quiet",)
 
 
 def record(config: BaseModel | None, framework: str, sizes: Mapping[str, int]) -> dict[str, Any]:
@@ -114,7 +116,7 @@ def check(
 
     Returns:
         What changed, for the log, such as ``"sequence_parallel.size 2 -> 4"``. Sizes that only one side names, and
-        settings that only one side's version knows, are not compared.
+        settings that only one side's version knows, are not compared, nor is ``quiet``.
 
     Raises:
         SequenceParallelConfigError: another framework wrote it, or a fixed size differs.
@@ -153,7 +155,7 @@ def _config_notes(saved: Mapping[str, Any] | None, config: BaseModel | None) -> 
             yield f"sequence_parallel {_in_words(saved)} -> {_in_words(given)}"
         return
     for key, new in given.items():
-        if key in saved and saved[key] != new:
+        if key not in _NEVER_NOTED and key in saved and saved[key] != new:
             yield f"sequence_parallel.{key} {_shown(saved[key])} -> {_shown(new)}"
 
 

@@ -2,7 +2,7 @@
 
 The stack is what a multi-dimensional transformer is made of: attention along one token dim at a time, with a condition
 that every rank holds whole, rows that run along time and are cut with it, and parameters before, inside and after the
-sharded region. It goes through `parallelize`, as a user's model does.
+sharded region. It goes through the hooks of `parallelize`, as a user's model does.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from dsp_plugin.methods import METHODS, WireBytes, dsp
 from dsp_plugin.planner.stages import StagePlan
 from dsp_plugin.plans.plan import Plan
 from dsp_plugin.plans.stage import Stage
-from dsp_plugin.sharding.parallelize import parallelize
+from dsp_plugin.sharding.parallelize import hooked
 from dsp_plugin.verification.cases import Case
 from dsp_plugin.verification.report import Distance, RankReport, WireCheck, exact, judge
 
@@ -89,7 +89,7 @@ def _stages(case: Case, groups: SequenceParallelGroups, device: torch.device) ->
     unsharded = _run(model, inputs, dout)
 
     config = SequenceParallelConfig(method=case.method, size=case.size)
-    handle = parallelize(model, _plan(case), config=config, groups=groups)
+    handle = hooked(model, _plan(case), config=config, groups=groups)
     with ledger() as log:
         got = _run(model, inputs, dout)
     plan = handle.stage_plan

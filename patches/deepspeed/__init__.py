@@ -12,9 +12,26 @@ Without the section no call behaves differently.
 
 from __future__ import annotations
 
-from dsp_plugin.patches.deepspeed import batch, checkpoint, engine, initialize, pipeline, shared_memory, step_log
+import functools
+
+from dsp_plugin.patches.deepspeed import (
+    batch,
+    checkpoint,
+    engine,
+    initialize,
+    pipeline,
+    recompute,
+    shared_memory,
+    step_log,
+)
 from dsp_plugin.patches.deepspeed.versions import DISTRIBUTION, SUPPORTED
-from dsp_plugin.patches.patch import Patch, PatchSet
+from dsp_plugin.patches.patch import Patch, PatchSet, applied_in_words
+
+
+def _patched() -> str:
+    """What this process has patched, for the line at the start."""
+    return applied_in_words((*PATCHES, *recompute.PATCHES))
+
 
 PATCHES = PatchSet(
     "sequence parallelism in DeepSpeed",
@@ -40,7 +57,7 @@ PATCHES = PatchSet(
             target="deepspeed.runtime.engine:DeepSpeedEngine.__init__",
             distribution=DISTRIBUTION,
             supported=SUPPORTED,
-            make=engine.parallelizing,
+            make=functools.partial(engine.parallelizing, patched=_patched),
             parameters=("self", "model", "mpu", "config_class", "mesh_device"),
         ),
         Patch(

@@ -15,24 +15,28 @@ from torch import nn
 
 from dsp_plugin.comm.axis import Axis
 from dsp_plugin.config.schema import DEEPSPEED_SECTION, SequenceParallelConfig
+from dsp_plugin.config.start_line import announce, dtype_of
 from dsp_plugin.groups import SequenceParallelGroups
 from dsp_plugin.patches.deepspeed import pipeline, random_state, recompute, step_log, tensor_parallel
 from dsp_plugin.patches.deepspeed.refusals import refuse_conflicts
 from dsp_plugin.patches.deepspeed.same_sample import SameSampleCheck
 from dsp_plugin.patches.transformers import ShardedCausalLM, checked_section, serves
 from dsp_plugin.plans.known_models import softmax_heads
-from dsp_plugin.sharding.parallelize import parallelize
+from dsp_plugin.sharding.parallelize import Parallelized, hooked
 
 GROUPS = "sequence_parallel_groups"
 CONFIG = "sequence_parallel_config"
 UNDO = "_sequence_parallel_undo"
 
 
-def parallelizing(upstream: Callable[..., None]) -> Callable[..., None]:
+def parallelizing(upstream: Callable[..., None], patched: Callable[[], str]) -> Callable[..., None]:
     """Replaces ``DeepSpeedEngine.__init__``.
 
     The engine gets `sequence_parallel_config` and `sequence_parallel_groups`; its module gets the library's hooks
-    before ZeRO adds its own, so a parameter is gathered inside, not around, what our hooks run.
+    before ZeRO adds its own, so a parameter is gathered inside, not around, what our hooks run. The first rank says so.
+
+    Args:
+        patched: says what is patched.
     """
     signature = inspect.signature(upstream)
 
@@ -66,7 +70,8 @@ def parallelizing(upstream: Callable[..., None]) -> Callable[..., None]:
         try:
             if section.recompute == "keep_attention":
                 undo.append(recompute.keep_for(self, module))
-            undo.append(hook(module, config=section, groups=groups).remove)
+            handle = hook(module, config=section, groups=groups)
+            undo.append(handle.remove)
             upstream(self, *args, **kwargs)
         except BaseException:
             _unhook(module)
@@ -83,8 +88,24 @@ def parallelizing(upstream: Callable[..., None]) -> Callable[..., None]:
             undo.append(step_log.start(self, section, groups, writers))
         if staged:
             pipeline.count_replicas(self, groups.dp)
+        _announce(module, section, handle, patched())
 
     return __init__
+
+
+def _announce(module: nn.Module, section: SequenceParallelConfig, handle: Any, patched: str) -> None:
+    by_hooks = isinstance(handle, Parallelized)
+    causal = handle if isinstance(handle, ShardedCausalLM) else None
+    announce(
+        section,
+        order=handle.order if by_hooks else f"tokens {section.layout_for()}",
+        devices=(_device().type,),
+        dtype=dtype_of(module),
+        dropout=causal is None or causal.may_drop,
+        attention=handle.serves_attention if by_hooks else True,
+        checkpointing=True,
+        patched=f"{patched}, {causal}" if causal is not None else patched,
+    )
 
 
 def counting_replicas(upstream: Callable[..., Any]) -> Callable[..., Any]:
@@ -117,8 +138,8 @@ def _route(
         )
         assert known is not None
         known.check_model(heads=heads)
-        return parallelize, known
-    return parallelize, section
+        return hooked, known
+    return hooked, section
 
 
 def _groups(module: Any, section: SequenceParallelConfig, tensor_size: int) -> SequenceParallelGroups:

@@ -26,7 +26,7 @@ from dsp_plugin.patches.megatron import (
 )
 from dsp_plugin.patches.megatron import layout as token_order
 from dsp_plugin.patches.megatron.state import MegatronState, Settings
-from dsp_plugin.patches.patch import Patch, PatchSet
+from dsp_plugin.patches.patch import Patch, PatchSet, applied_in_words
 from dsp_plugin.patches.post_import import after_import
 
 logger = logging.getLogger(__name__)
@@ -52,6 +52,7 @@ def install(
     log_tensorboard: str | None = None,
     log_wandb: str | None = None,
     peak_tflops: float | None = None,
+    quiet: bool = False,
 ) -> MegatronState:
     """Patches Megatron-core so that its context-parallel ranks run `method`; to be called before it is initialized.
 
@@ -68,6 +69,7 @@ def install(
         exchange, softmax_method: of ``"lasp"``: how states travel, and who serves the softmax layers of the model.
         heads: query heads on one tensor-parallel rank, by which ``"usp"`` chooses sizes that are not given.
         log_every, log_tensorboard, log_wandb, peak_tflops: the step log, see `SequenceParallelConfig`.
+        quiet: no line at the start, which is otherwise printed where groups are made.
 
     Returns:
         What the patches share; calling again with the same settings returns the same object.
@@ -94,6 +96,7 @@ def install(
         log_tensorboard,
         log_wandb,
         peak_tflops,
+        quiet,
     )
     settings.check()
     if importlib.util.find_spec("megatron") is None or importlib.util.find_spec("megatron.core") is None:
@@ -118,7 +121,9 @@ def install(
         )
     state = MegatronState(settings)
     token_order.refuse_early_importers(state)
-    _patches(state).apply()
+    patches = _patches(state)
+    patches.apply()
+    state.patched = applied_in_words(patches)
     return state
 
 

@@ -47,6 +47,7 @@ def add_flags(parser: argparse.ArgumentParser, defaults: argparse.Namespace | No
     group.add_argument("--sp-layout", help="order of the tokens: auto, zigzag (Megatron's), or contiguous")
     group.add_argument("--sp-kernel", help=f"local attention kernel: {', '.join(KERNEL_CHOICES)}")
     group.add_argument("--sp-debug", action="store_true", help="compare ranks before each collective")
+    group.add_argument("--sp-quiet", action="store_true", help="no line about the plugin at the start")
     group.add_argument("--sp-recompute", help="what recomputation does with attention: full, or keep_attention")
     group.add_argument("--sp-log-every", type=int, help="steps between lines of the step log")
     group.add_argument("--sp-log-tensorboard", help="folder for TensorBoard to get them, too")

@@ -12,8 +12,13 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
+from dsp_plugin.config.schema import SequenceParallelConfig
+from dsp_plugin.config.start_line import BY_PLAN, announce
 from dsp_plugin.errors import SequenceParallelConfigError
-from dsp_plugin.patches.megatron.state import MegatronState, hierarchy
+from dsp_plugin.patches import cpu
+from dsp_plugin.patches.megatron.state import MegatronState, attending, hierarchy, order_of
 from dsp_plugin.patches.megatron.versions import DISTRIBUTION, SUPPORTED
 from dsp_plugin.patches.patch import Patch
 
@@ -89,8 +94,24 @@ def _initialize(state: MegatronState, upstream: Callable[..., None]) -> Callable
             logger.warning("--sp-method %s has nothing to do: context_parallel_size is 1", config.method)
         upstream(*call.args, **call.kwargs)
         state.adopt(config, sys.modules[_MODULE])
+        if config.size > 1:
+            _announce(state, config)
 
     return initialize_model_parallel
+
+
+def _announce(state: MegatronState, config: SequenceParallelConfig) -> None:
+    """Says on the first rank that the plugin is at work. No model is built yet, nor its dtype known."""
+    served = config.method in attending()
+    announce(
+        config,
+        # Models with tokens of their own, such as the vision transformer, cut them in their own order.
+        order=f"batches {order_of(config)}" if served else BY_PLAN,
+        devices=("cuda" if torch.cuda.is_available() and not cpu.torch_patches().applied else "cpu",),
+        attention=served,
+        checkpointing=True,
+        patched=state.patched,
+    )
 
 
 def _destroy(state: MegatronState, upstream: Callable[..., None]) -> Callable[..., None]:

@@ -64,6 +64,7 @@ class Settings:
     log_tensorboard: str | None = None
     log_wandb: str | None = None
     peak_tflops: float | None = None
+    quiet: bool = field(default=False, compare=False)
 
     def config(self, size: int) -> SequenceParallelConfig:
         """The whole configuration for `size` context-parallel ranks.
@@ -112,12 +113,14 @@ class MegatronState:
             `groups`.
         groups: the axes that methods communicate on.
         process_groups: the group behind each registered axis, also where it has one rank.
+        patched: what of Megatron-core and others is patched, in words.
     """
 
     settings: Settings
     config: SequenceParallelConfig | None = None
     groups: SequenceParallelGroups | None = None
     process_groups: dict[str, ProcessGroup] = field(default_factory=dict)
+    patched: str = ""
 
     def configure(self, context_parallel_size: int, **other_sizes: int) -> SequenceParallelConfig:
         """Validates the settings against Megatron's sizes, before any group exists.

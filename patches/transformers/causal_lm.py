@@ -6,6 +6,7 @@ import weakref
 from contextlib import ExitStack
 from copy import deepcopy
 from functools import partial
+from importlib import metadata
 from itertools import count
 from typing import TYPE_CHECKING, Any, Self
 
@@ -18,6 +19,7 @@ from dsp_plugin.groups import SequenceParallelGroups
 from dsp_plugin.patches.transformers.attention import SequenceAttention
 from dsp_plugin.patches.transformers.inputs import SEQUENCE_DIM, InputSharder, Placement
 from dsp_plugin.patches.transformers.loss import SequenceLoss
+from dsp_plugin.patches.transformers.seams import DISTRIBUTION
 from dsp_plugin.sharding.outputs import first_tensor, when_backward_starts
 from dsp_plugin.training.randomness import RegionSeed, RegionVisit
 
@@ -28,6 +30,9 @@ if TYPE_CHECKING:
 class ShardedCausalLM:
     """What is in place on one model; `remove` takes it off.
 
+    Attributes:
+        may_drop: whether attention may drop; families that name its rate otherwise count as if it did.
+
     Args:
         model: one that `checked_section` accepts.
         config: what `checked_section` returns.
@@ -35,7 +40,9 @@ class ShardedCausalLM:
 
     def __init__(self, model: PreTrainedModel, config: SequenceParallelConfig, groups: SequenceParallelGroups) -> None:
         self._config, self._groups = config, groups
-        self._layers = model.config.get_text_config().num_hidden_layers
+        declared = model.config.get_text_config()
+        self._layers, self._name = declared.num_hidden_layers, type(model).__name__
+        self.may_drop = getattr(declared, "attention_dropout", None) != 0
         self._inputs = InputSharder(config, groups.sp)
         self._attention = SequenceAttention(config, groups)
         self._loss = SequenceLoss(model.loss_function, groups.sp)
@@ -48,6 +55,10 @@ class ShardedCausalLM:
             undo.callback(model.register_forward_hook(self._leave, always_call=True).remove)
             undo.callback(model.register_forward_hook(self._after).remove)
             self._undo = undo.pop_all()
+
+    def __str__(self) -> str:
+        """What is changed of Transformers."""
+        return f"one {self._name} of {DISTRIBUTION} {metadata.version(DISTRIBUTION)}"
 
     def remove(self) -> None:
         """Leave the model as it was."""

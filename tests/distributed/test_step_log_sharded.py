@@ -1,8 +1,12 @@
-"""What the step log says of a sharded model: bytes as the ledger has them, tokens, work, and whom a rank waited for."""
+"""What a sharded model says: one line at the start, and in the step log bytes as the ledger has them, tokens, work, and
+whom a rank waited for."""
 
 from __future__ import annotations
 
+import io
 import time
+from contextlib import redirect_stdout
+from importlib import metadata
 
 import pytest
 import torch
@@ -16,6 +20,11 @@ from dsp_plugin.training.step_log import StepLog, StepRecord
 
 BATCH, LENGTH, HEADS, DIM, STEPS, SLEEP = 2, 26, 4, 8, 4, 0.4
 PARAMETERS = 3 * (HEADS * DIM) ** 2
+BEGIN = f"dsp_plugin {metadata.version('dsp-plugin')} |"
+STARTS = {
+    "ulysses": f"{BEGIN} ulysses over 2 ranks (U 2 x R 1, adjacent) | tokens contiguous | kernel cpu_flash, else math",
+    "ring": f"{BEGIN} ring over 2 ranks (U 1 x R 2, adjacent) | tokens zigzag | kernel cpu_flash, else math",
+}
 
 
 class Attention(nn.Module):
@@ -41,8 +50,8 @@ class Model(nn.Module):
         return (self.attention(x).mean((1, 3)) - labels).square().mean()
 
 
-def worker(method: str) -> tuple[list[StepRecord], dict[str, int], float]:
-    """Records of four steps, two each; what the last step sent by method; its loss."""
+def worker(method: str) -> tuple[list[StepRecord], dict[str, int], float, str]:
+    """Records of four steps, two each; what the last step sent by method; its loss; what was printed at the start."""
     config = SequenceParallelConfig(
         method=method,
         size=2,
@@ -54,7 +63,11 @@ def worker(method: str) -> tuple[list[StepRecord], dict[str, int], float]:
     groups = SequenceParallelGroups.build(config)
     torch.manual_seed(0)
     model = Model()
-    parallelize(model, config=config, groups=groups)
+    with redirect_stdout(io.StringIO()) as printed:
+        parallelize(Model(), config=config.model_copy(update={"quiet": True}), groups=groups)
+        print("quiet until here")
+        parallelize(Model(), config=config, groups=groups)
+        parallelize(model, config=config, groups=groups)
     records: list[StepRecord] = []
     log = StepLog(
         every=2,
@@ -80,15 +93,16 @@ def worker(method: str) -> tuple[list[StepRecord], dict[str, int], float]:
             time.sleep(SLEEP)
             resume()
     log.close()
-    return records, {name: sent.bytes(method=name) for name in (*METHODS, "loss")}, loss.item()
+    return records, {name: sent.bytes(method=name) for name in (*METHODS, "loss")}, loss.item(), printed.getvalue()
 
 
 def test_records_are_what_was_measured() -> None:
     for method in ("ulysses", "ring"):
         results = spawn(worker, 2, method, timeout=100)
-        (first, second), _, _ = results[0]
+        (first, second), _, _, _ = results[0]
         assert not results[1][0], "the first rank alone writes"
-        sent = {name: sum(of_rank[name] for _, of_rank, _ in results) / 2 for name in results[0][1]}
+        assert [printed for *_, printed in results] == [f"quiet until here\n{STARTS[method]}\n", "quiet until here\n"]
+        sent = {name: sum(of_rank[name] for _, of_rank, *_ in results) / 2 for name in results[0][1]}
         assert {name: size for name, size in second.sent.items() if name != "other"} == sent
         assert sent[method] > 0
         assert sent["loss"] == 16

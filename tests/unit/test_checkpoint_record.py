@@ -101,8 +101,9 @@ def test_an_unknown_format_is_refused(tmp_path: Path) -> None:
 
 
 def test_the_same_settings_leave_nothing_to_note() -> None:
-    """Whatever is fixed."""
+    """Whatever is fixed, and whatever the run prints about itself."""
     assert check(recorded(), config(**LM), "deepspeed", SIZES, fixed=list(SIZES)) == []
+    assert check(recorded(), config(**LM, quiet=True), "deepspeed", SIZES, fixed=list(SIZES)) == []
 
 
 def test_changes_of_settings_and_sizes_are_noted() -> None:

@@ -27,11 +27,11 @@ def test_sizes_follow_from_each_other(method, given, sizes):
 
 
 def test_the_same_settings_from_every_source_are_the_same_config():
-    expected = Config(method="ulysses", size=4, layout="zigzag", kernel="math", debug=True)
-    section = {"method": "ulysses", "size": 4, "layout": "zigzag", "kernel": "math", "debug": True}
+    expected = Config(method="ulysses", size=4, layout="zigzag", kernel="math", debug=True, quiet=True)
+    section = {"method": "ulysses", "size": 4, "layout": "zigzag", "kernel": "math", "debug": True, "quiet": True}
     assert deepspeed(section) == expected
     assert Config.parse(section, source="test") == expected
-    flags = {"sp_method": "ulysses", "sp_layout": "zigzag", "sp_kernel": "math", "sp_debug": True}
+    flags = {"sp_method": "ulysses", "sp_layout": "zigzag", "sp_kernel": "math", "sp_debug": True, "sp_quiet": True}
     assert megatron(**flags, context_parallel_size=4) == expected
     assert megatron(**flags, sp_ulysses_size=None, sp_ring_size=1, context_parallel_size=4) == expected
 

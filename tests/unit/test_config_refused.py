@@ -52,6 +52,7 @@ WRONG_CONFIGS: dict[str, tuple[Callable[[], Any], list[str]]] = {
     ),
     "unknown kernel": (lambda: ulysses(kernel="fa4"), ["kernel='fa4'", "cuda_flash", "mean 'fa3'?"]),
     "debug as text": (lambda: ulysses(debug="yes"), ["debug='yes'", "boolean", "Write true or false"]),
+    "quiet as text": (lambda: ulysses(quiet="yes"), ["quiet='yes'", "boolean", "Write true or false"]),
     "plan without a colon": (lambda: dsp(plan="my.plans.plan"), ["plan='my.plans.plan'", "package.module:name"]),
     "unknown key": (
         lambda: ulysses(layuot="auto"),

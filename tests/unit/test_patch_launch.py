@@ -40,6 +40,7 @@ def script(tmp_path: Path) -> str:
         ([], ["--lr", "1", "--sp-method=ulysses"], ["--lr", "1"], {"sp_method": "ulysses"}, None),
         (["--sp-method", "ulysses"], ["--lr", "1"], ["--lr", "1"], {"sp_method": "ulysses"}, None),
         (["--sp-debug", "--cpu"], ["a"], ["a"], {"sp_debug": True}, "1"),
+        (["--sp-quiet", "--cpu"], ["a"], ["a"], {"sp_quiet": True}, "1"),
         ([], ["a", "--sp-ulysses-size", "2", "b"], ["a", "b"], {"sp_ulysses_size": 2}, None),
         ([], ["a", "--", "--sp-own", "3", "--sp-method"], ["a", "--sp-own", "3", "--sp-method"], {}, None),
         ([], ["--sparse", "--spam=1", "-s"], ["--sparse", "--spam=1", "-s"], {}, None),

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from functools import cache
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -25,6 +27,13 @@ LINEAR_CONFIGS = sorted((ROOT / "configs" / "deepspeed").glob("linear_*.json"))
 CLIPPING = 1.0
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 OPTIMIZER = {"lr": 2e-3, "eps": 1e-4, "weight_decay": 0.01}
+
+
+# What a run that is sharded says, once.
+START = re.compile(
+    rf"dsp_plugin {re.escape(metadata.version('dsp-plugin'))} \| ulysses over 2 ranks \(U 2 x R 1, adjacent\) "
+    r"\| tokens contiguous \| kernel cpu_flash, else math \| recompute full \| patched deepspeed \S+ \(\d\d patches\)"
+)
 
 
 def with_launcher(arguments: list[str], folder: Path) -> None:
@@ -68,14 +77,17 @@ def expected_losses() -> list[float]:
 
 @pytest.mark.parametrize("start", [with_launcher, with_torchrun, with_import], ids=lambda start: start.__name__)
 def test_unmodified_script(start: Callable[[list[str], Path], None], tmp_path: Path) -> None:
-    """Its losses are those of one process, on both ranks, and its batch size is the one it asked for."""
+    """Its losses are those of one process, on both ranks, and its batch size is the one it asked for.
+
+    One line says on the first rank that it is sharded, unless the section is quiet.
+    """
     pytest.importorskip("deepspeed")
     config = {
         "train_batch_size": 4,
         "gradient_clipping": CLIPPING,
         "optimizer": {"type": "AdamW", "params": {**OPTIMIZER, "torch_adam": True}},
         "zero_optimization": {"stage": 2},
-        "sequence_parallel": Case("lm", "ulysses", 2, 2, 2).section(),
+        "sequence_parallel": {**Case("lm", "ulysses", 2, 2, 2).section(), "quiet": start is with_import},
     }
     path = tmp_path / "deepspeed.json"
     path.write_text(json.dumps(config))
@@ -84,6 +96,11 @@ def test_unmodified_script(start: Callable[[list[str], Path], None], tmp_path: P
         result = json.loads((tmp_path / "out" / f"rank{rank}.json").read_text())
         assert result["losses"] == pytest.approx(expected_losses(), rel=LOSS_TOLERANCE)
         assert result["batch"] == 4
+    said = {path.stem: re.findall(r"^dsp_plugin .*", path.read_text(), re.M) for path in tmp_path.glob("*.log")}
+    lines = [line for found in said.values() for line in found]
+    assert len(lines) == (0 if start is with_import else 1)
+    assert all(START.fullmatch(line) for line in lines), lines
+    assert "rank1" not in said or not said["rank1"]
 
 
 def test_script_of_the_linear_language_model(tmp_path: Path) -> None:

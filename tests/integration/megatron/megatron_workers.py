@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import replace
 from importlib import metadata
 from types import ModuleType, SimpleNamespace
@@ -59,8 +60,10 @@ def life_of_the_groups() -> dict[str, Any]:
     seen["other settings"] = message(lambda: megatron.install("ulysses", kernel="math"))
     seen["early"] = message(upstream.get_ulysses_parallel_group)
 
-    # Positional, as Megatron's own training loop calls it.
-    upstream.initialize_model_parallel(2, 1, None, context_parallel_size=2)
+    with redirect_stdout(io.StringIO()) as printed:
+        # Positional, as Megatron's own training loop calls it.
+        upstream.initialize_model_parallel(2, 1, None, context_parallel_size=2)
+    seen["said"] = printed.getvalue()
     seen["context"] = dist.get_process_group_ranks(upstream.get_context_parallel_group())
     for axis in ("ulysses", "ring", "dsp", "lasp"):
         group, size, rank = (
@@ -87,18 +90,19 @@ def life_of_the_groups() -> dict[str, Any]:
     return seen
 
 
-def grid_of(order: str) -> tuple[list[int], list[int]]:
-    """The Ulysses and the ring neighbours of this rank, itself included, on a grid of four."""
+def grid_of(order: str) -> tuple[list[int], list[int], str]:
+    """The Ulysses and the ring neighbours of this rank, itself included, on a grid of four; what a quiet run prints."""
     cpu.install()
     from megatron.core import parallel_state as upstream
 
-    megatron.install("usp", ulysses_size=2, ulysses_order=order)
-    upstream.initialize_model_parallel(context_parallel_size=4)
+    megatron.install("usp", ulysses_size=2, ulysses_order=order, quiet=True)
+    with redirect_stdout(io.StringIO()) as printed:
+        upstream.initialize_model_parallel(context_parallel_size=4)
     groups = upstream.get_ulysses_parallel_group(), upstream.get_ring_parallel_group()
     ulysses, ring = (dist.get_process_group_ranks(group) for group in groups)
     upstream.destroy_model_parallel()
     megatron.uninstall()
-    return ulysses, ring
+    return ulysses, ring, printed.getvalue()
 
 
 def refused_initializations() -> dict[str, str]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from importlib import metadata
 from typing import Any
 
 import pytest
@@ -35,6 +37,17 @@ def test_axes_live_as_long_as_megatrons_groups(lives: list[dict[str, Any]]) -> N
         assert seen["early"] == seen["late"] == "AssertionError: ulysses parallel group is not initialized"
 
 
+def test_the_first_rank_says_that_the_plugin_is_at_work(lives: list[dict[str, Any]]) -> None:
+    line, *others = [seen["said"] for seen in lives]
+    expected = (
+        f"dsp_plugin {metadata.version('dsp-plugin')} | ulysses over 2 ranks (U 2 x R 1, adjacent) | batches zigzag | "
+        f"kernel cpu_flash, else math | recompute full | patched megatron-core {metadata.version('megatron-core')} "
+    )
+    assert line.startswith(expected)
+    assert re.fullmatch(r"\(\d\d patches\), torch \S+ \(1 patch\)\n", line.removeprefix(expected))
+    assert others == ["", "", ""]
+
+
 def test_install_is_idempotent_and_exclusive(lives: list[dict[str, Any]]) -> None:
     for seen in lives:
         assert seen["same state"]
@@ -51,9 +64,10 @@ def test_uninstall_leaves_megatron_as_it_was(lives: list[dict[str, Any]]) -> Non
 
 @pytest.mark.parametrize(("order", "near", "far"), [("adjacent", "ulysses", "ring"), ("strided", "ring", "ulysses")])
 def test_usp_axes_lie_near_or_far_as_set(order: str, near: str, far: str) -> None:
-    for rank, (ulysses, ring) in enumerate(spawn(grid_of, 4, order, timeout=100)):
+    for rank, (ulysses, ring, said) in enumerate(spawn(grid_of, 4, order, timeout=100)):
         first = rank // 2 * 2
         assert {"ulysses": ulysses, "ring": ring} == {near: [first, first + 1], far: [rank % 2, rank % 2 + 2]}
+        assert not said
 
 
 @pytest.fixture(scope="module")

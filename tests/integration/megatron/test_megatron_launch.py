@@ -97,7 +97,10 @@ def test_job_trains_as_one_rank_does(
     if start is by_hostfile:
         pytest.importorskip("deepspeed")
     script, flags = EXAMPLES / MODELS[job][0], CONFIGS / MODELS[job][1]
-    found = losses(start(job, tmp_path, TP="1", CP="2", SCRIPT=str(script), ARGUMENTS=str(flags)))
+    output = start(job, tmp_path, TP="1", CP="2", SCRIPT=str(script), ARGUMENTS=str(flags))
+    (line,) = re.findall(r"dsp_plugin \d\S* \| .*", output)
+    assert f"| {job.removesuffix('.sh').rpartition('_')[2]} over 2 ranks " in line
+    found = losses(output)
     assert len(found) == 3
     assert found[-1] < found[0]
     assert found == pytest.approx(alone(job), rel=1e-6)

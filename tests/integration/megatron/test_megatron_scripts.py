@@ -154,6 +154,8 @@ def test_hybrid_model_that_megatron_builds_from_its_arguments(project: Project) 
 
 def test_help_has_megatrons_flags_and_ours() -> None:
     done = torchrun(1, "-m", "dsp_plugin.launch", "--cpu", str(SCRIPT), "--help")
-    names = "method ulysses-size ring-size ulysses-order ring-gradient-dtype layout kernel debug recompute exchange"
+    names = (
+        "method ulysses-size ring-size ulysses-order ring-gradient-dtype layout kernel debug quiet recompute exchange"
+    )
     flags = [f"--sp-{name}" for name in (*names.split(), "softmax-method")]
     assert all(flag in done.stdout for flag in [*flags, "--context-parallel-size"])

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from functools import cache
+from importlib.metadata import version
 from typing import Any
 
 import pytest
@@ -35,6 +37,19 @@ def test_training_equals_the_unsharded_run(case: Case, hf_world: Callable[[int],
         assert found is not None, name
         error = (found - gradient).abs().max() / gradient.abs().max()
         assert error < GRADIENT_TOLERANCE, f"{name}: {error:.1e}"
+
+
+@pytest.mark.parametrize("world", sorted({case.world for case in ALL}))
+def test_the_first_rank_names_the_model_once(world: int, hf_world: Callable[[int], Any]) -> None:
+    """One line for each configuration and model, and none on other ranks."""
+    first, *others = ((hf_world(world).folder / f"rank{rank}.log").read_text() for rank in range(world))
+    lines = re.findall(r"^dsp_plugin .*", first, re.M)
+    assert lines
+    assert len(set(lines)) == len(lines)
+    patched = rf"patched deepspeed \S+ \(\d+ patches\).*, one \w+ForCausalLM of transformers {version('transformers')}"
+    pattern = rf"\w+ over \d ranks \(.*\) \| tokens \w+ \| kernel cpu_flash \| recompute \w+ \| {patched}"
+    assert all(re.fullmatch(pattern, line.split(" | ", 1)[1]) for line in lines), lines
+    assert not any(re.search(r"^dsp_plugin .*", text, re.M) for text in others)
 
 
 @pytest.mark.parametrize("case", ALL, ids=lambda case: case.name)

@@ -1,0 +1,40 @@
+"""Which kernel ``auto`` will take, as far as it can be told before there are tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from itertools import product
+
+import torch
+
+from dsp_plugin.kernels.spec import AttentionSpec
+from dsp_plugin.kernels.table import KERNELS, choose
+
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+# One in each range that some kernel's limits tell from the others.
+_HEAD_DIMS = (64, 192, 256, 512)
+
+
+def candidates(devices: Iterable[str], dtype: torch.dtype | None = None, dropout: bool = True) -> list[str]:
+    """The kernels that ``auto`` takes for some tensors, in order of preference.
+
+    Args:
+        devices: types of those that the tensors may be on.
+        dtype: of the tensors; None where it is not known.
+        dropout: whether attention may drop.
+    """
+    dtypes = _DTYPES if dtype is None else (dtype,)
+    specs = [AttentionSpec(), *([AttentionSpec(dropout_p=0.5, dropout_seed=0)] if dropout else [])]
+    found = {
+        choose(spec, device, each, head_dim).name
+        for spec, device, each, head_dim in product(specs, devices, dtypes, _HEAD_DIMS)
+    }
+    return [name for name in KERNELS if name in found]
+
+
+def candidates_in_words(devices: Iterable[str], dtype: torch.dtype | None = None, dropout: bool = True) -> str:
+    """Such as ``cuda_flash, else math``; the dtype is named where another one would have other candidates."""
+    devices = tuple(devices)
+    found = candidates(devices, dtype, dropout)
+    told_by_dtype = found != candidates(devices, None, dropout)
+    return ", else ".join(found) + (f" for {str(dtype).removeprefix('torch.')}" if told_by_dtype else "")
