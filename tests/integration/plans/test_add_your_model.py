@@ -34,10 +34,11 @@ BLOCKS = [Block(*found) for found in re.findall(r"^```(\w+)\n(.*?)^```$", PAGE.r
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """The page's Python files, importable here and on spawned ranks."""
+    """The page's Python files, in the folder that commands are started in."""
     for name in ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "FORCE_COLOR"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
     names = []
     for block in BLOCKS:
         if block.language == "python":
@@ -73,7 +74,10 @@ def test_the_page_does_what_it_says(folder: Path) -> None:
     spawn(train, 2, str(folder), timeout=120.0)
 
 
-def test_the_section_of_the_configuration_is_a_valid_one_and_leads_to_the_plan(folder: Path) -> None:
+def test_the_section_of_the_configuration_is_a_valid_one_and_leads_to_the_plan(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(folder))
     (section,) = [json.loads(block.text)["sequence_parallel"] for block in BLOCKS if block.language == "json"]
     config = SequenceParallelConfig(**section)
     import forecaster
