@@ -47,12 +47,12 @@ lint: .venv/installed
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy dsp_plugin patches launch benchmarks
 
-.venv/installed: setup.cfg pyproject.toml configs/constraints/py$(VERSION).txt
+.venv/installed: setup.cfg setup.py pyproject.toml configs/constraints/py$(VERSION).txt
 	$(PYTHON) -m venv .venv
 	.venv/bin/pip install --quiet -c configs/constraints/py$(VERSION).txt -e '.[$(EXTRAS)]' ruff mypy
 	touch $@
 
-.venv312/installed: setup.cfg pyproject.toml configs/constraints/py3.12.txt
+.venv312/installed: setup.cfg setup.py pyproject.toml configs/constraints/py3.12.txt
 	@test -n "$(PYTHON312)" || { echo "no CPython 3.12 found: set PYTHON312=/path/to/python3.12"; exit 1; }
 	$(PYTHON312) -m venv .venv312
 	.venv312/bin/pip install --quiet -c configs/constraints/py3.12.txt -e '.[$(EXTRAS)]' ruff mypy

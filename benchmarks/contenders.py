@@ -14,10 +14,11 @@ from benchmarks.result import Row
 from dsp_plugin.comm.ledger import ledger
 from dsp_plugin.config.schema import SequenceParallelConfig
 from dsp_plugin.groups import SequenceParallelGroups
-from dsp_plugin.kernels import softmax
+from dsp_plugin.kernels import AttentionSpec, softmax
 from dsp_plugin.layout import Layout, LayoutKind
 from dsp_plugin.mask import MaskSpec
 from dsp_plugin.methods import METHODS
+from dsp_plugin.methods.method import Where
 
 LOCAL, CEILING = "local kernel", "machine's ceiling"
 CAUSAL = MaskSpec(causal=True)
@@ -129,7 +130,7 @@ def _sharded(contender: Contender, groups: SequenceParallelGroups, shape: Shape)
     assert attention is not None
 
     def call(*inputs: Tensor) -> Tensor:
-        return attention(*inputs, groups=groups, layout=layout, mask=CAUSAL)
+        return attention(*inputs, what=AttentionSpec(CAUSAL), where=Where(groups, layout))
 
     return _both_passes(call, q, k, v, dout)
 
@@ -143,8 +144,8 @@ def _share_of_heads(shape: Shape) -> Step:
     return _both_passes(_local_attention, *(x.tensor_split(world, 2)[rank].contiguous() for x in shape.tensors()))
 
 
-def _local_attention(*inputs: Tensor) -> Tensor:
-    return softmax.attention(*inputs, mask=CAUSAL)
+def _local_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return softmax.attention(q, k, v, AttentionSpec(CAUSAL))
 
 
 def _both_passes(call: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, dout: Tensor) -> Step:

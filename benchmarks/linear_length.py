@@ -25,8 +25,10 @@ from dsp_plugin.config.schema import SequenceParallelConfig
 from dsp_plugin.groups import SequenceParallelGroups
 from dsp_plugin.kernels.linear import linear_attention
 from dsp_plugin.kernels.softmax import attention as softmax_attention
+from dsp_plugin.kernels.spec import AttentionSpec
 from dsp_plugin.layout import Layout, LayoutKind
 from dsp_plugin.methods import METHODS
+from dsp_plugin.methods.method import Where
 from dsp_plugin.spawn import RankFailure, spawn
 
 NAME = "linear_length"
@@ -199,8 +201,8 @@ def _sharded(contender: Contender, groups: SequenceParallelGroups, length: int) 
     )
     attention = METHODS[contender.method].attention
     assert attention is not None
-    settings = {} if contender.decay else {"mask": CAUSAL}
-    return _both_passes(partial(attention, groups=groups, layout=layout, **settings), inputs, dout)
+    settings = {} if contender.decay else {"what": AttentionSpec(CAUSAL)}
+    return _both_passes(partial(attention, where=Where(groups, layout), **settings), inputs, dout)
 
 
 def _both_passes(call: Callable[..., Tensor], tensors: list[Tensor], dout: Tensor) -> Callable[[], tuple[Tensor, ...]]:
@@ -217,7 +219,8 @@ def _check(contender: Contender, groups: SequenceParallelGroups, length: int = 5
     """A fast wrong answer is no result. Also starts what the first step would start: threads, connections."""
     layout = Layout(contender.layout, length, SIZE)
     *inputs, dout = _tensors(contender, length)
-    local: Callable[..., Tensor] = linear_attention if contender.decay else partial(softmax_attention, mask=CAUSAL)  # type: ignore[assignment]
+    softmax = partial(softmax_attention, spec=AttentionSpec(CAUSAL))
+    local: Callable[..., Tensor] = linear_attention if contender.decay else softmax  # type: ignore[assignment]
     found, expected = _sharded(contender, groups, length)(), _both_passes(local, inputs, dout)()
     for index, (got, whole) in enumerate(zip(found, expected, strict=True)):
         if whole.dim() == 1:

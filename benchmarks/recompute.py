@@ -22,8 +22,10 @@ from dsp_plugin.comm.ledger import ledger
 from dsp_plugin.config.schema import SequenceParallelConfig
 from dsp_plugin.groups import SequenceParallelGroups
 from dsp_plugin.kernels.counter import calls
+from dsp_plugin.kernels.spec import AttentionSpec
 from dsp_plugin.layout import Layout
 from dsp_plugin.methods import METHODS
+from dsp_plugin.methods.method import Where
 from dsp_plugin.spawn import RankFailure, spawn
 from dsp_plugin.training.recompute import Tape
 
@@ -143,7 +145,7 @@ class _Training:
         ring = METHODS["ring"].attention
         assert ring is not None
         torch.manual_seed(0)
-        attention = partial(ring, groups=groups, layout=layout, mask=CAUSAL)
+        attention = partial(ring, what=AttentionSpec(CAUSAL), where=Where(groups, layout))
         self._layers = nn.ModuleList(Layer(attention) for _ in range(LAYERS))
         self._x = torch.randn(1, layout.sizes[groups.sp.rank], HEADS * HEAD_DIM)
 

@@ -15,9 +15,10 @@ from dsp_plugin.errors import CollectiveMismatchError, PatchError, SequenceParal
 from dsp_plugin.groups import SequenceParallelGroups
 from dsp_plugin.kernels.convolution import short_convolution
 from dsp_plugin.kernels.linear import linear_attention
+from dsp_plugin.kernels.spec import AttentionSpec
 from dsp_plugin.layout import Layout
 from dsp_plugin.mask import MaskSpec
-from dsp_plugin.methods import METHODS
+from dsp_plugin.methods import METHODS, Where
 from dsp_plugin.plans.plan import Plan
 from dsp_plugin.plans.stage import Region, Stage
 from dsp_plugin.sharding.parallelize import Parallelized, parallelize
@@ -27,6 +28,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "METHODS",
+    "AttentionSpec",
     "Axis",
     "CollectiveMismatchError",
     "Layout",
@@ -43,6 +45,7 @@ __all__ = [
     "SequenceParallelStream",
     "Stage",
     "UnsupportedError",
+    "Where",
     "ledger",
     "linear_attention",
     "parallelize",

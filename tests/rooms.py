@@ -31,6 +31,10 @@ FOLDERS = (
     "patches",
     "launch",
 )
+# The names that users give to models on Megatron, whose files lie in the folder below.
+DOORS = tuple(f"patches/megatron/{name}" for name in ("linear_specs", "video_dit", "vit"))
+# Modules that are rooms of their own: each knows what is built on the rest of its folder, which knows nothing of it.
+ALONE = ("patches/autoload", *DOORS)
 _LIBRARY = (*NOUNS, "comm", "kernels", "methods", "config", "plans", "planner", "sharding", "training", "watch")
 _TOP = ("patches", "comm", "config", "methods", *NOUNS, "training")
 
@@ -46,7 +50,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "training": ("errors", "comm", "groups"),
     "watch": ("errors", "comm"),
     "methods": ("errors", "layout", "mask", "groups", "comm", "kernels", "training"),
-    "config": ("errors", "layout", "methods"),
+    "config": ("errors", "layout", "kernels", "methods"),
     "plans": ("errors", "config"),
     "planner": ("errors", "layout", "plans", "methods"),
     "sharding": (
@@ -61,18 +65,20 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "patches": ("errors", "comm", "training", "watch"),
     "patches/autoload": ("patches", "patches/deepspeed"),
     "patches/diffusers": ("errors", "plans"),
-    "patches/transformers": (*_TOP, "plans", "sharding"),
+    "patches/transformers": (*_TOP, "kernels", "plans", "sharding"),
     "patches/deepspeed": (*_TOP, "plans", "sharding", "patches/transformers"),
     "patches/megatron": (*_TOP, "kernels"),
     "patches/megatron/models": (*_TOP, "kernels", "planner", "models", "patches/megatron"),
+    **dict.fromkeys(DOORS, ("patches/megatron/models",)),
     "launch": ("errors", "comm", "watch", "patches", "patches/megatron"),
-    "launch/examples": ("kernels", "models", "patches/megatron/models"),
+    "launch/examples": ("kernels", "models", "patches/megatron/models", *DOORS),
 }
 # Of a room that others may know in part only, the files that they may know.
 ONLY = {
     ("groups", "comm"): ("axis",),
     ("methods", "training"): ("recompute",),
     ("watch", "comm"): ("ledger",),
+    ("config", "kernels"): ("spec",),
 }
 
 
@@ -146,9 +152,9 @@ def all_imports(*folders: str) -> list[Import]:
 def room_of(path: Path) -> str:
     """The room that a module lies in."""
     relative = path.relative_to(ROOT)
-    if relative.as_posix() == "patches/autoload.py":
-        # It knows what is built on the rest of the folder, which knows nothing of it.
-        return "patches/autoload"
+    alone = relative.with_suffix("").as_posix()
+    if alone in ALONE:
+        return alone
     for folder in FOLDERS:
         if relative.is_relative_to(folder):
             return folder.removeprefix("dsp_plugin/")

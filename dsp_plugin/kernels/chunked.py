@@ -11,8 +11,9 @@ from torch import Tensor
 
 from dsp_plugin.kernels.blocks import Block, tiles, trim
 from dsp_plugin.kernels.dropout import Dropout
-from dsp_plugin.kernels.kernel import Kernel
+from dsp_plugin.kernels.kernel import BlockSpec, Kernel
 from dsp_plugin.kernels.merge import accumulation_dtype, empty_state, merge_
+from dsp_plugin.kernels.spec import AttentionSpec
 from dsp_plugin.mask import Band
 
 # Scores per tile over all batch rows and heads, a few such buffers at a time: they should stay in a CPU's cache (4 MiB
@@ -37,24 +38,22 @@ class Math(Kernel):
         return torch.__version__
 
     def supports(
-        self, dtype: torch.dtype, device: torch.device, head_dim: int, v_head_dim: int, dropout: bool
+        self, dtype: torch.dtype, device: torch.device, head_dim: int, v_head_dim: int, spec: AttentionSpec
     ) -> str | None:
         return None if dtype.is_floating_point else f"attention needs a floating point dtype, got {dtype}"
 
     def result_dtype(self, dtype: torch.dtype) -> torch.dtype:
         return accumulation_dtype(dtype)
 
-    def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, band: Band, *, scale: float, dropout: Dropout | None
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, block: BlockSpec) -> tuple[Tensor, Tensor]:
         out, lse = empty_state(q, v)
         heads, kv_heads = q.shape[2], k.shape[2]
-        for tile in self._tiles(q, k, band):
-            scores = _tile_scores(q, k, tile, scale)
+        for tile in self._tiles(q, k, block.band):
+            scores = _tile_scores(q, k, tile, block)
             tile_lse = scores.logsumexp(-1)
             probabilities = scores.sub_(tile_lse[..., None]).exp_()
-            if dropout is not None:
-                probabilities *= _keep_factor(dropout, tile, q, kv_heads)
+            if block.dropout is not None:
+                probabilities *= _keep_factor(block.dropout, tile, q, kv_heads)
             tile_out = probabilities @ _by_kv_head(v[:, tile.k])
             merge_(
                 out[:, tile.q],
@@ -72,31 +71,28 @@ class Math(Kernel):
         v: Tensor,
         out: Tensor,
         lse: Tensor,
-        band: Band,
-        *,
-        scale: float,
-        dropout: Dropout | None,
+        block: BlockSpec,
     ) -> tuple[Tensor, Tensor, Tensor]:
         dtype = accumulation_dtype(q.dtype)
         batch, heads, kv_heads = q.shape[0], q.shape[2], k.shape[2]
         dq, dk, dv = (torch.zeros(x.shape, dtype=dtype, device=x.device) for x in (q, k, v))
         # Rows of the softmax Jacobian need sum_j p_ij dp_ij, which equals dout . out, with dropout too.
         delta = (dout.to(dtype) * out.to(dtype)).sum(-1).transpose(1, 2)
-        for tile in self._tiles(q, k, band):
+        for tile in self._tiles(q, k, block.band):
 
             def rows(x: Tensor, tile: Block = tile) -> Tensor:
                 return x[:, :, tile.q].to(dtype).reshape(batch, kv_heads, -1, 1)
 
             dout_tile = _by_kv_head(dout[:, tile.q], kv_heads)
-            probabilities = _tile_scores(q, k, tile, scale).sub_(rows(lse)).exp_()
+            probabilities = _tile_scores(q, k, tile, block).sub_(rows(lse)).exp_()
             dprobabilities = dout_tile @ _by_kv_head(v[:, tile.k]).mT
             dropped = probabilities
-            if dropout is not None:
-                factor = _keep_factor(dropout, tile, q, kv_heads)
+            if block.dropout is not None:
+                factor = _keep_factor(block.dropout, tile, q, kv_heads)
                 dropped = probabilities * factor
                 dprobabilities *= factor
             dv[:, tile.k] += (dropped.mT @ dout_tile).transpose(1, 2)
-            dscores = dprobabilities.sub_(rows(delta)).mul_(probabilities).mul_(scale)
+            dscores = dprobabilities.sub_(rows(delta)).mul_(probabilities).mul_(block.scale)
             dq[:, tile.q] += _by_position(dscores @ _by_kv_head(k[:, tile.k]), heads)
             dk[:, tile.k] += (dscores.mT @ _by_kv_head(q[:, tile.q], kv_heads)).transpose(1, 2)
         return dq, dk, dv
@@ -125,9 +121,9 @@ def _by_position(x: Tensor, heads: int) -> Tensor:
     return x.reshape(batch, heads, -1, dim).transpose(1, 2)
 
 
-def _tile_scores(q: Tensor, k: Tensor, tile: Block, scale: float) -> Tensor:
+def _tile_scores(q: Tensor, k: Tensor, tile: Block, block: BlockSpec) -> Tensor:
     """Masked, scaled scores ``[B, K, (H/K) rows, cols]``."""
-    scores = (_by_kv_head(q[:, tile.q], k.shape[2]) * scale) @ _by_kv_head(k[:, tile.k]).mT
+    scores = (_by_kv_head(q[:, tile.q], k.shape[2]) * block.scale) @ _by_kv_head(k[:, tile.k]).mT
     if not tile.is_full:
         hidden = ~tile.visible(q.device)
         scores.unflatten(2, (-1, tile.rows)).masked_fill_(hidden, -torch.inf)

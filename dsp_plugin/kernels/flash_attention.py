@@ -12,6 +12,7 @@ import torch
 from packaging.version import Version
 from torch import Tensor
 
+from dsp_plugin.kernels.kernel import BlockSpec
 from dsp_plugin.kernels.windowed import Window, WindowedFlash
 
 _FA2_MINIMUM = Version("2.7.0")
@@ -58,13 +59,15 @@ class FlashAttention2(WindowedFlash):
             return False, f"flash_attn {version} is older than {_FA2_MINIMUM}"
         return True, "flash_attn is installed"
 
-    def window_forward(self, q: Tensor, k: Tensor, v: Tensor, window: Window, scale: float) -> tuple[Tensor, Tensor]:
+    def window_forward(
+        self, q: Tensor, k: Tensor, v: Tensor, window: Window, block: BlockSpec
+    ) -> tuple[Tensor, Tensor]:
         out, lse, _, _ = _flash_attn_2()._flash_attn_forward(
             q,
             k,
             v,
             dropout_p=0.0,
-            softmax_scale=scale,
+            softmax_scale=block.scale,
             causal=window.causal,
             window_size_left=window.left,
             window_size_right=window.right,
@@ -83,7 +86,7 @@ class FlashAttention2(WindowedFlash):
         out: Tensor,
         lse: Tensor,
         window: Window,
-        scale: float,
+        block: BlockSpec,
     ) -> tuple[Tensor, Tensor, Tensor]:
         dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
         _flash_attn_2()._flash_attn_backward(
@@ -97,7 +100,7 @@ class FlashAttention2(WindowedFlash):
             dk,
             dv,
             dropout_p=0.0,
-            softmax_scale=scale,
+            softmax_scale=block.scale,
             causal=window.causal,
             window_size_left=window.left,
             window_size_right=window.right,
@@ -143,9 +146,11 @@ class FlashAttention3(WindowedFlash):
             return f"it is built for Hopper (compute capability 9.x), the device has {capability}"
         return None
 
-    def window_forward(self, q: Tensor, k: Tensor, v: Tensor, window: Window, scale: float) -> tuple[Tensor, Tensor]:
+    def window_forward(
+        self, q: Tensor, k: Tensor, v: Tensor, window: Window, block: BlockSpec
+    ) -> tuple[Tensor, Tensor]:
         op = torch.ops.flash_attn_3.fwd.default
-        out, lse, *_ = op(**_filled(op, q=q, k=k, v=v, num_splits=1, **_window_arguments(window, scale)))
+        out, lse, *_ = op(**_filled(op, q=q, k=k, v=v, num_splits=1, **_window_arguments(window, block)))
         return out, lse
 
     def window_backward(
@@ -157,19 +162,19 @@ class FlashAttention3(WindowedFlash):
         out: Tensor,
         lse: Tensor,
         window: Window,
-        scale: float,
+        block: BlockSpec,
     ) -> tuple[Tensor, Tensor, Tensor]:
         op = torch.ops.flash_attn_3.bwd.default
         dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
         tensors = {"dout": dout, "q": q, "k": k, "v": v, "out": out, "softmax_lse": lse, "dq": dq, "dk": dk, "dv": dv}
         deterministic = torch.are_deterministic_algorithms_enabled()
-        op(**_filled(op, **tensors, deterministic=deterministic, **_window_arguments(window, scale)))
+        op(**_filled(op, **tensors, deterministic=deterministic, **_window_arguments(window, block)))
         return dq, dk, dv
 
 
-def _window_arguments(window: Window, scale: float) -> dict[str, object]:
+def _window_arguments(window: Window, block: BlockSpec) -> dict[str, object]:
     return {
-        "softmax_scale": scale,
+        "softmax_scale": block.scale,
         "is_causal": window.causal,
         "window_size_left": window.left,
         "window_size_right": window.right,

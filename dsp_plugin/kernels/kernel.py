@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -10,7 +11,23 @@ from torch import Tensor
 
 from dsp_plugin.kernels.dropout import Dropout
 from dsp_plugin.kernels.merge import accumulation_dtype
+from dsp_plugin.kernels.spec import AttentionSpec
 from dsp_plugin.mask import Band
+
+
+@dataclass(frozen=True)
+class BlockSpec:
+    """What a kernel computes over one block: everything about it but its tensors.
+
+    Attributes:
+        band: which keys a query of the block sees, in the block's own coordinates.
+        scale: factor on the scores.
+        dropout: of this block; None without.
+    """
+
+    band: Band
+    scale: float
+    dropout: Dropout | None = None
 
 
 class Kernel(ABC):
@@ -33,9 +50,9 @@ class Kernel(ABC):
 
     @abstractmethod
     def supports(
-        self, dtype: torch.dtype, device: torch.device, head_dim: int, v_head_dim: int, dropout: bool
+        self, dtype: torch.dtype, device: torch.device, head_dim: int, v_head_dim: int, spec: AttentionSpec
     ) -> str | None:
-        """None if the kernel, where available, can serve such tensors; otherwise the reason why not."""
+        """None if the kernel, where available, can serve this attention on such tensors; else the reason why not."""
 
     def lse_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """The dtype of the lse for inputs of ``dtype``."""
@@ -46,9 +63,7 @@ class Kernel(ABC):
         return dtype
 
     @abstractmethod
-    def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, band: Band, *, scale: float, dropout: Dropout | None
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, block: BlockSpec) -> tuple[Tensor, Tensor]:
         """Returns ``(out, lse)``; out in `result_dtype`."""
 
     @abstractmethod
@@ -60,10 +75,7 @@ class Kernel(ABC):
         v: Tensor,
         out: Tensor,
         lse: Tensor,
-        band: Band,
-        *,
-        scale: float,
-        dropout: Dropout | None,
+        block: BlockSpec,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Returns ``(dq, dk, dv)`` in `result_dtype`.
 

@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from dsp_plugin.kernels.dropout import Dropout
-from dsp_plugin.kernels.kernel import Kernel
+from dsp_plugin.kernels.kernel import BlockSpec, Kernel
 from dsp_plugin.kernels.merge import accumulation_dtype
-from dsp_plugin.mask import Band, MaskSpec
+from dsp_plugin.kernels.spec import AttentionSpec
+from dsp_plugin.mask import MaskSpec
 
 
 def dense_mask(mask: MaskSpec, q_positions: Tensor, k_positions: Tensor) -> Tensor:
@@ -96,7 +97,7 @@ class Reference(Kernel):
         return torch.__version__
 
     def supports(
-        self, dtype: torch.dtype, device: torch.device, head_dim: int, v_head_dim: int, dropout: bool
+        self, dtype: torch.dtype, device: torch.device, head_dim: int, v_head_dim: int, spec: AttentionSpec
     ) -> str | None:
         return None if device.type != "mps" else "fp64 does not exist on mps devices"
 
@@ -106,14 +107,12 @@ class Reference(Kernel):
     def result_dtype(self, dtype: torch.dtype) -> torch.dtype:
         return accumulation_dtype(dtype)
 
-    def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, band: Band, *, scale: float, dropout: Dropout | None
-    ) -> tuple[Tensor, Tensor]:
-        scores, _, values = _scores(q, k, v, band, scale)
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, block: BlockSpec) -> tuple[Tensor, Tensor]:
+        scores, _, values = _scores(q, k, v, block)
         lse = scores.logsumexp(-1)
         probabilities = (scores - lse[..., None]).exp()
-        if dropout is not None:
-            probabilities = probabilities * dropout.keep(q.shape[0], q.shape[2], q.device) * dropout.scale
+        if block.dropout is not None:
+            probabilities = probabilities * block.dropout.keep(q.shape[0], q.shape[2], q.device) * block.dropout.scale
         out = torch.einsum("bhij,bjhd->bihd", probabilities, values)
         return out.to(self.result_dtype(q.dtype)), lse
 
@@ -125,20 +124,17 @@ class Reference(Kernel):
         v: Tensor,
         out: Tensor,
         lse: Tensor,
-        band: Band,
-        *,
-        scale: float,
-        dropout: Dropout | None,
+        block: BlockSpec,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        scores, keys, values = _scores(q, k, v, band, scale)
+        scores, keys, values = _scores(q, k, v, block)
         probabilities = (scores - lse.double()[..., None]).exp()
         dprobabilities = torch.einsum("bihd,bjhd->bhij", dout.double(), values)
         dropped = probabilities
-        if dropout is not None:
-            factor = dropout.keep(q.shape[0], q.shape[2], q.device) * dropout.scale
+        if block.dropout is not None:
+            factor = block.dropout.keep(q.shape[0], q.shape[2], q.device) * block.dropout.scale
             dropped, dprobabilities = probabilities * factor, dprobabilities * factor
         delta = torch.einsum("bihd,bihd->bhi", dout.double(), out.double())
-        dscores = probabilities * (dprobabilities - delta[..., None]) * scale
+        dscores = probabilities * (dprobabilities - delta[..., None]) * block.scale
         dq = torch.einsum("bhij,bjhd->bihd", dscores, keys)
         dk = torch.einsum("bhij,bihd->bjhd", dscores, q.double())
         dv = torch.einsum("bhij,bihd->bjhd", dropped, dout.double())
@@ -148,14 +144,15 @@ class Reference(Kernel):
         return dq.to(dtype), dk.to(dtype), dv.to(dtype)
 
 
-def _scores(q: Tensor, k: Tensor, v: Tensor, band: Band, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+def _scores(q: Tensor, k: Tensor, v: Tensor, block: BlockSpec) -> tuple[Tensor, Tensor, Tensor]:
     """Masked scores ``[B, H, n, m]``, and k and v with a head per query head; fp64."""
     group = q.shape[2] // k.shape[2]
     keys, values = (x.double().repeat_interleave(group, 2) for x in (k, v))
     i = torch.arange(q.shape[1], device=q.device)
     seen = dense_mask(MaskSpec(), i, torch.arange(k.shape[1], device=q.device))
     distance = torch.arange(k.shape[1], device=q.device)[None, :] - i[:, None]
-    left, right = band
+    left, right = block.band
     seen = seen & (distance >= -left) if left is not None else seen
     seen = seen & (distance <= right) if right is not None else seen
-    return (torch.einsum("bihd,bjhd->bhij", q.double(), keys) * scale).masked_fill(~seen, -torch.inf), keys, values
+    scores = torch.einsum("bihd,bjhd->bhij", q.double(), keys) * block.scale
+    return scores.masked_fill(~seen, -torch.inf), keys, values

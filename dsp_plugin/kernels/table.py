@@ -12,6 +12,7 @@ from dsp_plugin.kernels.chunked import Math
 from dsp_plugin.kernels.flash_attention import FlashAttention2, FlashAttention3
 from dsp_plugin.kernels.kernel import Kernel
 from dsp_plugin.kernels.reference import Reference
+from dsp_plugin.kernels.spec import AttentionSpec
 from dsp_plugin.kernels.torch_flash import CpuFlash, CudaFlash
 
 # In order of preference for "auto", which never picks the reference.
@@ -37,20 +38,19 @@ def describe() -> list[KernelRow]:
 
 
 def choose(
-    kernel: str,
+    spec: AttentionSpec,
     device: torch.device | str,
     dtype: torch.dtype,
     head_dim: int,
     v_head_dim: int | None = None,
-    dropout_p: float = 0.0,
 ) -> Kernel:
-    """The kernel of that name, or for ``"auto"`` the first in the table that can do the work.
+    """The kernel that the spec names, or for ``"auto"`` the first in the table that can do the work.
 
     Raises:
         SequenceParallelConfigError: there is no kernel of that name.
         UnsupportedError: the named kernel is not available here, or does not support such tensors.
     """
-    device = torch.device(device)
+    device, kernel = torch.device(device), spec.kernel
     v_head_dim = head_dim if v_head_dim is None else v_head_dim
     if kernel == "auto":
         candidates = [name for name in KERNELS if name != "reference"]
@@ -64,23 +64,23 @@ def choose(
             why=f"kernels are auto, {', '.join(KERNELS)}",
             remedy=f"did you mean {near[0]!r}?" if near else "use 'auto'",
         )
-    refusals = {name: _refusal(name, device, dtype, head_dim, v_head_dim, dropout_p) for name in candidates}
+    refusals = {name: _refusal(name, device, dtype, head_dim, v_head_dim, spec) for name in candidates}
     for name, refusal in refusals.items():
         if refusal is None:
             return KERNELS[name]
-    able = [name for name in KERNELS if _refusal(name, device, dtype, head_dim, v_head_dim, dropout_p) is None]
+    able = [name for name in KERNELS if _refusal(name, device, dtype, head_dim, v_head_dim, spec) is None]
     raise UnsupportedError(
         setting="kernel",
         value=kernel,
         why="; ".join(f"{name} cannot serve this: {refusal}" for name, refusal in refusals.items())
-        + f" (device {device.type}, {dtype}, head dims {head_dim} and {v_head_dim}, dropout {dropout_p})",
+        + f" (device {device.type}, {dtype}, head dims {head_dim} and {v_head_dim}, dropout {spec.dropout_p})",
         remedy=f"set kernel to 'auto' or one that can: {', '.join(able)}" if able else "use a floating point dtype",
     )
 
 
 def _refusal(
-    name: str, device: torch.device, dtype: torch.dtype, head_dim: int, v_head_dim: int, dropout_p: float
+    name: str, device: torch.device, dtype: torch.dtype, head_dim: int, v_head_dim: int, spec: AttentionSpec
 ) -> str | None:
     kernel = KERNELS[name]
     available, reason = kernel.available()
-    return kernel.supports(dtype, device, head_dim, v_head_dim, dropout_p > 0.0) if available else reason
+    return kernel.supports(dtype, device, head_dim, v_head_dim, spec) if available else reason

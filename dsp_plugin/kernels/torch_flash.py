@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from dsp_plugin.kernels.blocks import Block, tiles, trim
-from dsp_plugin.kernels.dropout import Dropout
-from dsp_plugin.kernels.kernel import Kernel, padded
+from dsp_plugin.kernels.kernel import BlockSpec, Kernel, padded
 from dsp_plugin.kernels.merge import accumulation_dtype, empty_state, merge_
+from dsp_plugin.kernels.spec import AttentionSpec
 from dsp_plugin.kernels.windowed import Window, WindowedFlash
 from dsp_plugin.mask import Band
 
@@ -32,7 +32,9 @@ class CudaFlash(WindowedFlash):
             return False, "this torch was built without flash attention"
         return True, "built into torch"
 
-    def window_forward(self, q: Tensor, k: Tensor, v: Tensor, window: Window, scale: float) -> tuple[Tensor, Tensor]:
+    def window_forward(
+        self, q: Tensor, k: Tensor, v: Tensor, window: Window, block: BlockSpec
+    ) -> tuple[Tensor, Tensor]:
         out, lse, *_ = torch.ops.aten._flash_attention_forward.default(
             q,
             k,
@@ -44,7 +46,7 @@ class CudaFlash(WindowedFlash):
             0.0,
             window.causal,
             False,
-            scale=scale,
+            scale=block.scale,
             window_size_left=window.left,
             window_size_right=window.right,
         )
@@ -59,7 +61,7 @@ class CudaFlash(WindowedFlash):
         out: Tensor,
         lse: Tensor,
         window: Window,
-        scale: float,
+        block: BlockSpec,
     ) -> tuple[Tensor, Tensor, Tensor]:
         # Without dropout the generator state is not read, but the operator insists on tensors.
         rng_state = torch.zeros(2, dtype=torch.uint64, device=q.device)
@@ -79,7 +81,7 @@ class CudaFlash(WindowedFlash):
             window.causal,
             rng_state,
             unused,
-            scale=scale,
+            scale=block.scale,
             window_size_left=window.left,
             window_size_right=window.right,
         )
@@ -114,18 +116,16 @@ class CpuFlash(Kernel):
         return True, "built into torch"
 
     def supports(
-        self, dtype: torch.dtype, device: torch.device, head_dim: int, v_head_dim: int, dropout: bool
+        self, dtype: torch.dtype, device: torch.device, head_dim: int, v_head_dim: int, spec: AttentionSpec
     ) -> str | None:
         if device.type != "cpu":
             return f"it runs on the cpu, the tensors are on {device.type}"
         if dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
             return f"it computes in float64, float32, bfloat16 or float16, the tensors are {dtype}"
-        return "the operator refuses dropout" if dropout else None
+        return "the operator refuses dropout" if spec.dropout_p else None
 
-    def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, band: Band, *, scale: float, dropout: Dropout | None
-    ) -> tuple[Tensor, Tensor]:
-        assert dropout is None
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, block: BlockSpec) -> tuple[Tensor, Tensor]:
+        assert block.dropout is None
         head_dim = max(q.shape[-1], v.shape[-1])
         q_, k_, v_ = (padded(x, head_dim).transpose(1, 2) for x in (q, k, v))
 
@@ -137,11 +137,11 @@ class CpuFlash(Kernel):
                 0.0,
                 part.is_causal,
                 attn_mask=bias,
-                scale=scale,
+                scale=block.scale,
             )
             return out.transpose(1, 2)[..., : v.shape[-1]], lse
 
-        parts = _native_parts(q, k, band)
+        parts = _native_parts(q, k, block.band)
         if len(parts) == 1 and (parts[0].rows, parts[0].cols) == (q.shape[1], k.shape[1]):
             return attend(parts[0], _Biases(q)(parts[0]))
         out, lse = empty_state(q, v)
@@ -158,12 +158,9 @@ class CpuFlash(Kernel):
         v: Tensor,
         out: Tensor,
         lse: Tensor,
-        band: Band,
-        *,
-        scale: float,
-        dropout: Dropout | None,
+        block: BlockSpec,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        assert dropout is None
+        assert block.dropout is None
         head_dim, v_head_dim = q.shape[-1], v.shape[-1]
         widest = max(head_dim, v_head_dim)
         q_, k_, v_, dout_, out_ = (padded(x, widest).transpose(1, 2) for x in (q, k, v, dout, out))
@@ -179,12 +176,12 @@ class CpuFlash(Kernel):
                 0.0,
                 part.is_causal,
                 attn_mask=bias,
-                scale=scale,
+                scale=block.scale,
             )
             dq, dk, dv = (grad.transpose(1, 2) for grad in (dq, dk, dv))
             return dq[..., :head_dim], dk[..., :head_dim], dv[..., :v_head_dim]
 
-        parts = _native_parts(q, k, band)
+        parts = _native_parts(q, k, block.band)
         biases = _Biases(q)
         if len(parts) == 1 and (parts[0].rows, parts[0].cols) == (q.shape[1], k.shape[1]):
             return differentiate(parts[0], biases(parts[0]))

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from dsp_plugin.kernels.blocks import Block, trim
-from dsp_plugin.kernels.dropout import Dropout
-from dsp_plugin.kernels.kernel import Kernel, padded
+from dsp_plugin.kernels.kernel import BlockSpec, Kernel, padded
 from dsp_plugin.kernels.merge import accumulation_dtype
+from dsp_plugin.kernels.spec import AttentionSpec
 from dsp_plugin.mask import Band
 
 MAX_HEAD_DIM = 256
@@ -66,7 +66,7 @@ class WindowedFlash(Kernel):
     min_capability = (8, 0)
 
     def supports(
-        self, dtype: torch.dtype, device: torch.device, head_dim: int, v_head_dim: int, dropout: bool
+        self, dtype: torch.dtype, device: torch.device, head_dim: int, v_head_dim: int, spec: AttentionSpec
     ) -> str | None:
         if device.type != "cuda":
             return f"it runs on cuda devices, the tensors are on {device.type}"
@@ -74,7 +74,7 @@ class WindowedFlash(Kernel):
             return f"it computes in float16 or bfloat16, the tensors are {dtype}"
         if max(head_dim, v_head_dim) > MAX_HEAD_DIM:
             return f"head dim {max(head_dim, v_head_dim)} exceeds {MAX_HEAD_DIM}"
-        if dropout:
+        if spec.dropout_p:
             return "its dropout would depend on how the sequence is sharded"
         return self.refuses_capability(torch.cuda.get_device_capability(device), max(head_dim, v_head_dim))
 
@@ -87,7 +87,9 @@ class WindowedFlash(Kernel):
         return None
 
     @abstractmethod
-    def window_forward(self, q: Tensor, k: Tensor, v: Tensor, window: Window, scale: float) -> tuple[Tensor, Tensor]:
+    def window_forward(
+        self, q: Tensor, k: Tensor, v: Tensor, window: Window, block: BlockSpec
+    ) -> tuple[Tensor, Tensor]:
         """``(out, lse)`` for equal head dims that are a multiple of 8."""
 
     @abstractmethod
@@ -100,19 +102,17 @@ class WindowedFlash(Kernel):
         out: Tensor,
         lse: Tensor,
         window: Window,
-        scale: float,
+        block: BlockSpec,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """``(dq, dk, dv)``; lse is contiguous fp32 ``[B, H, n]``."""
 
-    def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, band: Band, *, scale: float, dropout: Dropout | None
-    ) -> tuple[Tensor, Tensor]:
-        assert dropout is None
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, block: BlockSpec) -> tuple[Tensor, Tensor]:
+        assert block.dropout is None
         v_head_dim, (q, k, v) = v.shape[-1], _equal_head_dims(q, k, v)
-        pieces = _pieces(q, k, band)
+        pieces = _pieces(q, k, block.band)
         results = []
         for piece in pieces:
-            out, lse = self.window_forward(q[:, piece.q], k[:, piece.k], v[:, piece.k], window_of(piece), scale)
+            out, lse = self.window_forward(q[:, piece.q], k[:, piece.k], v[:, piece.k], window_of(piece), block)
             results.append((out[..., :v_head_dim], lse[..., : piece.rows]))
         if len(results) == 1:
             return results[0]
@@ -126,15 +126,12 @@ class WindowedFlash(Kernel):
         v: Tensor,
         out: Tensor,
         lse: Tensor,
-        band: Band,
-        *,
-        scale: float,
-        dropout: Dropout | None,
+        block: BlockSpec,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        assert dropout is None
+        assert block.dropout is None
         head_dim, v_head_dim = q.shape[-1], v.shape[-1]
         q, k, v, dout, out = _equal_head_dims(q, k, v, dout, out)
-        pieces = _pieces(q, k, band)
+        pieces = _pieces(q, k, block.band)
         results = [
             self.window_backward(
                 dout[:, piece.q],
@@ -144,7 +141,7 @@ class WindowedFlash(Kernel):
                 out[:, piece.q],
                 lse[:, :, piece.q].contiguous(),
                 window_of(piece),
-                scale,
+                block,
             )
             for piece in pieces
         ]

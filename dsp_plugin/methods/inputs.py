@@ -9,7 +9,9 @@ from torch import Tensor
 
 from dsp_plugin.comm.axis import Axis
 from dsp_plugin.errors import SequenceParallelConfigError
+from dsp_plugin.kernels.call import AttentionCall, prepare
 from dsp_plugin.kernels.merge import accumulation_dtype
+from dsp_plugin.kernels.spec import AttentionSpec
 from dsp_plugin.layout import Layout
 from dsp_plugin.methods.method import Workload
 
@@ -47,6 +49,17 @@ def check_shards(q: Tensor, k: Tensor, v: Tensor, layout: Layout, axis: Axis) ->
             remedy="cast them to the compute dtype first",
         )
     check_length(q, shapes, layout, axis)
+
+
+def checked(q: Tensor, k: Tensor, v: Tensor, what: AttentionSpec, layout: Layout) -> AttentionCall:
+    """The call of this attention, refused here, before anything is sent, where its kernel would refuse it.
+
+    Raises:
+        SequenceParallelConfigError: head counts or document borders do not fit.
+        UnsupportedError: the kernel cannot serve such tensors.
+    """
+    what.mask.documents(layout.length)
+    return prepare(q, k, v, what)
 
 
 def check_length(x: Tensor, shapes: str, layout: Layout, axis: Axis) -> None:

@@ -21,7 +21,6 @@ from dsp_plugin.comm.axis import Axis
 from dsp_plugin.comm.collectives import summed
 from dsp_plugin.comm.relayout import relayout, relayout_bytes
 from dsp_plugin.comm.wire import Sender
-from dsp_plugin.groups import SequenceParallelGroups
 from dsp_plugin.kernels.linear import attend, check, decay_of
 from dsp_plugin.kernels.linear_bidirectional import bidirectional
 from dsp_plugin.kernels.linear_chunks import Inputs
@@ -29,7 +28,7 @@ from dsp_plugin.kernels.merge import accumulation_dtype
 from dsp_plugin.layout import Layout, shard_sizes
 from dsp_plugin.mask import document_starts
 from dsp_plugin.methods.inputs import SEQUENCE_DIM, check_length
-from dsp_plugin.methods.method import Method, WireBytes, Workload
+from dsp_plugin.methods.method import Method, Where, WireBytes, Workload
 from dsp_plugin.methods.state_exchange import METHOD as NAME
 from dsp_plugin.methods.state_exchange import choose_exchange, state_exchange
 
@@ -42,8 +41,7 @@ def attention(
     beta: Tensor | None = None,
     initial_state: Tensor | None = None,
     *,
-    groups: SequenceParallelGroups,
-    layout: Layout,
+    where: Where,
     causal: bool = True,
     cu_seqlens: Iterable[int] | Tensor | None = None,
     scale: float | None = None,
@@ -54,11 +52,11 @@ def attention(
     """Exact linear attention over a sequence sharded along dim 1.
 
     Args:
-        q, k, v, g, beta: as for `kernels.linear.linear_attention`, this rank's tokens under ``layout``.
+        q, k, v, g, beta: as for `kernels.linear.linear_attention`, this rank's tokens under the layout.
         initial_state: ``[B, H, K, V]`` before the first token of the sequence, alike on every rank. Only the first rank
             uses it and has a gradient for it; the others' is zero, as the sum over ranks wants it.
-        groups: the LASP axis is used; ``layout.size`` must be its size.
-        layout: placement of the sequence. Orders other than contiguous are converted.
+        where: the tokens are; of the groups the LASP axis is used, whose size must be the layout's. Orders other than
+            contiguous are converted.
         causal, scale, kernel: as there.
         cu_seqlens: document borders in global positions.
         output_final_state: also return the state after this rank's last token (contiguous).
@@ -71,7 +69,7 @@ def attention(
         SequenceParallelConfigError: shapes or document borders do not fit.
         UnsupportedError: not causal with a decay or states, or the kernel cannot run here.
     """
-    axis = groups.lasp
+    axis, layout = where.groups.lasp, where.layout
     inputs = Inputs(q, k, v, g, beta)
     check(inputs, initial_state, causal=causal, output_final_state=output_final_state, kernel=kernel)
     check_length(q, f"q {tuple(q.shape)}, v {tuple(v.shape)}", layout, axis)

@@ -26,15 +26,16 @@ from torch.autograd.function import once_differentiable
 
 from dsp_plugin.comm.packing import Form, pack, unpack
 from dsp_plugin.comm.wire import Sender, Transfers
-from dsp_plugin.groups import SequenceParallelGroups
 from dsp_plugin.kernels.blocks import blocks
+from dsp_plugin.kernels.call import AttentionCall
 from dsp_plugin.kernels.merge import accumulation_dtype, empty_state, merge_
-from dsp_plugin.kernels.softmax import AttentionCall, block_backward, block_forward, prepare
+from dsp_plugin.kernels.softmax import block_backward, block_forward
+from dsp_plugin.kernels.spec import AttentionSpec
 from dsp_plugin.layout import Layout
 from dsp_plugin.mask import MaskSpec
 from dsp_plugin.methods import ring
-from dsp_plugin.methods.inputs import GradientDtype, check_shards, gradient_dtype
-from dsp_plugin.methods.method import Method, WireBytes, Workload
+from dsp_plugin.methods.inputs import GradientDtype, check_shards, checked, gradient_dtype
+from dsp_plugin.methods.method import Method, Where, WireBytes, Workload
 
 
 @dataclass(frozen=True)
@@ -87,13 +88,8 @@ def attention(
     k: Tensor,
     v: Tensor,
     *,
-    groups: SequenceParallelGroups,
-    layout: Layout,
-    mask: MaskSpec,
-    scale: float | None = None,
-    dropout_p: float = 0.0,
-    dropout_seed: int | None = None,
-    kernel: str = "auto",
+    what: AttentionSpec,
+    where: Where,
     ring_gradient_dtype: GradientDtype = "fp32",
 ) -> Tensor:
     """Exact attention over a sequence sharded along dim 1; arguments and result as for `ring.attention`.
@@ -103,15 +99,14 @@ def attention(
     Raises:
         SequenceParallelConfigError: shapes do not fit.
     """
-    axis = groups.ring
+    axis, layout = where.groups.ring, where.layout
     check_shards(q, k, v, layout, axis)
-    call = prepare(q, k, v, mask=mask, scale=scale, dropout_p=dropout_p, dropout_seed=dropout_seed, kernel=kernel)
-    mask.documents(layout.length)
+    call = checked(q, k, v, what, layout)
     sender = Sender(axis, "lightseq", "forward")
     travel = gradient_dtype(ring_gradient_dtype, q.dtype)
-    if not mask.causal:
-        return ring.ring_attention(q, k, v, call, ring.schedule_of(layout, mask), sender, travel)
-    return _LightSeq.apply(q, k, v, call, _schedule(layout, mask), sender, travel)
+    if not what.mask.causal:
+        return ring.ring_attention(q, k, v, call, ring.schedule_of(layout, what.mask), sender, travel)
+    return _LightSeq.apply(q, k, v, call, _schedule(layout, what.mask), sender, travel)
 
 
 class _LightSeq(torch.autograd.Function):
@@ -323,5 +318,5 @@ METHOD = Method(
     illegal=illegal,
     wire_bytes=wire_bytes,
     attention=attention,
-    settings=("kernel", "ring_gradient_dtype"),
+    settings=("ring_gradient_dtype",),
 )

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
+from dsp_plugin.groups import SequenceParallelGroups
 from dsp_plugin.layout import Layout, LayoutKind
 from dsp_plugin.mask import MaskSpec
 
@@ -66,6 +67,19 @@ class Workload:
         return Layout(self.layout, self.length, self.size, self.sizes, self.documents)
 
 
+@dataclass(frozen=True)
+class Where:
+    """Where the tokens of an attention lie.
+
+    Attributes:
+        groups: of the ranks that share the sequence.
+        layout: which of its tokens each of them holds.
+    """
+
+    groups: SequenceParallelGroups
+    layout: Layout
+
+
 class WireBytes(NamedTuple):
     """Bytes leaving one rank."""
 
@@ -84,8 +98,9 @@ class Method:
         layouts: token orders it accepts, the best first.
         illegal: why it cannot serve a workload, one sentence each with the arithmetic and a remedy; empty if it can.
         wire_bytes: bytes leaving ``rank``, from the formula.
-        attention: the call, for softmax and linear methods.
-        settings: of `SequenceParallelConfig`, those that ``attention`` takes as keywords of the same names.
+        attention: of softmax methods ``attention(q, k, v, what=AttentionSpec, where=Where)``, of linear ones as
+            `lasp.attention`.
+        settings: of `SequenceParallelConfig`, those that ``attention`` takes as further keywords of the same names.
     """
 
     name: str

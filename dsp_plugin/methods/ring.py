@@ -11,7 +11,6 @@ its gradients never leaves it. Who needs what is the schedule's business, see `d
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 from functools import lru_cache
 from itertools import pairwise
 from typing import Any
@@ -21,13 +20,14 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from dsp_plugin.comm.wire import Sender, Transfers
-from dsp_plugin.groups import SequenceParallelGroups
+from dsp_plugin.kernels.call import AttentionCall
 from dsp_plugin.kernels.merge import accumulation_dtype, empty_state, merge_
-from dsp_plugin.kernels.softmax import AttentionCall, block_backward, block_forward, prepare
+from dsp_plugin.kernels.softmax import block_backward, block_forward
+from dsp_plugin.kernels.spec import AttentionSpec
 from dsp_plugin.layout import Layout
 from dsp_plugin.mask import MaskSpec
-from dsp_plugin.methods.inputs import GradientDtype, check_shards, gradient_dtype, illegal_heads
-from dsp_plugin.methods.method import Method, WireBytes, Workload
+from dsp_plugin.methods.inputs import GradientDtype, check_shards, checked, gradient_dtype, illegal_heads
+from dsp_plugin.methods.method import Method, Where, WireBytes, Workload
 from dsp_plugin.methods.ring_schedule import Hop, RingSchedule
 from dsp_plugin.methods.token_buffer import Tokens, add_, joined, numel, packed, zeros
 
@@ -37,13 +37,8 @@ def attention(
     k: Tensor,
     v: Tensor,
     *,
-    groups: SequenceParallelGroups,
-    layout: Layout,
-    mask: MaskSpec,
-    scale: float | None = None,
-    dropout_p: float = 0.0,
-    dropout_seed: int | None = None,
-    kernel: str = "auto",
+    what: AttentionSpec,
+    where: Where,
     ring_gradient_dtype: GradientDtype = "fp32",
 ) -> Tensor:
     """Exact attention over a sequence sharded along dim 1; arguments and result as for `ulysses.attention`.
@@ -56,12 +51,11 @@ def attention(
     Raises:
         SequenceParallelConfigError: shapes do not fit.
     """
-    axis = groups.ring
+    axis, layout = where.groups.ring, where.layout
     check_shards(q, k, v, layout, axis)
-    call = prepare(q, k, v, mask=mask, scale=scale, dropout_p=dropout_p, dropout_seed=dropout_seed, kernel=kernel)
-    mask.documents(layout.length)
+    call = checked(q, k, v, what, layout)
     travel = gradient_dtype(ring_gradient_dtype, q.dtype)
-    return ring_attention(q, k, v, call, schedule_of(layout, mask), Sender(axis, "ring", "forward"), travel)
+    return ring_attention(q, k, v, call, schedule_of(layout, what.mask), Sender(axis, "ring", "forward"), travel)
 
 
 @lru_cache(maxsize=16)
@@ -80,9 +74,7 @@ def ring_attention(
     gradient_dtype: torch.dtype,
 ) -> Tensor:
     """The ring over ``sender.axis``, whose ranks hold the tokens that the schedule says."""
-    # The schedule has cut everything at document borders already.
-    call = replace(call, mask=replace(call.mask, cu_seqlens=None))
-    return _Ring.apply(q, k, v, call, schedule, sender, gradient_dtype)
+    return _Ring.apply(q, k, v, call.within_documents(), schedule, sender, gradient_dtype)
 
 
 class _Ring(torch.autograd.Function):
@@ -232,5 +224,5 @@ METHOD = Method(
     illegal=illegal,
     wire_bytes=wire_bytes,
     attention=attention,
-    settings=("kernel", "ring_gradient_dtype"),
+    settings=("ring_gradient_dtype",),
 )

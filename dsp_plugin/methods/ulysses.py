@@ -19,12 +19,11 @@ from torch import Tensor
 from dsp_plugin.comm.axis import Axis
 from dsp_plugin.comm.collectives import Route, all_to_all
 from dsp_plugin.errors import SequenceParallelConfigError
-from dsp_plugin.groups import SequenceParallelGroups
-from dsp_plugin.kernels import softmax
-from dsp_plugin.layout import Layout, shard_ranges
-from dsp_plugin.mask import MaskSpec
-from dsp_plugin.methods.inputs import SEQUENCE_DIM, check_shards, illegal_heads
-from dsp_plugin.methods.method import Method, WireBytes, Workload
+from dsp_plugin.kernels.softmax import attend
+from dsp_plugin.kernels.spec import AttentionSpec
+from dsp_plugin.layout import shard_ranges
+from dsp_plugin.methods.inputs import SEQUENCE_DIM, check_shards, checked, illegal_heads
+from dsp_plugin.methods.method import Method, Where, WireBytes, Workload
 
 HEAD_DIM = 2
 
@@ -79,66 +78,35 @@ def head_partition(heads: int, kv_heads: int, ranks: int) -> HeadPartition:
     return HeadPartition(heads, kv_heads, ranks)
 
 
-def attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    groups: SequenceParallelGroups,
-    layout: Layout,
-    mask: MaskSpec,
-    scale: float | None = None,
-    dropout_p: float = 0.0,
-    dropout_seed: int | None = None,
-    kernel: str = "auto",
-) -> Tensor:
+def attention(q: Tensor, k: Tensor, v: Tensor, *, what: AttentionSpec, where: Where) -> Tensor:
     """Exact attention over a sequence sharded along dim 1.
 
     Args:
-        q: ``[B, n, H, D]``, this rank's tokens under ``layout``.
+        q: ``[B, n, H, D]``, this rank's tokens under the layout.
         k: ``[B, n, K, D]``, K a divisor of H.
         v: ``[B, n, K, Dv]``.
-        groups: the Ulysses axis is used; ``layout.size`` must be its size.
-        layout: placement of the sequence.
-        mask: in global positions.
-        scale: of the logits; ``D ** -0.5`` when None.
-        dropout_p: probability that an attention weight is dropped.
-        dropout_seed: the same on every rank; which weights are dropped then does not depend on the sharding.
-        kernel: the local kernel, ``auto`` to choose by device and dtype.
+        what: to compute, over the whole sequence.
+        where: the tokens are; of the groups the Ulysses axis is used, whose size must be the layout's.
 
     Returns:
         ``[B, n, H, Dv]``.
 
     Raises:
-        SequenceParallelConfigError: shapes, head counts, document borders or dropout settings do not fit.
+        SequenceParallelConfigError: shapes, head counts or document borders do not fit.
         UnsupportedError: the kernel cannot serve such tensors.
     """
-    axis = groups.ulysses
+    axis, layout = where.groups.ulysses, where.layout
     heads, kv_heads = q.shape[HEAD_DIM], k.shape[HEAD_DIM]
     check_shards(q, k, v, layout, axis)
-    reasons = illegal(Workload(axis.size, heads, kv_heads, layout.length, layout=layout.kind, mask=mask))
+    reasons = illegal(Workload(axis.size, heads, kv_heads, layout.length, layout=layout.kind, mask=what.mask))
     if reasons:
         raise SequenceParallelConfigError("ulysses cannot serve this attention: " + " ".join(reasons))
-
-    # What the local attention would refuse must be refused here, before anything is sent.
-    mask.documents(layout.length)
-    softmax.prepare(q, k, v, mask=mask, dropout_p=dropout_p, dropout_seed=dropout_seed, kernel=kernel)
+    call = checked(q, k, v, what, layout)
 
     tokens = tuple(layout.spans(rank) for rank in range(axis.size))
     heads_to_ranks = HeadExchange(axis, "ulysses", head_partition(heads, kv_heads, axis.size), tokens)
     q, k, v = heads_to_ranks.scatter(q, k, v)
-    out = softmax.attention(
-        q,
-        k,
-        v,
-        mask=mask,
-        scale=scale,
-        dropout_p=dropout_p,
-        dropout_seed=dropout_seed,
-        head_offset=heads_to_ranks.head_offset,
-        q_per_kv=heads_to_ranks.q_per_kv,
-        kernel=kernel,
-    )
+    out, _ = attend(q, k, v, call.narrow(heads_to_ranks.heads, heads_to_ranks.q_per_kv))
     return heads_to_ranks.gather(out)
 
 
@@ -171,9 +139,9 @@ class HeadExchange:
         return all_to_all((out,), (route,), axis=self.axis, method=self.method)[0]
 
     @property
-    def head_offset(self) -> int:
-        """The first query head of this rank."""
-        return self.part.queries[self.axis.rank].start
+    def heads(self) -> range:
+        """The query heads of this rank."""
+        return self.part.queries[self.axis.rank]
 
     @property
     def q_per_kv(self) -> tuple[int, ...]:
@@ -224,5 +192,4 @@ METHOD = Method(
     illegal=illegal,
     wire_bytes=wire_bytes,
     attention=attention,
-    settings=("kernel",),
 )

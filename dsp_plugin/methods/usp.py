@@ -19,12 +19,12 @@ from torch import Tensor
 from dsp_plugin.comm.wire import Sender
 from dsp_plugin.errors import SequenceParallelConfigError
 from dsp_plugin.groups import SequenceParallelGroups
-from dsp_plugin.kernels.softmax import prepare
-from dsp_plugin.layout import Layout, run_of
+from dsp_plugin.kernels.spec import AttentionSpec
+from dsp_plugin.layout import Layout
 from dsp_plugin.mask import MaskSpec
 from dsp_plugin.methods import ring, ulysses
-from dsp_plugin.methods.inputs import GradientDtype, check_shards, gradient_dtype
-from dsp_plugin.methods.method import Method, WireBytes, Workload
+from dsp_plugin.methods.inputs import GradientDtype, check_shards, checked, gradient_dtype
+from dsp_plugin.methods.method import Method, Where, WireBytes, Workload
 from dsp_plugin.methods.ring_schedule import RingSchedule, Runs
 from dsp_plugin.methods.ulysses import HEAD_DIM, HeadExchange, head_partition
 
@@ -36,13 +36,8 @@ def attention(
     k: Tensor,
     v: Tensor,
     *,
-    groups: SequenceParallelGroups,
-    layout: Layout,
-    mask: MaskSpec,
-    scale: float | None = None,
-    dropout_p: float = 0.0,
-    dropout_seed: int | None = None,
-    kernel: str = "auto",
+    what: AttentionSpec,
+    where: Where,
     ring_gradient_dtype: GradientDtype = "fp32",
 ) -> Tensor:
     """Exact attention over a sequence sharded along dim 1; arguments and result as for `ring.attention`.
@@ -50,33 +45,22 @@ def attention(
     Raises:
         SequenceParallelConfigError: shapes or head counts do not fit.
     """
+    groups, layout = where.groups, where.layout
     check_shards(q, k, v, layout, groups.sp)
     heads, kv_heads, size = q.shape[HEAD_DIM], k.shape[HEAD_DIM], groups.ulysses.size
     reasons = illegal(Workload(layout.size, heads, kv_heads, layout.length, layout=layout.kind, ulysses_size=size))
     if reasons:
         raise SequenceParallelConfigError("usp cannot serve this attention: " + " ".join(reasons))
-    mask.documents(layout.length)
+    call = checked(q, k, v, what, layout)
     part = head_partition(heads, kv_heads, size)
     members = _members(groups)
     gathered = tuple(gathered_tokens(layout, ranks) for ranks in members)
     exchange = HeadExchange(groups.ulysses, "usp", part, gathered[groups.ring.rank][1])
-    own_queries, own_keys = part.queries[groups.ulysses.rank], part.keys[groups.ulysses.rank]
-    call = prepare(
-        run_of(q, HEAD_DIM, own_queries),
-        run_of(k, HEAD_DIM, own_keys),
-        run_of(v, HEAD_DIM, own_keys),
-        mask=mask,
-        scale=scale,
-        dropout_p=dropout_p,
-        dropout_seed=dropout_seed,
-        head_offset=exchange.head_offset,
-        q_per_kv=exchange.q_per_kv,
-        kernel=kernel,
-    )
     q, k, v = exchange.scatter(q, k, v)
     sender = Sender(groups.ring, "usp", "forward")
     travel = gradient_dtype(ring_gradient_dtype, q.dtype)
-    out = ring.ring_attention(q, k, v, call, _schedule(layout, members, mask), sender, travel)
+    narrowed = call.narrow(exchange.heads, exchange.q_per_kv)
+    out = ring.ring_attention(q, k, v, narrowed, _schedule(layout, members, what.mask), sender, travel)
     return exchange.gather(out)
 
 
@@ -146,5 +130,5 @@ METHOD = Method(
     illegal=illegal,
     wire_bytes=wire_bytes,
     attention=attention,
-    settings=("kernel", "ring_gradient_dtype"),
+    settings=("ring_gradient_dtype",),
 )

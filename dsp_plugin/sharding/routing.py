@@ -10,7 +10,6 @@ from collections.abc import Callable
 from functools import update_wrapper
 from typing import Any, Self
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
@@ -19,9 +18,11 @@ from dsp_plugin.errors import UnsupportedError
 from dsp_plugin.groups import SequenceParallelGroups
 from dsp_plugin.kernels.convolution import short_convolution
 from dsp_plugin.kernels.linear import linear_attention
+from dsp_plugin.kernels.softmax import autocast
+from dsp_plugin.kernels.spec import AttentionSpec
 from dsp_plugin.layout import Layout
 from dsp_plugin.mask import MaskSpec
-from dsp_plugin.methods import halo
+from dsp_plugin.methods import Where, halo
 from dsp_plugin.training.randomness import RegionSeed
 
 LayoutNow = Callable[[], Layout | None]
@@ -128,17 +129,15 @@ class AttentionRoute:
                 why="heads of query and key differ and enable_gqa is not set",
                 remedy="pass enable_gqa=True, as torch itself demands",
             )
-        q, k, v = (autocast(x).transpose(1, 2) for x in (query, key, value))
+        q, k, v = (x.transpose(1, 2) for x in (query, key, value))
         out = self._attention(
             q,
             k,
             v,
-            groups=self._groups,
-            layout=layout,
-            mask=MaskSpec(causal=is_causal),
-            scale=scale,
-            dropout_p=dropout_p,
-            dropout_seed=self._dropout_seed() if dropout_p else None,
+            what=AttentionSpec(
+                MaskSpec(causal=is_causal), scale, dropout_p, self._dropout_seed() if dropout_p else None
+            ),
+            where=Where(self._groups, layout),
         )
         return out.transpose(1, 2)
 
@@ -159,7 +158,7 @@ class AttentionRoute:
                 remedy='set "method" to "lasp", and "softmax_method" to what is to serve the softmax layers, if any',
             )
         q, k, v = (autocast(x) for x in (q, k, v))
-        return self._linear(q, k, v, *gates, groups=self._groups, layout=layout, **settings)
+        return self._linear(q, k, v, *gates, where=Where(self._groups, layout), **settings)
 
     def convolve(
         self, layout: Layout, x: Tensor, weight: Tensor, bias: Tensor | None = None, **settings: Any
@@ -189,13 +188,6 @@ class AttentionRoute:
                 remedy="pass dropout_p=0.0 unless self.training",
             )
         return seed.of_attention(self._name)
-
-
-def autocast(x: Tensor) -> Tensor:
-    """``x`` in the dtype that torch's own call would compute in: rotary embeddings often leave q and k in fp32."""
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
-        return x.to(torch.get_autocast_dtype(x.device.type))
-    return x
 
 
 class _RoutedForward:

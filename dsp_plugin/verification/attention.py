@@ -12,7 +12,7 @@ from torch import Tensor
 from dsp_plugin import kernels
 from dsp_plugin.comm import ledger
 from dsp_plugin.groups import SequenceParallelGroups
-from dsp_plugin.methods import METHODS
+from dsp_plugin.methods import METHODS, Where
 from dsp_plugin.verification.cases import Case
 from dsp_plugin.verification.report import RankReport, WireCheck, judge
 
@@ -25,19 +25,20 @@ def verify(case: Case, groups: SequenceParallelGroups, device: torch.device) -> 
     assert method.attention is not None
     layout, rank = case.workload().tokens(), groups.sp.rank
     q, k, v, dout = _inputs(case, device)
-    common: dict[str, Any] = {"mask": case.mask, "dropout_p": case.dropout, "dropout_seed": case.seed}
+    what = case.attention()
 
     def shard(x: Tensor) -> Tensor:
         return layout.shard(x, SEQUENCE_DIM, rank)
 
     settings = {name: getattr(case, name) for name in method.settings}
-    sharded = partial(method.attention, groups=groups, layout=layout, **settings, **common)
+    sharded = partial(method.attention, what=what, where=Where(groups, layout), **settings)
     with ledger() as log:
         got = _differentiate(sharded, *map(shard, (q, k, v, dout)))
+    asked: dict[str, Any] = {"mask": case.mask, "dropout_p": case.dropout, "dropout_seed": case.seed}
     oracle = _differentiate(
-        lambda *qkv: kernels.dense_attention(*qkv, **common)[0], *(x.double() for x in (q, k, v, dout))
+        lambda *qkv: kernels.dense_attention(*qkv, **asked)[0], *(x.double() for x in (q, k, v, dout))
     )
-    unsharded = _differentiate(partial(kernels.attention, kernel=case.kernel, **common), q, k, v, dout)
+    unsharded = _differentiate(partial(kernels.attention, spec=what), q, k, v, dout)
     distances = judge(got, oracle, unsharded, case.dtype, part=shard)
     formula = method.wire_bytes(case.workload(), rank)
     # Not by method name: nothing else may be sent either.

@@ -14,6 +14,7 @@ import torch
 from dsp_plugin.errors import SequenceParallelConfigError, UnsupportedError
 from dsp_plugin.kernels import linear_fla
 from dsp_plugin.kernels.linear import DECAYS, LINEAR_KERNELS
+from dsp_plugin.kernels.spec import AttentionSpec
 from dsp_plugin.kernels.table import choose
 from dsp_plugin.layout import Layout, LayoutKind, shard_sizes
 from dsp_plugin.mask import MaskSpec
@@ -103,6 +104,10 @@ class Case:
         """The number of positions that ``mask`` runs over."""
         return self.length if self.grid is None else self.grid[0]
 
+    def attention(self) -> AttentionSpec:
+        """What the case computes, for softmax methods."""
+        return AttentionSpec(self.mask, dropout_p=self.dropout, dropout_seed=self.seed, kernel=self.kernel)
+
     def workload(self) -> Workload:
         """As a method's formulas and legality take it."""
         return Workload(
@@ -184,7 +189,7 @@ def refusal(case: Case, device: torch.device | str = "cpu") -> str | None:
         if method.kind == "linear":
             _check_linear_kernel(case.kernel, torch.device(device), case.dtype)
         else:
-            choose(case.kernel, device, case.dtype, case.head_dim, case.v_dim, case.dropout)
+            choose(case.attention(), device, case.dtype, case.head_dim, case.v_dim)
     except (SequenceParallelConfigError, UnsupportedError) as error:
         return str(error)
     return None

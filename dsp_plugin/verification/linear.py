@@ -22,7 +22,7 @@ from dsp_plugin.groups import SequenceParallelGroups
 from dsp_plugin.kernels.linear import linear_attention
 from dsp_plugin.kernels.linear_reference import token_recurrence
 from dsp_plugin.kernels.merge import accumulation_dtype
-from dsp_plugin.methods import METHODS
+from dsp_plugin.methods import METHODS, Where
 from dsp_plugin.verification.cases import Case
 from dsp_plugin.verification.report import TOLERANCES, RankReport, WireCheck, judge
 
@@ -52,7 +52,7 @@ def verify(case: Case, groups: SequenceParallelGroups, device: torch.device) -> 
         local["dfinal"] = own(whole["dfinal"])
     settings = {name: getattr(case, name) for name in method.settings}
     sharded = partial(
-        method.attention, groups=groups, layout=layout, kernel=case.kernel, output_final_state=case.states, **settings
+        method.attention, where=Where(groups, layout), kernel=case.kernel, output_final_state=case.states, **settings
     )
     with ledger() as log:
         got = _differentiate(case, _with_state(sharded, case.states), local)

@@ -8,7 +8,6 @@ sharded region. It goes through `parallelize`, as a user's model does.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from itertools import pairwise, permutations
 
 import torch
@@ -78,7 +77,10 @@ def _switch(
 
 def _stages(case: Case, groups: SequenceParallelGroups, device: torch.device) -> tuple[list[Distance], list[WireCheck]]:
     """The stack of stages, sharded, against the same stack in fp64 in one process."""
-    flash = partial(kernels.attention, kernel=case.kernel)
+
+    def flash(q: Tensor, k: Tensor, v: Tensor, *, mask: MaskSpec) -> Tensor:
+        return kernels.attention(q, k, v, kernels.AttentionSpec(mask, kernel=case.kernel))
+
     model = _AxialStack(case, flash).to(device, case.dtype)
     oracle_model = _AxialStack(case, lambda q, k, v, *, mask: kernels.dense_attention(q, k, v, mask=mask)[0])
     oracle_model.load_state_dict(model.state_dict())

@@ -32,7 +32,7 @@ from torch import Tensor
 from dsp_plugin.kernels.linear import DECAYS
 from dsp_plugin.launch.examples import core_training
 from dsp_plugin.launch.examples.core_training import Batch, Chunks
-from dsp_plugin.patches.megatron.models.linear_specs import hybrid_layer_specs
+from dsp_plugin.patches.megatron.linear_specs import hybrid_layer_specs
 
 VOCABULARY = 256
 NEWLINE = 10

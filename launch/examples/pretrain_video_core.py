@@ -26,7 +26,7 @@ from dsp_plugin.launch.examples import core_training
 from dsp_plugin.launch.examples.core_training import Batch, Chunks
 from dsp_plugin.launch.examples.moving_digits import VOCABULARY, MovingDigits
 from dsp_plugin.patches.megatron.models import video_dit_weights
-from dsp_plugin.patches.megatron.models.video_dit import ParallelVideoDiT, VideoShape
+from dsp_plugin.patches.megatron.video_dit import ParallelVideoDiT, VideoShape
 
 WORDS_PER_DIGIT = 3
 

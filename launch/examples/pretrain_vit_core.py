@@ -30,7 +30,7 @@ from dsp_plugin.launch.examples.core_training import Batch, Chunks
 from dsp_plugin.launch.examples.shallow_water import VARIABLES, ShallowWater, Weather, batch_of_some_variables
 from dsp_plugin.models.vit_objective import latitude_weights
 from dsp_plugin.patches.megatron.models import video_dit_weights, vit_weights
-from dsp_plugin.patches.megatron.models.vit import ParallelVisionTransformer, VitShape
+from dsp_plugin.patches.megatron.vit import ParallelVisionTransformer, VitShape
 
 
 def parse_args() -> argparse.Namespace:

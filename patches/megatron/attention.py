@@ -19,8 +19,10 @@ from torch import Tensor, nn
 
 from dsp_plugin.config.attention import attention_of
 from dsp_plugin.errors import SequenceParallelConfigError, UnsupportedError
+from dsp_plugin.kernels.spec import AttentionSpec
 from dsp_plugin.layout import Layout
 from dsp_plugin.mask import MaskSpec
+from dsp_plugin.methods import Where
 from dsp_plugin.patches.megatron.mask import document_borders
 from dsp_plugin.patches.megatron.state import MegatronState, attending, order_of
 from dsp_plugin.patches.megatron.versions import DISTRIBUTION, SUPPORTED
@@ -209,13 +211,8 @@ class CoreAttention(nn.Module):
             query.transpose(0, 1),
             key.transpose(0, 1),
             value.transpose(0, 1),
-            groups=groups,
-            layout=layout,
-            mask=mask,
-            scale=self.scale,
-            dropout_p=dropout_p,
-            dropout_seed=self._draw_seed(query.device) if dropout_p > 0.0 else None,
-            kernel=config.kernel,
+            what=AttentionSpec(mask, self.scale, dropout_p, self._draw_seed(query.device) if dropout_p > 0.0 else None),
+            where=Where(groups, layout),
         )
         return out.transpose(0, 1).flatten(2)
 

@@ -19,7 +19,7 @@ from dsp_plugin.errors import SequenceParallelConfigError, UnsupportedError
 from dsp_plugin.kernels.convolution import short_convolution
 from dsp_plugin.kernels.linear import linear_attention
 from dsp_plugin.layout import Layout
-from dsp_plugin.methods import METHODS
+from dsp_plugin.methods import METHODS, Where
 from dsp_plugin.methods.halo import convolve
 from dsp_plugin.patches.megatron.attention import check_groups
 from dsp_plugin.patches.megatron.mask import check_mask
@@ -154,7 +154,7 @@ class Sequence:
         if self.state is None:
             out = linear_attention(q, k, v, g, beta)
         else:
-            out = attention_of(self.state.config)(q, k, v, g, beta, groups=self.state.groups, layout=self.runs)
+            out = attention_of(self.state.config)(q, k, v, g, beta, where=Where(self.state.groups, self.runs))
         assert isinstance(out, Tensor)
         return out
 

@@ -10,9 +10,10 @@ from dsp_plugin.config.attention import attention_of
 from dsp_plugin.config.schema import SequenceParallelConfig
 from dsp_plugin.errors import UnsupportedError
 from dsp_plugin.groups import SequenceParallelGroups
+from dsp_plugin.kernels.spec import AttentionSpec
 from dsp_plugin.mask import MaskSpec
+from dsp_plugin.methods import Where
 from dsp_plugin.patches.transformers.inputs import Placement
-from dsp_plugin.sharding.routing import autocast
 from dsp_plugin.training.randomness import RegionSeed
 
 # What some families pass to attention beyond q, k and v, and what it would change.
@@ -72,17 +73,18 @@ class SequenceAttention:
         _refuse_altered_scores(module, attention_mask, is_causal, kwargs)
         placement = self.placement
         out = self._attention(
-            *(autocast(x).transpose(1, 2) for x in (query, key, value)),
-            groups=self._groups,
-            layout=placement.layout,
-            mask=MaskSpec(
-                causal=True,
-                window=None if sliding_window is None else (sliding_window - 1, 0),
-                cu_seqlens=placement.documents,
+            *(x.transpose(1, 2) for x in (query, key, value)),
+            what=AttentionSpec(
+                MaskSpec(
+                    causal=True,
+                    window=None if sliding_window is None else (sliding_window - 1, 0),
+                    cu_seqlens=placement.documents,
+                ),
+                scaling,
+                dropout,
+                self._dropout_seed(module) if dropout else None,
             ),
-            scale=scaling,
-            dropout_p=dropout,
-            dropout_seed=self._dropout_seed(module) if dropout else None,
+            where=Where(self._groups, placement.layout),
         )
         return out, None
 

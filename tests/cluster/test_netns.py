@@ -15,8 +15,10 @@ from benchmarks.netns import HostFailure, Hosts, hosts, sent_bytes, why_not
 from dsp_plugin import Layout, MaskSpec, SequenceParallelConfig, SequenceParallelGroups
 from dsp_plugin.comm import ledger
 from dsp_plugin.kernels.reference import dense_attention
+from dsp_plugin.kernels.spec import AttentionSpec
 from dsp_plugin.layout import LayoutKind
 from dsp_plugin.methods import METHODS, Workload
+from dsp_plugin.methods.method import Where
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(120)]
 
@@ -54,7 +56,7 @@ def _attend(method: str, inputs: list[Tensor], dout: Tensor, wanted: tuple[Tenso
     dist.barrier()
     before = sent_bytes()
     with ledger() as log:
-        out = attention(*shards, groups=groups, layout=layout, mask=CAUSAL)
+        out = attention(*shards, what=AttentionSpec(CAUSAL), where=Where(groups, layout))
         found = (out, *torch.autograd.grad(out, shards, layout.shard(dout, 1, rank)))
     dist.barrier()
     on_wire = sent_bytes() - before

@@ -15,6 +15,7 @@ from dsp_plugin import Layout, SequenceParallelConfig, SequenceParallelGroups
 from dsp_plugin.comm import ledger
 from dsp_plugin.kernels.linear import linear_attention
 from dsp_plugin.methods import lasp
+from dsp_plugin.methods.method import Where
 from dsp_plugin.methods.state_exchange import EXCHANGES
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(120)]
@@ -45,7 +46,7 @@ def attend_on_host() -> dict[str, dict[str, float]]:
         dist.barrier()
         before = sent_bytes()
         with ledger() as log:
-            out = lasp.attention(*shards, groups=groups, layout=layout, exchange=exchange)
+            out = lasp.attention(*shards, where=Where(groups, layout), exchange=exchange)
             got = (out, *torch.autograd.grad(out, shards, layout.shard(dout, 1, groups.sp.rank)))
         dist.barrier()
         on_wire = sent_bytes() - before

@@ -56,8 +56,8 @@ from dsp_plugin.methods import METHODS
 
 true = METHODS["ulysses"]
 
-def attention(*args, groups, **settings):
-    out = true.attention(*args, groups=groups, **settings)
+def attention(*args, where, **settings):
+    out = true.attention(*args, where=where, **settings)
     {flaw}
     return out
 

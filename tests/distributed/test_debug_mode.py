@@ -12,7 +12,9 @@ import torch.distributed as dist
 
 from dsp_plugin import CollectiveMismatchError, Layout, MaskSpec, SequenceParallelConfig, SequenceParallelGroups, ledger
 from dsp_plugin.comm import all_gather, gather, reduce_scatter, replicate, ring_hop, split
+from dsp_plugin.kernels.spec import AttentionSpec
 from dsp_plugin.methods import dsp, ulysses
+from dsp_plugin.methods.method import Where
 from dsp_plugin.spawn import RankFailure, spawn
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(60)]
@@ -60,7 +62,7 @@ def _other_dtype(groups: Groups, rank: int) -> None:
 def _other_length(groups: Groups, rank: int) -> None:
     layout = Layout("contiguous", 9 if rank == 1 else 6, groups.sp.size)
     q = torch.zeros(1, layout.sizes[rank], 4, 8)
-    ulysses.attention(q, q, q, groups=groups, layout=layout, mask=MaskSpec())
+    ulysses.attention(q, q, q, what=AttentionSpec(), where=Where(groups, layout))
 
 
 def _other_batch(groups: Groups, rank: int) -> None:
@@ -194,7 +196,7 @@ def _everything(groups: Groups) -> tuple[list[torch.Tensor], list]:
     x = leaf(2, Layout("contiguous", 7, size).sizes[rank], 5)
     axis = groups.sp
     with ledger() as log:
-        out = ulysses.attention(q, k, k, groups=groups, layout=layout, mask=MaskSpec(causal=True))
+        out = ulysses.attention(q, k, k, what=AttentionSpec(MaskSpec(causal=True)), where=Where(groups, layout))
         results = [
             out,
             all_gather(shard, 0, layout, axis=axis, method="test") * (rank + 1),

@@ -29,7 +29,9 @@ from dsp_plugin import (
     ledger,
     parallelize,
 )
+from dsp_plugin.kernels.spec import AttentionSpec
 from dsp_plugin.methods import dsp, ulysses
+from dsp_plugin.methods.method import Where
 from dsp_plugin.spawn import spawn
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(90)]
@@ -67,7 +69,7 @@ def attend(
     v = torch.zeros(k_batch, k.shape[1] if v_tokens is None else v_tokens, kv_heads, HEAD_DIM, dtype=v_dtype)
     if dims == 3:
         q, k, v = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)
-    ulysses.attention(q, k, v, groups=groups, layout=layout, **{"mask": MaskSpec(), **settings})
+    ulysses.attention(q, k, v, what=AttentionSpec(**settings), where=Where(groups, layout))
 
 
 # --- DSP called directly

@@ -20,6 +20,7 @@ from dsp_plugin.comm import ledger
 from dsp_plugin.kernels.linear import DECAYS
 from dsp_plugin.layout import shard_sizes
 from dsp_plugin.methods import METHODS, WireBytes, Workload, lasp, state_exchange
+from dsp_plugin.methods.method import Where
 from dsp_plugin.methods.state_exchange import EXCHANGES, scan_blocks
 from dsp_plugin.spawn import RankFailure, spawn
 from dsp_plugin.verification import Case, CaseResult, default_cases, refusal, run_case, run_cases
@@ -189,7 +190,7 @@ def _calls(case: Case, exchange: str, groups: SequenceParallelGroups) -> tuple[d
         if name not in ("dout", "dfinal")
     }
     with ledger() as forward:
-        out = lasp.attention(**leaves, groups=groups, layout=layout, exchange=exchange, causal=case.mask.causal)
+        out = lasp.attention(**leaves, where=Where(groups, layout), exchange=exchange, causal=case.mask.causal)
     with ledger() as backward:
         out.sum().backward()
     before, after = (
@@ -332,7 +333,7 @@ def test_illegal_cases_are_refused_on_every_rank_before_anything_is_sent(fixed: 
 def _wrong_shard(size: int) -> None:
     groups = build(size)
     x = torch.randn(1, 2, 2, 4)
-    lasp.attention(x, x, x, groups=groups, layout=Layout("contiguous", 9, size))
+    lasp.attention(x, x, x, where=Where(groups, Layout("contiguous", 9, size)))
 
 
 def test_the_method_itself_refuses_on_every_rank() -> None:

@@ -10,7 +10,9 @@ import torch
 from dsp_plugin import Layout, MaskSpec, SequenceParallelConfig, SequenceParallelGroups
 from dsp_plugin.comm import ledger
 from dsp_plugin.kernels.linear import DECAYS
+from dsp_plugin.kernels.spec import AttentionSpec
 from dsp_plugin.methods import METHODS, WireBytes, Workload, lasp, ulysses
+from dsp_plugin.methods.method import Where
 from dsp_plugin.methods.state_exchange import EXCHANGES
 from dsp_plugin.spawn import spawn
 from dsp_plugin.verification import Case
@@ -34,7 +36,7 @@ def lasp_bytes(groups: SequenceParallelGroups, case: Case) -> WireBytes:
     }
     settings = {"exchange": case.exchange, "causal": case.mask.causal, "cu_seqlens": case.mask.cu_seqlens}
     with ledger() as log:
-        lasp.attention(**leaves, groups=groups, layout=layout, **settings).sum().backward()
+        lasp.attention(**leaves, where=Where(groups, layout), **settings).sum().backward()
     return WireBytes(log.bytes(phase="forward"), log.bytes(phase="backward"))
 
 
@@ -124,7 +126,7 @@ def _both_measured(size: int, length: int, exchange: str, heads: int, dim: int) 
     groups, layout = build("ulysses", size), Layout("contiguous", length, size)
     q, k, v = (layout.shard(draw(case)[name], 1, groups.sp.rank).clone().requires_grad_() for name in "qkv")
     with ledger() as log:
-        ulysses.attention(q, k, v, groups=groups, layout=layout, mask=CAUSAL).sum().backward()
+        ulysses.attention(q, k, v, what=AttentionSpec(CAUSAL), where=Where(groups, layout)).sum().backward()
     return ours, log.bytes()
 
 

@@ -13,7 +13,9 @@ from torch import Tensor
 
 from dsp_plugin import Layout, MaskSpec, SequenceParallelConfig, SequenceParallelConfigError, SequenceParallelGroups
 from dsp_plugin.comm import ledger
+from dsp_plugin.kernels.spec import AttentionSpec
 from dsp_plugin.methods import METHODS, WireBytes, Workload, dsp, ulysses
+from dsp_plugin.methods.method import Where
 from dsp_plugin.spawn import RankFailure, spawn
 from dsp_plugin.verification import Case, CaseResult, default_cases, run_case, run_cases
 
@@ -220,8 +222,8 @@ def _dropped(size: int, kind: str) -> tuple[bool, float, bool]:
 
     def weights(groups: SequenceParallelGroups, layout: Layout, seed: int) -> Tensor:
         q_n, k_n, v_n = (layout.shard(x, 1, groups.ulysses.rank) for x in (q, k, v))
-        settings = {"groups": groups, "layout": layout, "mask": MaskSpec(), "dropout_p": 0.3, "dropout_seed": seed}
-        return ulysses.attention(q_n, k_n, v_n, **settings)
+        what = AttentionSpec(dropout_p=0.3, dropout_seed=seed)
+        return ulysses.attention(q_n, k_n, v_n, what=what, where=Where(groups, layout))
 
     whole = weights(single, Layout("contiguous", length, 1), seed=11)
     mine = weights(groups, layout, seed=11)
@@ -245,7 +247,8 @@ def _calls(size: int) -> list[int]:
     groups, layout = build("ulysses", size), Layout("zigzag", 11, size)
     q, k, v = (torch.randn(1, layout.sizes[groups.sp.rank], heads, 8, requires_grad=True) for heads in (6, 2, 2))
     with ledger() as log:
-        ulysses.attention(q, k, v, groups=groups, layout=layout, mask=MaskSpec(causal=True)).sum().backward()
+        what = AttentionSpec(MaskSpec(causal=True))
+        ulysses.attention(q, k, v, what=what, where=Where(groups, layout)).sum().backward()
     return [log.calls(phase="forward"), log.calls(phase="backward")]
 
 
@@ -297,7 +300,7 @@ def _layer_bytes(size: int, frames: int, patches: int) -> dict[str, int]:
         layout = Layout("contiguous", length, size)
         shape = (rows, layout.sizes[groups.ulysses.rank], heads, dim)
         q, k, v = (torch.randn(shape, requires_grad=True) for _ in range(3))
-        ulysses.attention(q, k, v, groups=groups, layout=layout, mask=MaskSpec()).sum().backward()
+        ulysses.attention(q, k, v, what=AttentionSpec(), where=Where(groups, layout)).sum().backward()
 
     with ledger() as log:  # Patches are sharded throughout: space attention pays, time attention is local.
         attend(batch * frames, patches)
@@ -371,7 +374,7 @@ def test_illegal_cases_are_refused_on_every_rank_before_anything_is_sent(
 def _too_few_heads(size: int) -> None:
     groups, layout = build("ulysses", size), Layout("contiguous", 6, size)
     q, k, v = (torch.randn(1, layout.sizes[groups.sp.rank], 2, 4) for _ in range(3))
-    ulysses.attention(q, k, v, groups=groups, layout=layout, mask=MaskSpec())
+    ulysses.attention(q, k, v, what=AttentionSpec(), where=Where(groups, layout))
 
 
 def test_the_method_itself_refuses_on_every_rank() -> None:

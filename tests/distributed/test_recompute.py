@@ -21,7 +21,9 @@ from torch.utils.checkpoint import checkpoint
 
 from dsp_plugin import Layout, MaskSpec, SequenceParallelConfig, SequenceParallelGroups, ledger
 from dsp_plugin.kernels import calls
+from dsp_plugin.kernels.spec import AttentionSpec
 from dsp_plugin.methods import METHODS
+from dsp_plugin.methods.method import Where
 from dsp_plugin.methods.ulysses import head_partition
 from dsp_plugin.patches import recompute as patches
 from dsp_plugin.spawn import spawn
@@ -68,11 +70,10 @@ class Layer(nn.Module):
             q,
             k,
             v,
-            groups=self.groups,
-            layout=Layout(WORLDS[self.method][2], LENGTH, self.groups.sp.size),
-            mask=MaskSpec(causal=True),
-            dropout_p=self.dropout,
-            dropout_seed=seed if self.dropout else None,
+            what=AttentionSpec(
+                MaskSpec(causal=True), dropout_p=self.dropout, dropout_seed=seed if self.dropout else None
+            ),
+            where=Where(self.groups, Layout(WORLDS[self.method][2], LENGTH, self.groups.sp.size)),
         )
         x_BnC = x_BnC + F.dropout(self.out(out.flatten(2)), 0.2)
         return x_BnC + F.dropout(self.mlp(x_BnC), 0.2)
@@ -250,7 +251,7 @@ def kept_bytes(method: str, groups: SequenceParallelGroups) -> dict[str, tuple[i
     assert attention is not None
     layout = Layout(WORLDS[method][2], ODD_LENGTH, groups.sp.size)
     # The math kernel pads nothing.
-    settings = {"groups": groups, "layout": layout, "mask": MaskSpec(causal=True), "kernel": "math"}
+    settings = {"what": AttentionSpec(MaskSpec(causal=True), kernel="math"), "where": Where(groups, layout)}
     found = {}
     for name, dtype in [*product(SHAPES, DTYPES[:1]), *product(list(SHAPES)[:1], DTYPES[1:])]:
         shape = heads, kv_heads, d, dv = SHAPES[name]
@@ -287,7 +288,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, method: str = "ring", **settings: An
     assert attention is not None
     whole_sequence = Layout("contiguous", q.shape[1], 1)
     groups = SequenceParallelGroups.single()
-    return attention(q, k, v, groups=groups, layout=whole_sequence, mask=MaskSpec(causal=True), **settings)
+    what = AttentionSpec(MaskSpec(causal=True), **settings)
+    return attention(q, k, v, what=what, where=Where(groups, whole_sequence))
 
 
 def stretch(x: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from dsp_plugin import Layout, SequenceParallelConfig, SequenceParallelGroups, ledger
 from dsp_plugin.kernels import calls
 from dsp_plugin.methods import METHODS
+from dsp_plugin.methods.method import Where
 from dsp_plugin.methods.state_exchange import EXCHANGES
 from dsp_plugin.patches import recompute as patches
 from dsp_plugin.spawn import spawn
@@ -79,8 +80,7 @@ class Layer(nn.Module):
         v = self.v(x_BnC).unflatten(-1, (HEADS, VALUE_DIM))
         decay, rate = self.gates(x_BnC).chunk(2, -1)
         settings = {
-            "groups": self.groups,
-            "layout": Layout(self.case.layout, LENGTH, self.groups.sp.size),
+            "where": Where(self.groups, Layout(self.case.layout, LENGTH, self.groups.sp.size)),
             "exchange": self.case.exchange,
             "cu_seqlens": DOCUMENTS[self.case.documents],
             "causal": self.case.causal,
@@ -235,8 +235,7 @@ def kept_bytes(groups: SequenceParallelGroups) -> dict[str, tuple[int, int, int,
         layout = Layout(case.layout, LENGTH, groups.lasp.size)
         inputs = example(case.decay, layout.sizes[groups.lasp.rank], dtype)
         settings = {
-            "groups": groups,
-            "layout": layout,
+            "where": Where(groups, layout),
             "exchange": case.exchange,
             "cu_seqlens": DOCUMENTS[case.documents],
             "causal": case.causal,

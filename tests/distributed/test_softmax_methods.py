@@ -16,7 +16,9 @@ from torch import Tensor
 
 from dsp_plugin import Layout, MaskSpec, SequenceParallelConfig, SequenceParallelConfigError, SequenceParallelGroups
 from dsp_plugin.config.attention import attention_of
+from dsp_plugin.kernels.spec import AttentionSpec
 from dsp_plugin.methods import METHODS, lightseq, ring
+from dsp_plugin.methods.method import Where
 from dsp_plugin.spawn import RankFailure, spawn
 from dsp_plugin.verification import Case, CaseResult, default_cases, refusal, run_cases
 
@@ -146,8 +148,8 @@ def _weights(method: str, size: int, kind: str, ulysses_size: int | None) -> tup
 
     def weights(groups: SequenceParallelGroups, layout: Layout, seed: int) -> Tensor:
         shards = (layout.shard(x, 1, groups.sp.rank).clone() for x in (q, k, v))
-        mask = MaskSpec(causal=True)
-        return attention_of(config)(*shards, groups=groups, layout=layout, mask=mask, dropout_p=0.3, dropout_seed=seed)
+        what = AttentionSpec(MaskSpec(causal=True), dropout_p=0.3, dropout_seed=seed)
+        return attention_of(config)(*shards, what=what, where=Where(groups, layout))
 
     whole = weights(single, Layout("contiguous", length, 1), seed=11)
     expected = layout.shard(whole, 1, rank)
@@ -215,7 +217,8 @@ def _events(method: str, layout: str) -> list[str]:
     groups = SequenceParallelGroups.build(SequenceParallelConfig(method=method, size=4))
     tokens = Layout(layout, 32, 4)
     q, k, v = (torch.randn(1, 8, 2, 4, requires_grad=True) for _ in range(3))
-    out = METHODS[method].attention(q, k, v, groups=groups, layout=tokens, mask=MaskSpec(causal=True))
+    what = AttentionSpec(MaskSpec(causal=True))
+    out = METHODS[method].attention(q, k, v, what=what, where=Where(groups, tokens))
     log.append("backward")
     out.sum().backward()
     return log
@@ -270,7 +273,8 @@ def _mismatched(method: str) -> None:
     groups = SequenceParallelGroups.build(SequenceParallelConfig(method=method, size=2))
     q, k, v = (torch.randn(1, 5, 2, 4) for _ in range(3))
     layout = Layout("contiguous", 8, 2)
-    METHODS[method].attention(q, k, v, groups=groups, layout=layout, mask=MaskSpec(cu_seqlens=(0, 7)))
+    what = AttentionSpec(MaskSpec(cu_seqlens=(0, 7)))
+    METHODS[method].attention(q, k, v, what=what, where=Where(groups, layout))
 
 
 @pytest.mark.parametrize("method", METHODS_HERE)
@@ -293,6 +297,19 @@ def test_gradients_in_the_input_dtype_halve_their_bytes() -> None:
         assert sum(check.backward for check in result.wire) == 4 * forward * times
 
 
-def test_the_setting_reaches_the_attention() -> None:
+def test_the_settings_reach_the_attention(monkeypatch: pytest.MonkeyPatch) -> None:
     config = SequenceParallelConfig(method="ring", size=1, ring_gradient_dtype="input", kernel="math")
-    assert attention_of(config).keywords == {"kernel": "math", "ring_gradient_dtype": "input"}
+    given: list[tuple[str, str]] = []
+
+    def attention(
+        q: Tensor, k: Tensor, v: Tensor, *, what: AttentionSpec, where: Where, ring_gradient_dtype: str
+    ) -> Tensor:
+        given.append((what.kernel, ring_gradient_dtype))
+        return q
+
+    monkeypatch.setitem(METHODS, "ring", replace(METHODS["ring"], attention=attention))
+    x = torch.zeros(1, 3, 2, 4)
+    attention_of(config)(
+        x, x, x, what=AttentionSpec(), where=Where(SequenceParallelGroups.single(), Layout("contiguous", 3, 1))
+    )
+    assert given == [("math", "input")]

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from dsp_plugin.kernels import (
     KERNELS,
+    AttentionSpec,
     attention,
     block_backward,
     block_forward,
@@ -44,7 +45,8 @@ def usable(name: str, head_dim: int, v_head_dim: int, dropout_p: float = 0.0) ->
     available, reason = KERNELS[name].available()
     if not available:
         pytest.skip(f"{name}: {reason}")
-    refusal = KERNELS[name].supports(torch.bfloat16, torch.device("cuda"), head_dim, v_head_dim, dropout_p > 0)
+    spec = AttentionSpec(dropout_p=dropout_p, dropout_seed=0)
+    refusal = KERNELS[name].supports(torch.bfloat16, torch.device("cuda"), head_dim, v_head_dim, spec)
     if refusal is not None:
         pytest.skip(f"{name}: {refusal}")
     return name
@@ -83,7 +85,7 @@ def assert_bf16_close(got: list[Tensor], want: list[Tensor]) -> None:
 def test_masks(kernel: str, mask: MaskSpec) -> None:
     name = usable(kernel, 64, 64)
     q, k, v, dout = make()
-    out, lse = attention(q, k, v, mask=mask, kernel=name, return_lse=True)
+    out, lse = attention(q, k, v, AttentionSpec(mask, kernel=name), return_lse=True)
     got = [out, lse, *torch.autograd.grad(out, (q, k, v), dout)]
     assert_bf16_close(got, oracle(q, k, v, dout, mask=mask))
 
@@ -107,7 +109,7 @@ def test_masks(kernel: str, mask: MaskSpec) -> None:
 def test_shapes(kernel: str, mask: MaskSpec, shape: dict[str, int]) -> None:
     name = usable(kernel, shape.get("dim", 64), shape.get("v_dim", 64))
     q, k, v, dout = make(**shape)
-    out, lse = attention(q, k, v, mask=mask, kernel=name, return_lse=True)
+    out, lse = attention(q, k, v, AttentionSpec(mask, kernel=name), return_lse=True)
     got = [out, lse, *torch.autograd.grad(out, (q, k, v), dout)]
     assert_bf16_close(got, oracle(q, k, v, dout, mask=mask))
 
@@ -119,7 +121,7 @@ def test_blocks_merge_to_the_whole(kernel: str, mask: MaskSpec) -> None:
     q, k, v, dout = make()
     want = oracle(q, k, v, dout, mask=mask)
     q, k, v = (x.detach() for x in (q, k, v))
-    call = prepare(q, k, v, mask=mask, kernel=name)
+    call = prepare(q, k, v, AttentionSpec(mask, kernel=name))
     runs = [range(0, 100), range(100, 180), range(180, LENGTH)]
     out, lse = empty_state(q, v)
     grads = [torch.zeros_like(x, dtype=torch.float32) for x in (q, k, v)]
@@ -146,7 +148,7 @@ def test_blocks_merge_to_the_whole(kernel: str, mask: MaskSpec) -> None:
 def test_math_in_fp32(mask: MaskSpec, dropout_p: float) -> None:
     q, k, v, dout = (x.detach().float().requires_grad_() for x in make(dim=33, v_dim=24))
     arguments = {"mask": mask, "dropout_p": dropout_p, "dropout_seed": 3, "q_per_kv": (1, 3)}
-    out, lse = attention(q, k, v, kernel="math", return_lse=True, **arguments)
+    out, lse = attention(q, k, v, AttentionSpec(kernel="math", **arguments), return_lse=True)
     got = [out, lse, *torch.autograd.grad(out, (q, k, v), dout)]
     for g, w in zip(got, oracle(q, k, v, dout, **arguments), strict=True):
         torch.testing.assert_close(g.double(), w, rtol=1e-5, atol=1e-5)
@@ -159,6 +161,6 @@ def test_dropout_is_the_same_on_cpu_and_cuda() -> None:
 
 def test_auto_chooses_a_flash_kernel_for_bf16_and_math_for_the_rest() -> None:
     if torch.cuda.get_device_capability() >= (8, 0):
-        assert choose("auto", "cuda", torch.bfloat16, 64).name in FLASH
-    assert choose("auto", "cuda", torch.float32, 64).name == "math"
-    assert choose("auto", "cuda", torch.bfloat16, 64, dropout_p=0.1).name == "math"
+        assert choose(AttentionSpec(), "cuda", torch.bfloat16, 64).name in FLASH
+    assert choose(AttentionSpec(), "cuda", torch.float32, 64).name == "math"
+    assert choose(AttentionSpec(dropout_p=0.1, dropout_seed=1), "cuda", torch.bfloat16, 64).name == "math"

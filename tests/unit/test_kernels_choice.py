@@ -9,24 +9,26 @@ import torch
 from test_kernels_parity import Shape, make
 
 from dsp_plugin.errors import SequenceParallelConfigError, UnsupportedError
-from dsp_plugin.kernels import KERNELS, attention, choose, describe
+from dsp_plugin.kernels import KERNELS, AttentionSpec, attention, choose, describe
 from dsp_plugin.kernels.flash_attention import FlashAttention2, FlashAttention3
 from dsp_plugin.kernels.torch_flash import CudaFlash
 from dsp_plugin.mask import MaskSpec
 
 pytestmark = pytest.mark.timeout(30)
 
+DROPPING = AttentionSpec(dropout_p=0.1, dropout_seed=1)
+
 
 def test_auto_prefers_the_cpu_operator_and_falls_back_to_math() -> None:
-    assert choose("auto", "cpu", torch.float32, 64).name == "cpu_flash"
-    assert choose("auto", "cpu", torch.bfloat16, 64, 48).name == "cpu_flash"
-    assert choose("auto", "cpu", torch.float32, 64, dropout_p=0.1).name == "math"
-    assert choose("auto", "meta", torch.float32, 64).name == "math"
+    assert choose(AttentionSpec(), "cpu", torch.float32, 64).name == "cpu_flash"
+    assert choose(AttentionSpec(), "cpu", torch.bfloat16, 64, 48).name == "cpu_flash"
+    assert choose(DROPPING, "cpu", torch.float32, 64).name == "math"
+    assert choose(AttentionSpec(), "meta", torch.float32, 64).name == "math"
 
 
 @pytest.mark.parametrize("name", ["math", "reference", "cpu_flash"])
 def test_a_forced_kernel_is_used(name: str) -> None:
-    assert choose(name, "cpu", torch.float32, 64).name == name
+    assert choose(AttentionSpec(kernel=name), "cpu", torch.float32, 64).name == name
 
 
 @pytest.mark.parametrize(
@@ -44,7 +46,7 @@ def test_a_forced_kernel_is_used(name: str) -> None:
 )
 def test_refusals_name_the_reason_and_the_values(kernel: str, device: str, dtype: torch.dtype, message: str) -> None:
     with pytest.raises(UnsupportedError, match=message) as caught:
-        choose(kernel, device, dtype, 64)
+        choose(AttentionSpec(kernel=kernel), device, dtype, 64)
     assert f"kernel='{kernel}'" in str(caught.value)
     assert str(dtype) in str(caught.value)
 
@@ -53,35 +55,42 @@ def test_refusals_name_the_reason_and_the_values(kernel: str, device: str, dtype
 @pytest.mark.parametrize("kernel", ["fa2", "fa3", "cuda_flash"])
 def test_cuda_kernels_are_refused_without_cuda(kernel: str) -> None:
     with pytest.raises(UnsupportedError, match=f"{kernel} cannot serve this: no cuda device") as caught:
-        choose(kernel, "cpu", torch.bfloat16, 64)
+        choose(AttentionSpec(kernel=kernel), "cpu", torch.bfloat16, 64)
     assert "Set kernel to 'auto' or one that can: cpu_flash, math, reference" in str(caught.value)
 
 
 @pytest.mark.parametrize(
-    ("kernel", "dtype", "dims", "dropout", "capability", "message"),
+    ("kernel", "dtype", "dims", "spec", "capability", "message"),
     [
-        (FlashAttention2(), torch.float32, (64, 64), False, (8, 0), "float16 or bfloat16"),
-        (FlashAttention2(), torch.bfloat16, (64, 264), False, (8, 0), "head dim 264 exceeds 256"),
-        (CudaFlash(), torch.bfloat16, (64, 64), True, (8, 0), "dropout would depend on how the sequence is sharded"),
-        (CudaFlash(), torch.bfloat16, (64, 64), False, (7, 5), r"needs compute capability \(8, 0\)"),
-        (CudaFlash(), torch.bfloat16, (256, 64), False, (8, 9), "head dim 256 does not fit"),
-        (FlashAttention3(), torch.bfloat16, (64, 64), False, (8, 0), "built for Hopper"),
-        (FlashAttention3(), torch.bfloat16, (64, 64), False, (10, 0), "built for Hopper"),
+        (FlashAttention2(), torch.float32, (64, 64), AttentionSpec(), (8, 0), "float16 or bfloat16"),
+        (FlashAttention2(), torch.bfloat16, (64, 264), AttentionSpec(), (8, 0), "head dim 264 exceeds 256"),
+        (
+            CudaFlash(),
+            torch.bfloat16,
+            (64, 64),
+            DROPPING,
+            (8, 0),
+            "dropout would depend on how the sequence is sharded",
+        ),
+        (CudaFlash(), torch.bfloat16, (64, 64), AttentionSpec(), (7, 5), r"needs compute capability \(8, 0\)"),
+        (CudaFlash(), torch.bfloat16, (256, 64), AttentionSpec(), (8, 9), "head dim 256 does not fit"),
+        (FlashAttention3(), torch.bfloat16, (64, 64), AttentionSpec(), (8, 0), "built for Hopper"),
+        (FlashAttention3(), torch.bfloat16, (64, 64), AttentionSpec(), (10, 0), "built for Hopper"),
     ],
 )
 def test_cuda_kernels_know_their_limits(
-    monkeypatch: pytest.MonkeyPatch, kernel, dtype, dims, dropout, capability, message
+    monkeypatch: pytest.MonkeyPatch, kernel, dtype, dims, spec, capability, message
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    assert re.search(message, kernel.supports(dtype, torch.device("cuda:0"), *dims, dropout))
+    assert re.search(message, kernel.supports(dtype, torch.device("cuda:0"), *dims, spec))
     good_capability = (9, 0)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: good_capability)
-    assert kernel.supports(torch.bfloat16, torch.device("cuda:0"), 192, 128, False) is None
+    assert kernel.supports(torch.bfloat16, torch.device("cuda:0"), 192, 128, AttentionSpec()) is None
 
 
 def test_unknown_kernels_name_the_nearest() -> None:
     with pytest.raises(SequenceParallelConfigError, match=r"kernel='cpuflash': kernels are auto, fa3.*'cpu_flash'"):
-        choose("cpuflash", "cpu", torch.float32, 64)
+        choose(AttentionSpec(kernel="cpuflash"), "cpu", torch.float32, 64)
 
 
 def test_describe_has_a_row_for_every_kernel() -> None:
@@ -98,14 +107,14 @@ def test_describe_has_a_row_for_every_kernel() -> None:
 def test_head_counts_are_checked() -> None:
     q, k, v, _ = make(Shape(heads=5, kv_heads=2))
     with pytest.raises(SequenceParallelConfigError, match="5 is not a multiple of 2"):
-        attention(q, k, v, mask=MaskSpec())
+        attention(q, k, v, AttentionSpec(MaskSpec()))
     with pytest.raises(SequenceParallelConfigError, match=r"q_per_kv=\(2, 2\).*adding up to 5 query heads; it has 2"):
-        attention(q, k, v, mask=MaskSpec(), q_per_kv=(2, 2))
+        attention(q, k, v, AttentionSpec(MaskSpec(), q_per_kv=(2, 2)))
     with pytest.raises(SequenceParallelConfigError, match="one count for each of 2 kv heads"):
-        attention(q, k, v, mask=MaskSpec(), q_per_kv=(2, 2, 1))
+        attention(q, k, v, AttentionSpec(MaskSpec(), q_per_kv=(2, 2, 1)))
 
 
 def test_mixed_dtypes_are_refused() -> None:
     q, k, v, _ = make(Shape())
     with pytest.raises(UnsupportedError, match=r"q torch\.float32, k torch\.float32, v torch\.bfloat16"):
-        attention(q, k, v.bfloat16(), mask=MaskSpec())
+        attention(q, k, v.bfloat16(), AttentionSpec(MaskSpec()))

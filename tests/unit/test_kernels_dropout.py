@@ -7,7 +7,7 @@ import torch
 from test_kernels_parity import MASKS, Shape, assert_close, fast, make, oracle, run
 
 from dsp_plugin.errors import SequenceParallelConfigError, UnsupportedError
-from dsp_plugin.kernels import attention
+from dsp_plugin.kernels import AttentionSpec, attention
 from dsp_plugin.kernels.dropout import Dropout
 from dsp_plugin.mask import MaskSpec
 
@@ -59,18 +59,18 @@ def test_shards_see_their_part_of_the_global_mask() -> None:
 def test_sharding_heads_or_batch_changes_nothing() -> None:
     q, k, v, _ = make(Shape(heads=6, kv_heads=3))
     arguments = {"mask": MaskSpec(causal=True), "dropout_p": 0.4, "dropout_seed": 3}
-    whole = attention(q, k, v, **arguments)
-    upper = attention(q[:, :, 2:], k[:, :, 1:], v[:, :, 1:], head_offset=2, **arguments)
+    whole = attention(q, k, v, AttentionSpec(**arguments))
+    upper = attention(q[:, :, 2:], k[:, :, 1:], v[:, :, 1:], AttentionSpec(head_offset=2, **arguments))
     torch.testing.assert_close(upper, whole[:, :, 2:])
-    second = attention(q[1:], k[1:], v[1:], batch_offset=1, **arguments)
+    second = attention(q[1:], k[1:], v[1:], AttentionSpec(batch_offset=1, **arguments))
     torch.testing.assert_close(second, whole[1:])
-    assert not torch.allclose(attention(q[1:], k[1:], v[1:], **arguments), whole[1:])
+    assert not torch.allclose(attention(q[1:], k[1:], v[1:], AttentionSpec(**arguments)), whole[1:])
 
 
 def test_the_expected_output_is_that_without_dropout() -> None:
     q, k, v, _ = make(Shape(batch=1, q_len=8, k_len=64))
-    dropped = [attention(q, k, v, mask=MaskSpec(), dropout_p=0.5, dropout_seed=seed) for seed in range(100)]
-    plain = attention(q, k, v, mask=MaskSpec())
+    dropped = [attention(q, k, v, AttentionSpec(MaskSpec(), dropout_p=0.5, dropout_seed=seed)) for seed in range(100)]
+    plain = attention(q, k, v, AttentionSpec(MaskSpec()))
     spread = torch.stack(dropped).std(0) / len(dropped) ** 0.5
     assert ((torch.stack(dropped).mean(0) - plain).abs() / spread).max() < 6
 
@@ -78,8 +78,8 @@ def test_the_expected_output_is_that_without_dropout() -> None:
 def test_settings_are_checked() -> None:
     q, k, v, _ = make(Shape())
     with pytest.raises(SequenceParallelConfigError, match=r"dropout_p=1\.0: a dropout probability lies in \[0, 1\)"):
-        attention(q, k, v, mask=MaskSpec(), dropout_p=1.0, dropout_seed=1)
+        attention(q, k, v, AttentionSpec(MaskSpec(), dropout_p=1.0, dropout_seed=1))
     with pytest.raises(SequenceParallelConfigError, match=r"dropout_seed: it is None with dropout_p=0\.1"):
-        attention(q, k, v, mask=MaskSpec(), dropout_p=0.1)
+        attention(q, k, v, AttentionSpec(MaskSpec(), dropout_p=0.1))
     with pytest.raises(UnsupportedError, match=r"cpu_flash cannot serve this: the operator refuses dropout"):
-        attention(q, k, v, mask=MaskSpec(), dropout_p=0.1, dropout_seed=1, kernel="cpu_flash")
+        attention(q, k, v, AttentionSpec(MaskSpec(), dropout_p=0.1, dropout_seed=1, kernel="cpu_flash"))

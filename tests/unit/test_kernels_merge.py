@@ -6,10 +6,19 @@ from itertools import pairwise
 
 import pytest
 import torch
-from test_kernels_parity import KERNELS_ON_CPU, MASKS, Shape, assert_close, make, oracle, run
+from test_kernels_parity import KERNELS_ON_CPU, MASKS, Shape, assert_close, fast, make, oracle, run
 from torch import Tensor
 
-from dsp_plugin.kernels import attention, block_backward, block_forward, calls, empty_state, merge_, prepare
+from dsp_plugin.kernels import (
+    AttentionSpec,
+    attention,
+    block_backward,
+    block_forward,
+    calls,
+    empty_state,
+    merge_,
+    prepare,
+)
 from dsp_plugin.layout import LAYOUTS, Layout
 from dsp_plugin.mask import MaskSpec
 
@@ -21,7 +30,7 @@ def in_blocks(
 ) -> dict[str, Tensor]:
     """What a ring does, in one process: every run of queries against every run of keys, then all blocks backward."""
     q, k, v = (x.detach() for x in (q, k, v))
-    call = prepare(q, k, v, kernel=kernel, **arguments)
+    call = prepare(q, k, v, AttentionSpec(kernel=kernel, **arguments))
     runs = [run for rank in range(layout.size) for run in layout.spans(rank)]
 
     def at(x: Tensor, run: range) -> Tensor:
@@ -73,7 +82,7 @@ def test_the_counter_sees_one_call_per_non_empty_block() -> None:
     q, k, v, dout = make(Shape())
     with calls() as outer:
         with calls() as log:
-            out = attention(q, k, v, mask=MASKS["packed-causal"], kernel="math")
+            out = attention(q, k, v, AttentionSpec(MASKS["packed-causal"], kernel="math"))
             assert (log.forward, log.backward) == (2, 0)
         with calls() as log:
             out.backward(dout)
@@ -81,18 +90,16 @@ def test_the_counter_sees_one_call_per_non_empty_block() -> None:
             assert log.of(kernel="math") == 2
             assert log.of(kernel="cpu_flash") == 0
     assert (outer.forward, outer.backward) == (2, 2)
-    attention(q, k, v, mask=MaskSpec(), kernel="math")
+    attention(q, k, v, AttentionSpec(MaskSpec(), kernel="math"))
     assert outer.forward == 2
 
 
 def test_documents_are_never_attended_across() -> None:
     q, k, v, dout = make(Shape())
     borders = (0, 20, 45, 67)
-    whole = run(
-        lambda *x, **kw: attention(*x, return_lse=True, **kw), q, k, v, dout, mask=MaskSpec(True, None, borders)
-    )
+    whole = run(fast, q, k, v, dout, mask=MaskSpec(True, None, borders))
     for a, b in pairwise(borders):
         one = [x.detach()[:, a:b].requires_grad_() for x in (q, k, v)]
-        alone = run(lambda *x, **kw: attention(*x, return_lse=True, **kw), *one, dout[:, a:b], mask=MaskSpec(True))
+        alone = run(fast, *one, dout[:, a:b], mask=MaskSpec(True))
         for name in ("out", "dq", "dk", "dv"):
             torch.testing.assert_close(whole[name][:, a:b], alone[name])

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dsp_plugin.errors import SequenceParallelConfigError
-from dsp_plugin.kernels import KERNELS, attention, dense_attention
+from dsp_plugin.kernels import KERNELS, AttentionSpec, attention, dense_attention
 from dsp_plugin.kernels.chunked import Math
 from dsp_plugin.kernels.reference import dense_mask
 from dsp_plugin.mask import MaskSpec
@@ -56,7 +56,7 @@ def run(fn, q: Tensor, k: Tensor, v: Tensor, dout: Tensor, **arguments) -> dict[
 
 
 def fast(q: Tensor, k: Tensor, v: Tensor, **arguments) -> tuple[Tensor, Tensor]:
-    return attention(q, k, v, return_lse=True, **arguments)
+    return attention(q, k, v, AttentionSpec(**arguments), return_lse=True)
 
 
 def oracle(q: Tensor, k: Tensor, v: Tensor, dout: Tensor, **arguments) -> dict[str, Tensor]:
@@ -251,4 +251,4 @@ def test_gradcheck_of_the_oracle() -> None:
 def test_document_borders_must_end_at_the_sequence_length() -> None:
     q, k, v, _ = make(Shape(q_len=10, k_len=10))
     with pytest.raises(SequenceParallelConfigError, match="last border is 8 but the sequence has 10"):
-        attention(q, k, v, mask=MaskSpec(cu_seqlens=(0, 4, 8)))
+        attention(q, k, v, AttentionSpec(MaskSpec(cu_seqlens=(0, 4, 8))))

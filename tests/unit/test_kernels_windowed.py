@@ -19,6 +19,7 @@ from torch import Tensor
 
 from dsp_plugin.kernels import flash_attention, table
 from dsp_plugin.kernels.flash_attention import FlashAttention2, FlashAttention3
+from dsp_plugin.kernels.kernel import BlockSpec
 from dsp_plugin.kernels.torch_flash import CudaFlash
 from dsp_plugin.kernels.windowed import Window
 from dsp_plugin.mask import MaskSpec
@@ -208,10 +209,10 @@ def test_strided_views_are_made_dense(stand_in: str) -> None:
 def test_the_torch_operators_accept_what_cuda_flash_passes(window: Window) -> None:
     q, k = (torch.empty(2, n, h, 16, dtype=torch.bfloat16, device="meta") for n, h in ((5, 4), (9, 2)))
     kernel = CudaFlash()
-    out, lse = kernel.window_forward(q, k, k, window, 0.3)
+    out, lse = kernel.window_forward(q, k, k, window, BlockSpec((None, None), 0.3))
     assert out.shape == q.shape
     assert (lse.shape, lse.dtype) == ((2, 4, 5), torch.float32)
-    dq, dk, dv = kernel.window_backward(out, q, k, k, out, lse, window, 0.3)
+    dq, dk, dv = kernel.window_backward(out, q, k, k, out, lse, window, BlockSpec((None, None), 0.3))
     assert (dq.shape, dk.shape, dv.shape) == (q.shape, k.shape, k.shape)
 
 

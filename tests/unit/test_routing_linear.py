@@ -14,6 +14,7 @@ from dsp_plugin import Layout, SequenceParallelGroups, UnsupportedError
 from dsp_plugin.kernels.convolution import short_convolution
 from dsp_plugin.kernels.linear import linear_attention
 from dsp_plugin.methods import halo
+from dsp_plugin.methods.method import Where
 from dsp_plugin.sharding.routing import AttentionRoute
 
 BATCH, LENGTH, HEADS, KEY_DIM, VALUE_DIM, TAPS = 2, 5, 3, 4, 6, 3
@@ -80,7 +81,7 @@ def test_linear_attention_goes_to_the_method_with_all_that_it_was_given():
     assert routed.served == (0, 1)
     tensors, found = routed.linear.calls[0]
     assert all(ours is theirs for ours, theirs in zip(tensors, given, strict=True))
-    assert found == {"groups": GROUPS, "layout": LAYOUT, "causal": True, **settings}
+    assert found == {"where": Where(GROUPS, LAYOUT), "causal": True, **settings}
 
 
 def test_gates_given_by_name_arrive():

@@ -80,7 +80,7 @@ def hybrid_layer_specs(
 
 
 def gated_delta_gpt(model_config: Any, vp_stage: int | None = None) -> Any:
-    """For `megatron.training`: ``--spec dsp_plugin.patches.megatron.models.linear_specs gated_delta_gpt``.
+    """For `megatron.training`: ``--spec dsp_plugin.patches.megatron.linear_specs gated_delta_gpt``.
 
     Every ``--linear-attention-freq``-th layer is softmax attention, the others Gated DeltaNet.
 

@@ -28,7 +28,8 @@ from torch.utils.checkpoint import checkpoint
 from dsp_plugin.comm import meter
 from dsp_plugin.config.attention import attention_of
 from dsp_plugin.errors import UnsupportedError
-from dsp_plugin.mask import MaskSpec
+from dsp_plugin.kernels.spec import AttentionSpec
+from dsp_plugin.methods import Where
 from dsp_plugin.models.video_dit import wave
 from dsp_plugin.models.vit import VisionTransformer, angles, places
 from dsp_plugin.patches.megatron.models.grid_tokens import Tokens, local_tokens, sharded_dims
@@ -297,7 +298,7 @@ def _attention(state: MegatronState | None, tokens: Tokens) -> Any:
         return F.scaled_dot_product_attention
     config, layout = state.config, tokens.layout()
     assert config is not None
-    method = partial(attention_of(config), groups=tokens.groups, layout=layout, mask=MaskSpec(), kernel=config.kernel)
+    method = partial(attention_of(config), what=AttentionSpec(), where=Where(tokens.groups, layout))
 
     def attention(q_BHLD: Tensor, k_BHLD: Tensor, v_BHLD: Tensor) -> Tensor:
         return method(*(x.transpose(1, 2) for x in (q_BHLD, k_BHLD, v_BHLD))).transpose(1, 2)

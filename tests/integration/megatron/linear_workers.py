@@ -107,8 +107,8 @@ def refused() -> dict[str, str]:
 
 def _layers(**settings: Any) -> str:
     """L or S for each layer of a hybrid."""
+    from dsp_plugin.patches.megatron.linear_specs import hybrid_layer_specs
     from dsp_plugin.patches.megatron.models.linear_attention import LinearAttention
-    from dsp_plugin.patches.megatron.models.linear_specs import hybrid_layer_specs
 
     block = hybrid_layer_specs(config(**SIZES, **settings), use_transformer_engine=False)
     modules = [spec.submodules.self_attention.module for spec in block.layer_specs]

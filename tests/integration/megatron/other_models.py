@@ -14,7 +14,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 from torch import Tensor
 
 from dsp_plugin.launch.examples import pretrain_gpt_core as script
-from dsp_plugin.patches.megatron.models.linear_specs import linear_layer_spec
+from dsp_plugin.patches.megatron.linear_specs import linear_layer_spec
 
 
 def hybrid_model(config: Any, layer: ModuleSpec, *, mtp_block_spec: None, pattern: str = "*-", **settings: Any) -> Any:
