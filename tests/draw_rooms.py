@@ -58,6 +58,25 @@ def reduction(graph: Graph) -> dict[str, list[str]]:
     }
 
 
+def boxes(graph: Graph) -> dict[str, list[str]]:
+    """Rooms of one folder that import the same and are imported by the same are one box."""
+    alike: dict[tuple, list[str]] = {}
+    for room in sorted(graph):
+        folder = room.rpartition("/")[0] or room
+        importers = tuple(sorted(other for other in graph if room in graph[other]))
+        alike.setdefault((folder, tuple(sorted(graph[room])), importers), []).append(room)
+    box_of = {}
+    for (folder, _, _), together in alike.items():
+        names = ", ".join(room.rpartition("/")[2] for room in together)
+        box_of |= {room: room if len(together) == 1 else f"{folder}/{{{names}}}" for room in together}
+    return {box_of[room]: sorted({box_of[other] for other in graph[room]}) for room in sorted(graph)}
+
+
+def label_of(room: str) -> str:
+    """Without the package, in whose column it is."""
+    return room.removeprefix(f"{column_of(room)}/")
+
+
 def column_of(room: str) -> str:
     """The package that a room belongs to."""
     top = room.split("/")[0]
@@ -148,8 +167,15 @@ class Drawing:
                 ]
 
     def _cost(self) -> int:
-        """How far arrows go sideways, with a toll for every crossing."""
-        return TOLL * self._crossings() + sum(abs(self.x[start] - self.x[end]) for start, end in self.links)
+        """How far arrows go sideways and how much they turn, with a toll for every crossing."""
+        aside = sum(abs(self.x[start] - self.x[end]) for start, end in self.links)
+        turns = sum(
+            abs(self.x[start] + self.x[further] - 2 * self.x[end])
+            for start, end in self.links
+            if is_bend(end)
+            for further in self._neighbours(end, False)
+        )
+        return TOLL * self._crossings() + aside + turns
 
     def _places(self) -> dict[Item, int]:
         """Thousandths of the row's width, column by column."""
@@ -225,12 +251,12 @@ def is_bend(item: Item) -> bool:
 
 
 def width_of(item: Item) -> int:
-    return PADDING + LETTER * len(item) if isinstance(item, str) else BEND
+    return PADDING + LETTER * len(label_of(item)) if isinstance(item, str) else BEND
 
 
 def svg(graph: Graph) -> str:
     """The picture, as a file."""
-    drawing = Drawing(graph)
+    drawing = Drawing(boxes(graph))
     height = HEAD + ROW * len(drawing.rows) + FOOT
     width = max(right for _, right in drawing.borders.values()) + MARGIN
     top = len(drawing.rows) - 1
@@ -278,7 +304,8 @@ def svg(graph: Graph) -> str:
         lines += [
             f'<rect x="{drawing.x[room] - wide // 2}" y="{y(room) - BOX // 2}" width="{wide}" height="{BOX}" rx="6"'
             f' fill="{box}" stroke="{border}"/>',
-            f'<text x="{drawing.x[room]}" y="{y(room) + 5}" text-anchor="middle" fill="#111111">{escape(room)}</text>',
+            f'<text x="{drawing.x[room]}" y="{y(room) + 5}" text-anchor="middle" fill="#111111">'
+            f"{escape(label_of(room))}</text>",
         ]
     lines += [
         f'<text x="{width // 2}" y="{height - 16}" text-anchor="middle" font-size="13" fill="#444444">'

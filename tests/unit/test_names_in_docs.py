@@ -24,8 +24,6 @@ SOURCES = [path for folder in (*PACKAGES, "benchmarks") for path in files(folder
 
 # A group of entry points, which is no module.
 NO_MODULES = {"dsp_plugin.autoload"}
-# The public name of what lies in patches/megatron/models, to be a module of its own again.
-NO_MODULES |= {"dsp_plugin.patches.megatron.linear_specs"}
 # Files that readers have, that programs write, or that once were.
 NOT_OURS = {"train.py", "ds.json", "forecast.png", "forecaster.py", "forecaster_plan.py"}
 NOT_OURS |= {"sequence_parallel.json", "rank-R.json", "megatron_gpt_ulysses.sh"}

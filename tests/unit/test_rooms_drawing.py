@@ -6,7 +6,7 @@ import re
 from itertools import combinations
 from xml.etree import ElementTree
 
-from draw_rooms import COMMAND, DRAWING, depths, reduction, svg
+from draw_rooms import COMMAND, DRAWING, boxes, depths, reduction, svg
 from rooms import MAY_IMPORT, ROOT, room_arrows
 
 
@@ -20,15 +20,20 @@ def test_a_room_lies_above_what_it_imports_and_implied_arrows_are_left_out():
     assert reduction(graph) == {"cli": ["comm", "planner"], "comm": ["errors"], "planner": ["errors"], "errors": []}
 
 
+def test_rooms_that_differ_in_name_alone_are_one_box():
+    graph = {"top": ["a/x", "a/y", "a/z"], "a/x": ["low"], "a/y": ["low"], "a/z": [], "low": []}
+    assert boxes(graph) == {"top": ["a/z", "a/{x, y}"], "a/{x, y}": ["low"], "a/z": [], "low": []}
+
+
 def test_rooms_do_not_overlap():
     picture = ElementTree.fromstring(DRAWING.read_text())
-    boxes = [
+    places = [
         tuple(int(box.attrib[name]) for name in ("x", "y", "width", "height"))
         for box in picture.iter("{http://www.w3.org/2000/svg}rect")
         if "stroke" in box.attrib
     ]
-    assert len(boxes) == len(MAY_IMPORT)
-    for (x, y, width, height), (other_x, other_y, other_width, other_height) in combinations(boxes, 2):
+    assert len(places) == len(boxes(room_arrows()))
+    for (x, y, width, height), (other_x, other_y, other_width, other_height) in combinations(places, 2):
         beside = x + width < other_x or other_x + other_width < x
         assert beside or y + height < other_y or other_y + other_height < y
 
