@@ -7,7 +7,7 @@ PYTHON312 ?= $(shell for python in python3.12 $$HOME/.pyenv/versions/3.12*/bin/p
 VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 EXTRAS := deepspeed,megatron,hf,demo,test
 
-.PHONY: demo test test-newest matrix exhaustive portable bench lint clean
+.PHONY: demo test test-newest matrix exhaustive portable bench rooms lint clean
 
 demo: .venv/installed
 	.venv/bin/dsp-plugin demo
@@ -53,6 +53,10 @@ portable: .venv/installed .venv312/installed
 # Ratios measured side by side on this machine, written to benchmarks/results/. Twenty minutes on two quiet cores.
 bench: .venv/installed
 	.venv/bin/python -m benchmarks
+
+# docs/rooms.svg, from the imports. Standard library only.
+rooms:
+	$(PYTHON) tests/draw_rooms.py
 
 lint: .venv/installed
 	.venv/bin/ruff check .

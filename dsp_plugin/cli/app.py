@@ -1,8 +1,10 @@
-"""The command line: `dsp-plugin doctor`, `verify`, `plan-stages` and `demo`."""
+"""The command line: `dsp-plugin doctor`, `verify`, `plan-stages`, `dry-run` and `demo`."""
 
 from __future__ import annotations
 
 import math
+import os
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -53,6 +55,13 @@ app = typer.Typer(
 
 cli_plans.register(app)
 cli_dryrun.register(app)
+
+
+@app.callback()
+def start() -> None:
+    """Modules of the folder that a command is started in can be named, as by ``python -m``."""
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
 
 
 @app.command()
