@@ -51,7 +51,15 @@ RUN_AS_MODULE = "dsp_plugin.launch"
 COMMANDS = ("doctor", "verify", "plan-stages", "dry-run", "demo")
 MEGATRON_FLAGS = (
     *("--sp-method", "--sp-ulysses-size", "--sp-ring-size", "--sp-ulysses-order", "--sp-ring-gradient-dtype"),
-    *("--sp-exchange", "--sp-softmax-method", "--sp-layout", "--sp-kernel", "--sp-debug", "--sp-recompute"),
+    *(
+        "--sp-exchange",
+        "--sp-softmax-method",
+        "--sp-layout",
+        "--sp-kernel",
+        "--sp-debug",
+        "--sp-recompute",
+        "--sp-quiet",
+    ),
     *("--sp-log-every", "--sp-log-tensorboard", "--sp-log-wandb", "--sp-peak-tflops"),
 )
 ENTRY_POINTS = {
