@@ -15,8 +15,8 @@ import deepspeed.comm as dist
 import torch
 
 
-def argument_parser(description: str | None, steps: int) -> argparse.ArgumentParser:
-    """A parser with the arguments of every script; `steps` is the default length of a run."""
+def argument_parser(description: str | None, *, steps: int, width: int) -> argparse.ArgumentParser:
+    """A parser with the arguments of every script, of which it says the length of a run and the width of the model."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--deepspeed_config", type=Path, required=True, help="DeepSpeed's JSON; names train_batch_size")
     parser.add_argument("--local_rank", type=int, default=-1, help="set by the deepspeed launcher")
@@ -25,6 +25,8 @@ def argument_parser(description: str | None, steps: int) -> argparse.ArgumentPar
     parser.add_argument("--checkpoint", type=Path, help="go on from the last checkpoint in this folder, if it has one")
     parser.add_argument("--save-every", type=int, default=0, help="save a checkpoint there every so many steps")
     parser.add_argument("--metrics-out", type=Path, help="write losses and times to this JSON")
+    parser.add_argument("--width", type=int, default=width)
+    parser.add_argument("--heads", type=int, default=4)
     return parser
 
 
@@ -77,19 +79,25 @@ def train(
     engine: Any,
     loader: Any,
     args: argparse.Namespace,
-    history: History,
-    on_step: Callable[[int], None] = lambda step: None,
-) -> None:
+    tokens: int,
+    on_step: Callable[[History], None] = lambda history: None,
+) -> History:
     """Trains until `args.steps` optimizer steps are done, going through the data again if it ends first.
 
-    A run that goes on takes the batches that it would have taken without a stop.
+    A run that goes on from a checkpoint takes the batches that it would have taken without a stop.
+
+    Args:
+        tokens: of one sample.
+        on_step: what else is to be done after each step.
     """
+    history = History(tokens_per_step=train_batch_size(args) * tokens)
+    resume(engine, args, history)
     micro_losses: list[torch.Tensor] = []
     started = time.perf_counter()
     passed = engine.global_steps * engine.gradient_accumulation_steps()
     for batch in islice(_endless(loader), passed, None):
         if engine.global_steps >= args.steps:
-            return
+            break
         loss = engine(**{name: tensor.to(engine.device) for name, tensor in batch.items()})
         engine.backward(loss)
         micro_losses.append(loss.detach())
@@ -104,13 +112,14 @@ def train(
         history.add(mean_loss, now - started)
         started = now
         step = len(history.loss)
-        on_step(step)
+        on_step(history)
         if dist.get_rank() == 0 and (step % 25 == 0 or step in (1, args.steps)):
             print(f"step {step:4d}  loss {mean_loss:.6f}  {history.tokens_per_second()[-1]:,.0f} tokens/s", flush=True)
         if args.checkpoint is not None and args.save_every and step % args.save_every == 0:
             engine.save_checkpoint(
                 str(args.checkpoint), client_state={"losses": history.loss, "seconds": history.seconds}
             )
+    return history
 
 
 def _endless(loader: Any) -> Iterator[dict[str, torch.Tensor]]:

@@ -6,6 +6,8 @@ and in whatever order, it sees the same numbers.
 
 from __future__ import annotations
 
+import argparse
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -18,6 +20,14 @@ VOCABULARY = (
     *("left", "right", "up", "down"),
 )
 NULL_TOKEN = len(VOCABULARY)
+
+
+def add_arguments(parser: argparse.ArgumentParser, *, frames: int) -> None:
+    """What scripts that train on these videos ask for; `frames` is the default of theirs."""
+    parser.add_argument("--frames", type=int, default=frames)
+    parser.add_argument("--canvas", type=int, default=20, help="side of a frame, in pixels")
+    parser.add_argument("--patch", type=int, default=4, help="side of a patch, in pixels")
+    parser.add_argument("--positions", choices=("rotary", "sinusoidal"), default="rotary")
 
 
 def encode(caption: str) -> Tensor:

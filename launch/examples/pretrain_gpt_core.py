@@ -13,11 +13,9 @@ from __future__ import annotations
 
 import argparse
 import inspect
-import sysconfig
 import zlib
 from collections.abc import Iterator
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,7 +28,7 @@ from megatron.core.utils import get_batch_on_this_cp_rank
 from torch import Tensor
 
 from dsp_plugin.kernels.linear import DECAYS
-from dsp_plugin.launch.examples import core_training
+from dsp_plugin.launch.examples import core_training, source_code
 from dsp_plugin.launch.examples.core_training import Batch, Chunks
 from dsp_plugin.patches.megatron.linear_specs import hybrid_layer_specs
 
@@ -157,11 +155,7 @@ def global_parameters(model: Any) -> Iterator[tuple[str, Any]]:
 
 def standard_library(seq_length: int, samples: int) -> Tensor:
     """Consecutive bytes of the standard library's source, a byte more than a sample in a row: ``[samples, s + 1]``."""
-    text = b""
-    for path in sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py")):
-        text += path.read_bytes()
-        if len(text) >= samples * (seq_length + 1):
-            break
+    text = source_code.read(samples * (seq_length + 1))
     rows = len(text) // (seq_length + 1)
     return torch.frombuffer(bytearray(text[: rows * (seq_length + 1)]), dtype=torch.uint8).view(rows, -1).long()
 

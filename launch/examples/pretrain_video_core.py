@@ -24,7 +24,7 @@ from torch import Tensor
 
 from dsp_plugin.launch.examples import core_training
 from dsp_plugin.launch.examples.core_training import Batch, Chunks
-from dsp_plugin.launch.examples.moving_digits import VOCABULARY, MovingDigits
+from dsp_plugin.launch.examples.moving_digits import VOCABULARY, MovingDigits, add_arguments
 from dsp_plugin.patches.megatron.models import video_dit_weights
 from dsp_plugin.patches.megatron.video_dit import ParallelVideoDiT, VideoShape
 
@@ -35,10 +35,7 @@ def parse_args() -> argparse.Namespace:
     """The command line, in Megatron's own names where Megatron has one."""
     parser = core_training.parser(__doc__)
     parser.set_defaults(hidden_size=96, num_attention_heads=4)
-    parser.add_argument("--frames", type=int, default=8)
-    parser.add_argument("--canvas", type=int, default=20, help="side of a frame, in pixels")
-    parser.add_argument("--patch", type=int, default=4, help="side of a patch, in pixels")
-    parser.add_argument("--positions", choices=("rotary", "sinusoidal"), default="rotary")
+    add_arguments(parser, frames=8)
     return parser.parse_args()
 
 

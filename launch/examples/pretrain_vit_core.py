@@ -27,7 +27,13 @@ from torch import Tensor
 
 from dsp_plugin.launch.examples import core_training
 from dsp_plugin.launch.examples.core_training import Batch, Chunks
-from dsp_plugin.launch.examples.shallow_water import VARIABLES, ShallowWater, Weather, batch_of_some_variables
+from dsp_plugin.launch.examples.shallow_water import (
+    VARIABLES,
+    ShallowWater,
+    Weather,
+    add_arguments,
+    batch_of_some_variables,
+)
 from dsp_plugin.models.vit_objective import latitude_weights
 from dsp_plugin.patches.megatron.models import video_dit_weights, vit_weights
 from dsp_plugin.patches.megatron.vit import ParallelVisionTransformer, VitShape
@@ -37,16 +43,10 @@ def parse_args() -> argparse.Namespace:
     """The command line, in Megatron's own names where Megatron has one."""
     parser = core_training.parser(__doc__)
     parser.set_defaults(hidden_size=64, num_attention_heads=4)
-    parser.add_argument("--attention", choices=("axial", "full"), default="axial")
-    parser.add_argument("--rows", type=int, default=32, help="pixels from south to north")
-    parser.add_argument("--columns", type=int, default=64, help="pixels from west to east")
-    parser.add_argument("--patch", type=int, default=2, help="side of a patch, in pixels")
-    parser.add_argument("--registers", type=int, default=0, help="learned tokens in front, under full attention")
+    add_arguments(parser, patch=2, weathers=2)
     parser.add_argument("--classify", action="store_true", help="also tell the weathers apart, under full attention")
     parser.add_argument("--lead-time", action="store_true", help="tell the model how far ahead to predict")
-    parser.add_argument("--weathers", type=int, default=2, help="simulations to train on")
     parser.add_argument("--moments", type=int, default=13, help="of each simulation")
-    parser.add_argument("--hours", type=float, default=3.0, help="ahead that the model predicts")
     parser.add_argument("--times", type=int, default=1, help="moments of a sample: more than 1 are a dim of the grid")
     return parser.parse_args()
 

@@ -13,6 +13,7 @@ centres of cells, u on their eastern faces, v on their northern faces; on the wa
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -28,6 +29,17 @@ RADIUS, GRAVITY, ROTATION = 6.371e6, 9.80616, 7.292e-5
 # The variables of the data set, by id. Of the last one there is no tendency: it does not change.
 VARIABLES = ("depth", "u", "v", "vorticity", "kinetic energy", "sine of latitude")
 PROGNOSTIC, CHANGING = 3, 5
+
+
+def add_arguments(parser: argparse.ArgumentParser, *, patch: int, weathers: int) -> None:
+    """What scripts that train a vision transformer on this data ask for; `patch` and `weathers` are their defaults."""
+    parser.add_argument("--attention", choices=("axial", "full"), default="axial")
+    parser.add_argument("--patch", type=int, default=patch, help="side of a patch, in pixels")
+    parser.add_argument("--registers", type=int, default=0, help="learned tokens in front, under full attention")
+    parser.add_argument("--rows", type=int, default=32, help="pixels from south to north")
+    parser.add_argument("--columns", type=int, default=64, help="pixels from west to east")
+    parser.add_argument("--weathers", type=int, default=weathers, help="simulations to train on")
+    parser.add_argument("--hours", type=float, default=3.0, help="ahead that the model predicts")
 
 
 class State(NamedTuple):

@@ -10,8 +10,6 @@ section the same file trains on one rank or with data parallelism. On a machine 
 from __future__ import annotations
 
 import argparse
-import sysconfig
-from pathlib import Path
 
 import deepspeed
 import deepspeed.comm as dist
@@ -19,17 +17,16 @@ import torch
 from torch.utils.data import Dataset
 
 from dsp_plugin.kernels.linear import DECAYS
-from dsp_plugin.launch.examples.deepspeed_training import History, argument_parser, resume, train, train_batch_size
+from dsp_plugin.launch.examples import source_code
+from dsp_plugin.launch.examples.deepspeed_training import argument_parser, train
 from dsp_plugin.models.linear_lm import LinearLM, LinearLMConfig
 
 
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
-    parser = argument_parser(__doc__, steps=200)
+    parser = argument_parser(__doc__, steps=200, width=64)
     parser.add_argument("--seq-length", type=int, default=256, help="bytes in a sample")
     parser.add_argument("--samples", type=int, default=2000, help="in an epoch")
-    parser.add_argument("--width", type=int, default=64)
-    parser.add_argument("--heads", type=int, default=4)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--decay", choices=DECAYS, default="gated-delta", help="of the linear layers' states")
     parser.add_argument("--conv", type=int, default=4, help="taps of the convolution of q, k and v; 0 for none")
@@ -43,12 +40,7 @@ class SourceCode(Dataset[dict[str, torch.Tensor]]):
 
     def __init__(self, samples: int, seq_length: int) -> None:
         size = samples * seq_length + 1
-        text = b""
-        for path in sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py")):
-            text += path.read_bytes()
-            if len(text) >= size:
-                break
-        self._text = torch.frombuffer(bytearray(text[:size]), dtype=torch.uint8).long()
+        self._text = torch.frombuffer(bytearray(source_code.read(size)[:size]), dtype=torch.uint8).long()
         self._seq_length = seq_length
 
     def __len__(self) -> int:
@@ -82,9 +74,7 @@ def main() -> None:
         training_data=SourceCode(args.samples, args.seq_length),
         config=str(args.deepspeed_config),
     )
-    history = History(tokens_per_step=train_batch_size(args) * args.seq_length)
-    resume(engine, args, history)
-    train(engine, loader, args, history)
+    history = train(engine, loader, args, args.seq_length)
     if dist.get_rank() == 0 and args.metrics_out is not None:
         history.write(args.metrics_out)
     dist.destroy_process_group()

@@ -27,23 +27,18 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 sys.path += [str(HERE), str(ROOT / "models"), str(ROOT / "dsp_plugin" / "models")]
 
-from deepspeed_training import History, argument_parser, resume, train, train_batch_size  # noqa: E402
-from moving_digits import NULL_TOKEN, VOCABULARY, MovingDigits, encode  # noqa: E402
+from deepspeed_training import History, argument_parser, train  # noqa: E402
+from moving_digits import NULL_TOKEN, VOCABULARY, MovingDigits, add_arguments, encode  # noqa: E402
 from rectified_flow import RectifiedFlow, RectifiedFlowObjective  # noqa: E402
 from video_dit import VideoDiT  # noqa: E402
 
 
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
-    parser = argument_parser(__doc__, steps=300)
+    parser = argument_parser(__doc__, steps=300, width=96)
+    add_arguments(parser, frames=7)
     parser.add_argument("--videos", type=int, default=10_000, help="videos in an epoch")
-    parser.add_argument("--width", type=int, default=96)
-    parser.add_argument("--heads", type=int, default=4)
     parser.add_argument("--depth", type=int, default=3, help="space-time layers")
-    parser.add_argument("--patch", type=int, default=4, help="side of a patch, in pixels")
-    parser.add_argument("--positions", choices=("rotary", "sinusoidal"), default="rotary")
-    parser.add_argument("--frames", type=int, default=7)
-    parser.add_argument("--canvas", type=int, default=20, help="side of a frame, in pixels")
     parser.add_argument("--samples-out", type=Path, help="write generated frames to this PNG")
     parser.add_argument("--sample-steps", type=int, default=25, help="Euler steps of the sampler")
     parser.add_argument("--guidance", type=float, default=2.5, help="classifier-free guidance of the sampler")
@@ -120,16 +115,15 @@ def main() -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         writer = SummaryWriter(str(args.tensorboard))
-    patches = (args.canvas // args.patch) ** 2
-    history = History(tokens_per_step=train_batch_size(args) * args.frames * patches)
 
-    def log(step: int) -> None:
+    def log(history: History) -> None:
         if writer is not None:
+            step = len(history.loss)
             writer.add_scalar("train/loss", history.loss[-1], step)
             writer.add_scalar("train/tokens_per_second", history.tokens_per_second()[-1], step)
 
-    resume(engine, args, history)
-    train(engine, loader, args, history, log)
+    patches = (args.canvas // args.patch) ** 2
+    history = train(engine, loader, args, args.frames * patches, log)
 
     memory: list[Any] = [None] * dist.get_world_size()
     torch.distributed.all_gather_object(memory, peak_memory())

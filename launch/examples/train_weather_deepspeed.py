@@ -19,13 +19,14 @@ import deepspeed.comm as dist
 import numpy as np
 import torch
 
-from dsp_plugin.launch.examples.deepspeed_training import History, argument_parser, resume, train, train_batch_size
+from dsp_plugin.launch.examples.deepspeed_training import argument_parser, train
 from dsp_plugin.launch.examples.shallow_water import (
     CHANGING,
     PROGNOSTIC,
     VARIABLES,
     ShallowWater,
     Weather,
+    add_arguments,
     batch_of_some_variables,
 )
 from dsp_plugin.models.vit import VisionTransformer
@@ -34,18 +35,10 @@ from dsp_plugin.models.vit_objective import VitObjective, latitude_weights
 
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
-    parser = argument_parser(__doc__, steps=500)
-    parser.add_argument("--attention", choices=("axial", "full"), default="axial")
-    parser.add_argument("--width", type=int, default=128)
-    parser.add_argument("--heads", type=int, default=4)
+    parser = argument_parser(__doc__, steps=500, width=128)
+    add_arguments(parser, patch=4, weathers=12)
     parser.add_argument("--depth", type=int, default=3)
-    parser.add_argument("--patch", type=int, default=4, help="side of a patch, in pixels")
-    parser.add_argument("--registers", type=int, default=0, help="learned tokens in front, under full attention")
-    parser.add_argument("--rows", type=int, default=32, help="pixels from south to north")
-    parser.add_argument("--columns", type=int, default=64, help="pixels from west to east")
-    parser.add_argument("--weathers", type=int, default=12, help="simulations to train on")
-    parser.add_argument("--days", type=float, default=4.0, help="length of each")
-    parser.add_argument("--hours", type=float, default=3.0, help="ahead that the model predicts")
+    parser.add_argument("--days", type=float, default=4.0, help="length of each weather")
     parser.add_argument("--forecast-steps", type=int, default=8, help="predictions from one another in a forecast")
     parser.add_argument("--plots-out", type=Path, help="write truth, forecast and error to this PNG")
     return parser.parse_args()
@@ -159,9 +152,7 @@ def main() -> None:
         config=str(args.deepspeed_config),
     )
     tokens = (args.rows // args.patch) * (args.columns // args.patch)
-    history = History(tokens_per_step=train_batch_size(args) * tokens)
-    resume(engine, args, history)
-    train(engine, loader, args, history)
+    history = train(engine, loader, args, tokens)
 
     predicted = forecast(engine, unseen, args.forecast_steps, torch.arange(len(VARIABLES)))
     if dist.get_rank() == 0:
