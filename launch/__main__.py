@@ -157,7 +157,8 @@ def prepare(command: Command) -> None:
         raise SequenceParallelConfigError(
             setting=", ".join(stray),
             why="set without --sp-method, so nothing would use it",
-            remedy="add --sp-method ulysses",
+            remedy="add --sp-method ulysses on Megatron-core; under DeepSpeed write settings into the section "
+            '"sequence_parallel" of its JSON',
         )
     else:
         megatron.install_checkpoints()

@@ -28,7 +28,7 @@ from dsp_plugin.spawn import spawn
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
 # How far fp32 rounds differs between processors, and between gradients: the limit is this many times the error of the
 # unsharded run in fp32, if that is more. The sharded run adds in another order, and in some cases is twice as far off.
-ROUNDING_FACTOR = 6.0
+ROUNDING_FACTOR = 3.0
 # Some gradients are zero but for rounding, such as that of the bias of keys, which softmax does not see.
 SMALLEST_GRADIENT = 1e-3
 
@@ -168,9 +168,9 @@ def _compare(case: Case, config: SequenceParallelConfig, groups: SequenceParalle
     handle.remove()
     with ledger() as log, torch.no_grad():
         again = _outputs(case, sharded(**sharded_inputs))
-    _check_equal(
-        dict(zip(outputs, again, strict=True)), whole[0], exact[0], TOLERANCE[case.dtype], where="without hooks"
-    )
+    for name, x in zip(outputs, again, strict=True):
+        off = (x - whole[0][name]).abs().max().item() / whole[0][name].abs().max().item()
+        assert off < TOLERANCE[case.dtype], f"{name} without hooks is off by {off:.1e} of its largest entry"
     assert log.rows() == []
     rows = tuple((row.stage, row.sharded, row.move, row.inside) for row in stage_plan.rows)
     return Result(rows, stage_plan.total, sent)
@@ -230,17 +230,14 @@ def _check_equal(
     exact: Mapping[str, Tensor],
     tolerance: float,
     smallest: float = 0.0,
-    where: str = "sharded",
 ) -> None:
     """Compare with fp64, allowing for what the whole run in the same dtype is off by: in fp64 nothing."""
-    assert list(found) == list(exact), f"{where} there are {list(found)}, not {list(exact)}"
+    assert list(found) == list(exact), f"sharded there are {list(found)}, not {list(exact)}"
     for name, x in found.items():
         wanted = exact[name]
-        assert x.shape == wanted.shape, f"{name} {where} is {tuple(x.shape)}, not {tuple(wanted.shape)}"
+        assert x.shape == wanted.shape, f"{name} is {tuple(x.shape)}, not {tuple(wanted.shape)}"
         scale = max(wanted.abs().max().item(), smallest)
         assert scale > 0, f"{name} is all zeros, so nothing is compared"
         error, rounding = ((y.double() - wanted).abs().max().item() / scale for y in (x, whole[name]))
         limit = max(tolerance, ROUNDING_FACTOR * rounding)
-        assert error < limit, (
-            f"{name} {where} is off by {error:.1e} of its largest entry {scale:.1e}, limit {limit:.1e}"
-        )
+        assert error < limit, f"{name} is off by {error:.1e} of its largest entry {scale:.1e}, limit {limit:.1e}"

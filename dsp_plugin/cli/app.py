@@ -61,7 +61,7 @@ cli_dryrun.register(app)
 def start() -> None:
     """Modules of the folder that a command is started in can be named, as by ``python -m``."""
     if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
+        sys.path.append(os.getcwd())
 
 
 @app.command()

@@ -21,8 +21,8 @@ def attention_of(config: Settings, name: str | None = None) -> Callable[..., Any
         name: another method's, for stages whose plan chose it.
 
     Returns:
-        For softmax methods ``attention(q, k, v, what=AttentionSpec, where=Where)``, on the configured kernel; for
-        linear ones as `dsp_plugin.methods.lasp.attention`.
+        For softmax methods ``attention(q, k, v, what=AttentionSpec, where=Where)``, on the configured kernel where the
+        spec names none; for linear ones as `dsp_plugin.methods.lasp.attention`.
     """
     method = METHODS[config.method if name is None else name]
     assert method.attention is not None, f"{method.name} replaces no attention"
@@ -31,6 +31,7 @@ def attention_of(config: Settings, name: str | None = None) -> Callable[..., Any
         return configured
 
     def attention(q: Tensor, k: Tensor, v: Tensor, *, what: AttentionSpec, **where: Any) -> Tensor:
-        return configured(q, k, v, what=replace(what, kernel=config.kernel), **where)
+        kernel = config.kernel if what.kernel == "auto" else what.kernel
+        return configured(q, k, v, what=replace(what, kernel=kernel), **where)
 
     return attention

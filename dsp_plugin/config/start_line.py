@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import nn
 
 from dsp_plugin.config.settings import Settings
-from dsp_plugin.kernels.candidates import candidates_in_words
+from dsp_plugin.kernels.candidates import candidates_in_words, linear_candidates_in_words
 from dsp_plugin.methods import METHODS
 
 BY_PLAN = "dims by plan"
@@ -46,11 +46,16 @@ def announce(
     """
     if config.quiet or (dist.is_initialized() and dist.get_rank() != 0):
         return
-    parts = [f"dsp_plugin {metadata.version('dsp-plugin')}", _ranks(config), order]
+    parts = [f"dsp_plugin {_version()}", _ranks(config), order]
     if not attention:
         parts.append("attention the model's own")
     else:
+        devices = tuple(devices)
         kernel = candidates_in_words(devices, dtype, dropout) if config.kernel == "auto" else config.kernel
+        # A plan names attention for stages of which no dim is free; in all others the model's own sees whole lines.
+        kernel += " where a stage computes along the sharded dim" if config.kind == "switch" else ""
+        if config.kind == "linear":
+            parts.append(f"linear kernel {linear_candidates_in_words(devices)}")
         parts.append(f"{'softmax ' if config.kind == 'linear' else ''}kernel {kernel}")
     if checkpointing:
         # There is nothing to keep of an attention that is never looked into.
@@ -61,15 +66,22 @@ def announce(
 
 
 def dtype_of(module: nn.Module) -> torch.dtype | None:
-    """The dtype of its floating point parameters, where they share one."""
+    """The dtype that it computes in, where its parameters tell: those in fp32 may be cast by autocast."""
     found = {parameter.dtype for parameter in module.parameters() if parameter.is_floating_point()}
-    return found.pop() if len(found) == 1 else None
+    return found.pop() if len(found) == 1 and torch.float32 not in found else None
 
 
 def devices_of(module: nn.Module) -> tuple[str, ...]:
     """Types of the devices that it may run on. Scripts may move it from the CPU to CUDA, but not the other way."""
     found = {parameter.device.type for parameter in module.parameters()} - {"cpu", "meta"}
     return tuple(found) or (("cuda", "cpu") if torch.cuda.is_available() else ("cpu",))
+
+
+def _version() -> str:
+    try:
+        return metadata.version("dsp-plugin")
+    except metadata.PackageNotFoundError:
+        return "(not installed)"
 
 
 def _ranks(config: Settings) -> str:

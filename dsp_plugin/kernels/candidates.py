@@ -7,6 +7,7 @@ from itertools import product
 
 import torch
 
+from dsp_plugin.kernels import linear_fla
 from dsp_plugin.kernels.spec import AttentionSpec
 from dsp_plugin.kernels.table import KERNELS, choose
 
@@ -30,6 +31,13 @@ def candidates(devices: Iterable[str], dtype: torch.dtype | None = None, dropout
         for spec, device, each, head_dim in product(specs, devices, dtypes, _HEAD_DIMS)
     }
     return [name for name in KERNELS if name in found]
+
+
+def linear_candidates_in_words(devices: Iterable[str]) -> str:
+    """The same for linear attention: ``fla, else chunked``."""
+    cuda = [torch.device(device) for device in devices if device == "cuda"]
+    fla = any(linear_fla.unusable(device, torch.bfloat16) is None for device in cuda)
+    return "fla, else chunked" if fla else "chunked"
 
 
 def candidates_in_words(devices: Iterable[str], dtype: torch.dtype | None = None, dropout: bool = True) -> str:

@@ -112,7 +112,7 @@ def _check_layer(state: MegatronState, config: Any, core: Any, process_groups: A
             why="this model's layers attend along the one dim that its tokens have, and the method shards a dim along "
             "which a layer does not compute",
             remedy=f"use one of {', '.join(attending())}; dsp is for models of several dims, such as "
-            "dsp_plugin.patches.megatron.models.video_dit and vit",
+            "dsp_plugin.patches.megatron.video_dit and vit",
         )
     check_groups(state, config, process_groups)
     assert state.config is not None

@@ -106,7 +106,7 @@ def _announce(state: MegatronState, config: SequenceParallelConfig) -> None:
     announce(
         config,
         # Models with tokens of their own, such as the vision transformer, cut them in their own order.
-        order=f"batches {order_of(config)}" if served else BY_PLAN,
+        order=f"batches of text {order_of(config)}" if served else BY_PLAN,
         devices=("cuda" if torch.cuda.is_available() and not cpu.torch_patches().applied else "cpu",),
         attention=served,
         checkpointing=True,

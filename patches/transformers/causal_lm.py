@@ -6,7 +6,6 @@ import weakref
 from contextlib import ExitStack
 from copy import deepcopy
 from functools import partial
-from importlib import metadata
 from itertools import count
 from typing import TYPE_CHECKING, Any, Self
 
@@ -19,7 +18,7 @@ from dsp_plugin.groups import SequenceParallelGroups
 from dsp_plugin.patches.transformers.attention import SequenceAttention
 from dsp_plugin.patches.transformers.inputs import SEQUENCE_DIM, InputSharder, Placement
 from dsp_plugin.patches.transformers.loss import SequenceLoss
-from dsp_plugin.patches.transformers.seams import DISTRIBUTION
+from dsp_plugin.patches.transformers.seams import DISTRIBUTION, SEAMS
 from dsp_plugin.sharding.outputs import first_tensor, when_backward_starts
 from dsp_plugin.training.randomness import RegionSeed, RegionVisit
 
@@ -58,7 +57,7 @@ class ShardedCausalLM:
 
     def __str__(self) -> str:
         """What is changed of Transformers."""
-        return f"one {self._name} of {DISTRIBUTION} {metadata.version(DISTRIBUTION)}"
+        return f"one {self._name} of {DISTRIBUTION} {SEAMS[0].version}"
 
     def remove(self) -> None:
         """Leave the model as it was."""

@@ -65,8 +65,9 @@ def line(capsys: pytest.CaptureFixture[str], settings: dict[str, Any], **known: 
     ],
 )
 def test_methods_and_orders(capsys: pytest.CaptureFixture[str], settings: dict[str, Any], expected: str) -> None:
-    kernel = "softmax kernel" if settings["method"] == "lasp" else "kernel"
-    assert line(capsys, settings, dropout=False) == f"{expected} | {kernel} cpu_flash"
+    kernel = "linear kernel chunked | softmax kernel" if settings["method"] == "lasp" else "kernel"
+    where = " where a stage computes along the sharded dim" if settings["method"] == "dsp" else ""
+    assert line(capsys, settings, dropout=False) == f"{expected} | {kernel} cpu_flash{where}"
 
 
 @pytest.mark.parametrize(
@@ -96,8 +97,8 @@ def test_methods_and_orders(capsys: pytest.CaptureFixture[str], settings: dict[s
 def test_what_follows(
     capsys: pytest.CaptureFixture[str], settings: dict[str, Any], known: dict[str, Any], expected: str
 ) -> None:
-    found = line(capsys, {"method": "dsp", **settings}, order=BY_PLAN, **known)
-    assert found == f"dsp over 4 ranks (U 4 x R 1, adjacent) | dims by plan | {expected}"
+    found = line(capsys, {"method": "ulysses", **settings}, order=BY_PLAN, **known)
+    assert found == f"ulysses over 4 ranks (U 4 x R 1, adjacent) | dims by plan | {expected}"
 
 
 @pytest.mark.parametrize(
@@ -173,6 +174,12 @@ class Model(nn.Module):
             {"method": "dsp"},
             Plan("b t s c", (Stage("attention", ("t",)),)),
             "dsp over 1 rank (U 1 x R 1, adjacent) | dims by plan | attention the model's own\n",
+        ),
+        (
+            {"method": "dsp"},
+            Plan("b t s c", (Stage("attention", ("t",), attention="out", heads=1),)),
+            "dsp over 1 rank (U 1 x R 1, adjacent) | dims by plan | "
+            "kernel cpu_flash, else math where a stage computes along the sharded dim\n",
         ),
         (
             {"method": "ulysses"},

@@ -40,7 +40,8 @@ def test_axes_live_as_long_as_megatrons_groups(lives: list[dict[str, Any]]) -> N
 def test_the_first_rank_says_that_the_plugin_is_at_work(lives: list[dict[str, Any]]) -> None:
     line, *others = [seen["said"] for seen in lives]
     expected = (
-        f"dsp_plugin {metadata.version('dsp-plugin')} | ulysses over 2 ranks (U 2 x R 1, adjacent) | batches zigzag | "
+        f"dsp_plugin {metadata.version('dsp-plugin')} | ulysses over 2 ranks (U 2 x R 1, adjacent) | "
+        "batches of text zigzag | "
         f"kernel cpu_flash, else math | recompute full | patched megatron-core {metadata.version('megatron-core')} "
     )
     assert line.startswith(expected)
