@@ -12,13 +12,18 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+import pytest
 import torch
-from standing_world import Worlds
+from standing_world import RunFailure, Worlds
 from torch import Tensor
 
 ROOT = Path(__file__).parents[3]
 EXAMPLES = ROOT / "launch" / "examples"
 CORE_SCRIPT = EXAMPLES / "pretrain_gpt_core.py"
+
+TP2, PP2, CP2 = (f"--{axis}-parallel-size 2" for axis in ("tensor-model", "pipeline-model", "context"))
+CP4 = "--context-parallel-size 4"
+VPP2 = "--virtual-pipeline-model-parallel-size 2"
 
 # Arguments that change the model or the loss, and how many values each takes.
 MODEL_FLAGS = {
@@ -133,3 +138,25 @@ def assert_parity(run: Run, reference: Run) -> None:
         assert theirs.norm() > 0, name
         error = ((ours.double() - theirs.double()).norm() / theirs.double().norm()).item()
         assert error <= 1e-5, f"gradient of {name}: relative error {error:.2e}"
+
+
+def assert_within_noise(run: Run, rounded: Run, exact: Run, *, most: float = 0.02) -> None:
+    """A bf16 run moves losses no farther from those of one bf16 process than rounding moves these from fp32."""
+    noise = farthest(exact, rounded)
+    assert 0 < noise < most
+    assert farthest(run, rounded) <= noise
+
+
+def farthest(one: Run, other: Run) -> float:
+    """How far apart two losses of a step are at the most."""
+    return max(abs(a - b) for a, b in zip(one.losses, other.losses, strict=True))
+
+
+def assert_refused(folder: Path, words: list[str], *argv: str, script: Path = CORE_SCRIPT) -> None:
+    """Both of two ranks fail, and each says all of the words."""
+    with pytest.raises(RunFailure) as failure:
+        train(folder, 2, *argv, script=script)
+    by_rank = str(failure.value).split("--- rank ")[1:]
+    assert len(by_rank) == 2
+    for said in by_rank:
+        assert all(word in said for word in words), said

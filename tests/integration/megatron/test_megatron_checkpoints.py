@@ -18,13 +18,10 @@ from typing import Any
 import pytest
 import torch
 from cores import EVERY, NEWEST, OLDEST
-from megatron_runs import Run, model_arguments, train, worlds
+from megatron_runs import CP2, CP4, PP2, TP2, VPP2, Run, model_arguments, train, worlds
 
 pytestmark = pytest.mark.timeout(600)
 
-TP2, PP2 = (f"--{axis}-model-parallel-size 2" for axis in ("tensor", "pipeline"))
-VPP2 = "--virtual-pipeline-model-parallel-size 2"
-CP2, CP4 = ("--context-parallel-size 2", "--context-parallel-size 4")
 ZERO1 = "--use-distributed-optimizer"
 HYBRID = "--linear-decay gated-delta --softmax-every 2"
 FIVE = ("--train-iters", "5")

@@ -9,14 +9,11 @@ from pathlib import Path
 import pytest
 from cores import EVERY, NEWEST, OLDEST
 from linear_workers import layer_errors, refused
-from megatron_runs import Run, assert_parity, train
+from megatron_runs import CP2, CP4, PP2, TP2, VPP2, Run, assert_parity, assert_within_noise, train
 
 from dsp_plugin.patches.megatron import Settings
 from dsp_plugin.spawn import spawn
 
-TP2, PP2, CP2 = (f"--{axis}-parallel-size 2" for axis in ("tensor-model", "pipeline-model", "context"))
-CP4 = "--context-parallel-size 4"
-VPP2 = "--virtual-pipeline-model-parallel-size 2"
 FULL, KEEP, SELECTIVE = (
     "--recompute-granularity full",
     "--recompute-granularity full --sp-recompute keep_attention",
@@ -115,10 +112,8 @@ def test_trains_like_one_process(
 def test_bf16_stays_within_its_own_noise(reference: Callable[..., Run], tmp_path: Path) -> None:
     model = HYBRID.split()
     exact, rounded = reference(*model), reference(*model, "--bf16")
-    noise = max(abs(a - b) for a, b in zip(exact.losses, rounded.losses, strict=True))
     run = train(tmp_path, 4, *CP4.split(), *LASP, *model, "--bf16")
-    assert 0 < noise < 0.02
-    assert max(abs(a - b) for a, b in zip(run.losses, rounded.losses, strict=True)) <= noise
+    assert_within_noise(run, rounded, exact)
 
 
 @OLDEST

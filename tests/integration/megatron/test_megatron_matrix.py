@@ -12,10 +12,8 @@ from typing import Any
 
 import pytest
 from cores import NEWEST
-from megatron_runs import Run, assert_parity, model_arguments, train
+from megatron_runs import PP2, TP2, VPP2, Run, assert_parity, assert_within_noise, model_arguments, train
 
-TP2, PP2 = (f"--{axis}-model-parallel-size 2" for axis in ("tensor", "pipeline"))
-VPP2 = "--virtual-pipeline-model-parallel-size 2"
 FULL = "--recompute-granularity full"
 
 # Method: its arguments, its least sequence-parallel size, the model.
@@ -86,9 +84,7 @@ def test_trains_like_one_process_of_stock_megatron(
     expected = reference(*model_arguments(argv))
     if feature == "bf16":
         exact = reference(*model_arguments([argument for argument in argv if argument != "--bf16"]))
-        noise = max(abs(a - b) for a, b in zip(exact.losses, expected.losses, strict=True))
-        assert 0 < noise < 0.02
-        assert max(abs(a - b) for a, b in zip(run.losses, expected.losses, strict=True)) <= noise
+        assert_within_noise(run, expected, exact)
     else:
         assert_parity(run, expected)
 

@@ -11,11 +11,8 @@ from pathlib import Path
 
 import pytest
 from cores import EVERY, OLDEST, until
-from megatron_runs import Run, assert_parity, model_arguments, train
+from megatron_runs import CP2, CP4, PP2, TP2, VPP2, Run, assert_parity, assert_within_noise, model_arguments, train
 
-TP2, PP2, CP2 = (f"--{axis}-parallel-size 2" for axis in ("tensor-model", "pipeline-model", "context"))
-CP4 = "--context-parallel-size 4"
-VPP2 = "--virtual-pipeline-model-parallel-size 2"
 RING, LIGHTSEQ = "--sp-method ring", "--sp-method lightseq"
 
 # Megatron-core, ranks, and arguments. The newest runs pairs of method and feature that
@@ -122,7 +119,5 @@ def test_multi_token_prediction_follows_the_layout(method: str, reference: Calla
 @pytest.mark.parametrize("method", ["ulysses", "ring", "lightseq"])
 def test_bf16_stays_within_its_own_noise(method: str, reference: Callable[..., Run], tmp_path: Path) -> None:
     exact, rounded = reference(), reference("--bf16")
-    noise = max(abs(a - b) for a, b in zip(exact.losses, rounded.losses, strict=True))
     run = train(tmp_path, 4, "--context-parallel-size", "4", "--sp-method", method, "--bf16")
-    assert 0 < noise < 0.01
-    assert max(abs(a - b) for a, b in zip(run.losses, rounded.losses, strict=True)) <= noise
+    assert_within_noise(run, rounded, exact, most=0.01)

@@ -13,16 +13,25 @@ from typing import Any
 
 import pytest
 from cores import EVERY, NEWEST, OLDEST
-from megatron_runs import EXAMPLES, Run, assert_parity, train
-from standing_world import RunFailure
+from megatron_runs import (
+    CORE_SCRIPT,
+    CP2,
+    CP4,
+    EXAMPLES,
+    PP2,
+    TP2,
+    VPP2,
+    Run,
+    assert_parity,
+    assert_refused,
+    assert_within_noise,
+    train,
+)
 from switch_formula import assert_switches
 from video_reference import plain_run
 
 VIDEO_SCRIPT = EXAMPLES / "pretrain_video_core.py"
 COUNTED_SCRIPT = Path(__file__).with_name("counted_video.py")
-TP2, PP2, CP2 = (f"--{axis}-parallel-size 2" for axis in ("tensor-model", "pipeline-model", "context"))
-CP4 = "--context-parallel-size 4"
-VPP2 = "--virtual-pipeline-model-parallel-size 2"
 TPSP = f"{TP2} --sequence-parallel"
 FULL, SELECTIVE = "--recompute-granularity full", "--recompute-granularity selective"
 ZERO = "--use-distributed-optimizer"
@@ -128,10 +137,8 @@ def test_trains_like_the_plain_model(ranks: int, arguments: str, plain: Callable
 def test_bf16_stays_within_its_own_noise(plain: Callable[..., Run], tmp_path: Path) -> None:
     small = ("--num-layers", "2", "--bf16")
     one = train(tmp_path / "one", 1, *small, plugin=False, script=VIDEO_SCRIPT, timeout=300)
-    noise = max(abs(a - b) for a, b in zip(plain(depth=2).losses, one.losses, strict=True))
     four = train(tmp_path / "four", 4, *TPSP.split(), *CP2.split(), *small, *DSP, script=VIDEO_SCRIPT, timeout=300)
-    assert 0 < noise < 0.02
-    assert max(abs(a - b) for a, b in zip(four.losses, one.losses, strict=True)) <= noise
+    assert_within_noise(four, one, plain(depth=2))
 
 
 @NEWEST
@@ -217,7 +224,7 @@ def test_goes_on_at_other_sizes(
     [
         pytest.param(
             f"{CP2} --sp-method dsp",
-            None,
+            CORE_SCRIPT,
             ["--sp-method='dsp'", "the one dim that its tokens have", "one of ulysses, ring"],
             id="a language model",
         ),
@@ -242,11 +249,6 @@ def test_goes_on_at_other_sizes(
     ],
 )
 def test_what_it_cannot_do_is_refused_on_every_rank(
-    arguments: str, script: Path | None, words: list[str], tmp_path: Path
+    arguments: str, script: Path, words: list[str], tmp_path: Path
 ) -> None:
-    with pytest.raises(RunFailure) as failure:
-        train(tmp_path, 2, *arguments.split(), **({} if script is None else {"script": script}))
-    by_rank = str(failure.value).split("--- rank ")[1:]
-    assert len(by_rank) == 2
-    for said in by_rank:
-        assert all(word in said for word in words), said
+    assert_refused(tmp_path, words, *arguments.split(), script=script)
