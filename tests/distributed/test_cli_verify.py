@@ -57,7 +57,7 @@ from dsp_plugin.methods import METHODS
 true = METHODS["ulysses"]
 
 def attention(*args, where, **settings):
-    out = true.attention(*args, where=where, **settings)
+    out, groups = true.attention(*args, where=where, **settings), where.groups
     {flaw}
     return out
 
