@@ -264,7 +264,7 @@ def _initial_state_everywhere(rank: int) -> None:
 
 def _documents_run_together(rank: int) -> None:
     def change(true: Callable[..., Any], **inputs: Any) -> Any:
-        return true(**inputs | {"cu_seqlens": (0, inputs["layout"].length)})
+        return true(**inputs | {"cu_seqlens": (0, inputs["where"].layout.length)})
 
     _attention_with(change)
 
