@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 # Imports of a package that a script may import again: what it replaces in there must not reach the next script.
-SCRIPTS = "dsp_plugin.launch.pretrain"
+SCRIPTS = "dsp_plugin.launch.examples.pretrain"
 # Whoever still holds a destroyed group holds gloo's threads: after many runs they are what a rank is busy with.
 RUNS = 8
 
