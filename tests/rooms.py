@@ -57,7 +57,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "planner": ("errors", "layout", "plans", "methods"),
     "sharding": (
         *("errors", "layout", "mask", "groups", "comm", "kernels", "methods", "config", "plans", "planner"),
-        "training",
+        *("training", "patches"),
     ),
     "models": ("errors", "kernels", "plans"),
     "rehearsal": (*_LIBRARY, "models"),
@@ -80,6 +80,7 @@ ONLY = {
     ("groups", "comm"): ("axis",),
     ("methods", "training"): ("recompute",),
     ("watch", "comm"): ("ledger",),
+    ("sharding", "patches"): ("recompute",),
     ("config", "kernels"): ("spec", "candidates"),
 }
 

@@ -34,6 +34,11 @@ class RegionAttributes:
                     remedy="name buffers or parameters",
                 )
 
+    @property
+    def in_force(self) -> bool:
+        """Whether anything is replaced now."""
+        return bool(self._undo)
+
     def bind(self, root: nn.Module) -> None:
         """Work on ``root`` from now on: the model, or a copy of it."""
         self._root = root

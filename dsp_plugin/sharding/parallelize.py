@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,14 +18,16 @@ from dsp_plugin.errors import SequenceParallelConfigError
 from dsp_plugin.groups import SequenceParallelGroups
 from dsp_plugin.layout import Layout
 from dsp_plugin.methods import METHODS
+from dsp_plugin.patches.recompute import enter_again
 from dsp_plugin.planner.stages import StagePlan
 from dsp_plugin.plans.known_models import complete
 from dsp_plugin.plans.plan import Plan, matching_modules, outermost, resolve_plan
 from dsp_plugin.sharding import loss
 from dsp_plugin.sharding.batch import BatchSharder
-from dsp_plugin.sharding.outputs import first_tensor, when_backward_starts
+from dsp_plugin.sharding.outputs import first_tensor
 from dsp_plugin.sharding.region import ShardedRegion
 from dsp_plugin.sharding.routing import AttentionRoute
+from dsp_plugin.training.extents import Running
 from dsp_plugin.training.randomness import RegionSeed, RegionVisit
 
 
@@ -142,51 +144,65 @@ def _check_fit(config: SequenceParallelConfig) -> None:
         )
 
 
+@dataclass
+class _Pass:
+    """One forward pass: where its tokens are, how many labels count on this rank, its seeds."""
+
+    layout: Layout | None = None
+    count: Tensor | None = None
+    visit: RegionVisit | None = None
+
+    @property
+    def seed(self) -> RegionSeed | None:
+        return None if self.visit is None else self.visit.seed
+
+
 def _shard_batch(
     module: nn.Module, config: SequenceParallelConfig, groups: SequenceParallelGroups, undo: list[Callable[[], None]]
 ) -> None:
     sharder, attention = BatchSharder(module, config, groups.sp), attention_of(config, config.for_softmax)
     linear = attention_of(config) if METHODS[config.method].kind == "linear" else None
     found = [matching_modules(module, pattern, "attention") for pattern in config.attention]
-    layout_now: Layout | None = None
-    count_now: Tensor | None = None
-    visit: RegionVisit | None = None
-    seed_now: RegionSeed | None = None
-
-    def recall(layout: Layout | None, seed: RegionSeed | None) -> None:
-        nonlocal layout_now, seed_now
-        layout_now, seed_now = layout, seed
-
-    def leave() -> None:
-        nonlocal visit
-        entered, visit = visit, None
-        if entered is not None:
-            entered.leave()
+    passes: Running[_Pass] = Running()
 
     def before(_: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-        nonlocal layout_now, count_now, visit, seed_now
-        args, kwargs, layout_now, count_now = sharder.shard(args, kwargs)
-        leave()
-        visit = RegionVisit(groups.sp) if module.training and groups.sp.size > 1 else None
-        seed_now = visit.seed if visit is not None else None
+        passes.begin(state := _Pass())
+        args, kwargs, state.layout, state.count = sharder.shard(args, kwargs)
+        state.visit = RegionVisit(groups.sp) if module.training and groups.sp.size > 1 else None
         return args, kwargs
 
+    def leave(*_: object) -> None:
+        if passes.now is not None and passes.now.visit is not None:
+            passes.now.visit.leave()
+
     def after(_: nn.Module, args: tuple, output: Any) -> Any:
-        leave()
-        assert layout_now is not None
+        state = passes.now
+        assert state is not None
+        assert state.layout is not None
         first, rebuild = first_tensor(output)
-        if count_now is not None:
-            whole = global_loss(first, count_now, groups)
+        if state.count is not None:
+            whole = global_loss(first, state.count, groups)
         else:
             assert config.gather_output is not None
-            whole = _global_output(first, config.gather_output, layout_now, config.method, groups)
-        when_backward_starts(whole, partial(recall, layout_now, seed_now))
+            whole = _global_output(first, config.gather_output, state.layout, config.method, groups)
+        passes.recall_by(whole, state)
         return rebuild(whole)
 
+    undo.append(enter_again())
     undo.append(module.register_forward_pre_hook(before, with_kwargs=True).remove)
+    # Before what follows, which all ranks do alike; also where the forward pass fails.
+    undo.append(module.register_forward_hook(leave, always_call=True).remove)
     undo.append(module.register_forward_hook(after).remove)
+    undo.append(module.register_forward_hook(lambda *_: passes.end(), always_call=True).remove)
     for name, part in outermost({name: part for modules in found for name, part in modules.items()}).items():
-        route = AttentionRoute(name, attention, groups, lambda: layout_now, lambda: seed_now, linear)
+        route = AttentionRoute(
+            name,
+            attention,
+            groups,
+            lambda: None if passes.now is None else passes.now.layout,
+            lambda: None if passes.now is None else passes.now.seed,
+            linear,
+        )
         undo.append(route.install(part))
 
 

@@ -1,8 +1,9 @@
-"""From the sizes that one forward pass has to the planner's choice for it."""
+"""One forward pass through a region: its state, and from the sizes it has to the planner's choice for it."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from math import prod
 from typing import NamedTuple
 
@@ -12,12 +13,14 @@ from dsp_plugin.config.schema import SequenceParallelConfig
 from dsp_plugin.errors import SequenceParallelConfigError
 from dsp_plugin.methods import METHODS
 from dsp_plugin.planner.moves import Activation, Border
-from dsp_plugin.planner.stages import AttentionShape, Inside, StagePlan, StageSpec, plan_stages
+from dsp_plugin.planner.stages import AttentionShape, Inside, StagePlan, StageRow, StageSpec, plan_stages
 from dsp_plugin.plans.pattern import Extra, Pattern, parse
 from dsp_plugin.plans.plan import Plan, matching_modules
 from dsp_plugin.plans.stage import Stage
 from dsp_plugin.sharding.arguments import Arguments
 from dsp_plugin.sharding.placed import Placed
+from dsp_plugin.sharding.token_moves import TokenMoves
+from dsp_plugin.training.randomness import RegionSeed, RegionVisit
 
 
 class PassSizes(NamedTuple):
@@ -36,6 +39,42 @@ class PassSizes(NamedTuple):
     shape: tuple[int, ...]
     element_size: int
     gradient: bool
+
+
+@dataclass(frozen=True)
+class Entered:
+    """What is known once tokens are there: the sizes of dims, where they are sharded, and the seeds."""
+
+    sizes: dict[str, int]
+    stage_plan: StagePlan
+    rows: dict[int, StageRow]
+    moves: TokenMoves
+    seed: RegionSeed | None
+
+
+@dataclass
+class RegionPass:
+    """One forward pass: of the root, or of the stages alone where somebody calls them behind the root's back.
+
+    Attributes:
+        running: the stages that run in it.
+        known: sizes that are known before tokens are there.
+        root: the module whose forward runs; None for stages alone.
+        last_run: the stage that began last.
+        at: the stage that runs.
+        inside: whether the plan's region runs.
+        entered: None before the first stage, or the region.
+        visit: to the region, in training, until it ends.
+    """
+
+    running: list[int]
+    known: dict[str, int]
+    root: nn.Module | None = None
+    last_run: int | None = None
+    at: int | None = None
+    inside: bool = False
+    entered: Entered | None = None
+    visit: RegionVisit | None = None
 
 
 def sizes_of_inputs(plan: Plan, arguments: Arguments) -> dict[str, int]:

@@ -7,9 +7,10 @@ The calls that are seen are torch's `scaled_dot_product_attention` and the libra
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import update_wrapper
+from functools import partial, update_wrapper
 from typing import Any, Self
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
@@ -23,6 +24,7 @@ from dsp_plugin.kernels.spec import AttentionSpec
 from dsp_plugin.layout import Layout
 from dsp_plugin.mask import MaskSpec
 from dsp_plugin.methods import Where, halo
+from dsp_plugin.training.extents import extent, in_first_run
 from dsp_plugin.training.randomness import RegionSeed
 
 LayoutNow = Callable[[], Layout | None]
@@ -34,7 +36,8 @@ class AttentionRoute:
     Args:
         name: of the module, for errors.
         attention: softmax attention, from `dsp_plugin.config.attention.attention_of`.
-        layout_now: the placement of the sequence in the running forward pass; None while it is whole.
+        layout_now: the placement of the sequence in the running forward pass; None while it is whole, and outside of
+            passes.
         seed_now: the seeds of that pass; None outside training.
         linear: linear attention, likewise; None where the method serves none.
     """
@@ -50,6 +53,11 @@ class AttentionRoute:
     ) -> None:
         self._name, self._attention, self._linear, self._groups = name, attention, linear, groups
         self._layout_now, self._seed_now = layout_now, seed_now
+        self.served: dict[Callable[..., Any], Callable[..., Any]] = {
+            F.scaled_dot_product_attention: self.attend,
+            linear_attention: self.attend_linearly,
+            short_convolution: self.convolve,
+        }
 
     def install(self, module: nn.Module) -> Callable[[], None]:
         """Route the calls made inside ``module.forward``; returns what undoes it."""
@@ -73,7 +81,7 @@ class AttentionRoute:
         layout = self._layout_now()
         if layout is None:
             return forward(*args, **kwargs)
-        with _Intercept(self, layout) as intercept:
+        with extent(partial(_Intercept, self, layout, torch.is_grad_enabled())) as intercept:
             output = forward(*args, **kwargs)
         if not intercept.routed:
             raise UnsupportedError(
@@ -179,6 +187,20 @@ class AttentionRoute:
                 remedy=f"shard a dim that the stage does not compute along, or {otherwise}",
             )
 
+    def refuse_unrecorded(self, call: Callable[..., Any]) -> None:
+        """Where autograd records the module but not a call in it, it is run again later, where nobody would route it.
+
+        Raises:
+            UnsupportedError: always.
+        """
+        raise UnsupportedError(
+            setting=f"{call.__name__} of {self._name}",
+            why="it was called with gradients off inside a forward with gradients on, as by a checkpoint of a kind we "
+            "do not know: what that runs again in the backward pass would attend within the shard only",
+            remedy="checkpoint with torch.utils.checkpoint or deepspeed.checkpointing, or the whole module from "
+            "outside; put torch.no_grad() around the whole module",
+        )
+
     def _dropout_seed(self) -> int:
         seed = self._seed_now()
         if seed is None:
@@ -202,19 +224,24 @@ class _RoutedForward:
 
 
 class _Intercept(TorchFunctionMode):
-    def __init__(self, route: AttentionRoute, layout: Layout) -> None:
+    """Sees the calls of one run of a module's forward, or of a part of it that a checkpoint runs again.
+
+    Args:
+        grad: whether autograd recorded that run when it started.
+    """
+
+    def __init__(self, route: AttentionRoute, layout: Layout, grad: bool) -> None:
         super().__init__()
-        self._route, self._layout, self.routed = route, layout, False
+        self._route, self._layout, self._grad, self.routed = route, layout, grad, False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func is F.scaled_dot_product_attention:
-            self.routed = True
-            return self._route.attend(self._layout, *args, **kwargs)
-        if func is linear_attention:
-            self.routed = True
-            return self._route.attend_linearly(self._layout, *args, **kwargs)
-        if func is short_convolution:
-            # Not what makes a module mix tokens: one that does nothing else we see attends out of our sight.
-            return self._route.convolve(self._layout, *args, **kwargs)
-        return func(*args, **kwargs)
+        attend = self._route.served.get(func)
+        if attend is None:
+            return func(*args, **kwargs)
+        if self._grad and not torch.is_grad_enabled() and not in_first_run():
+            self._route.refuse_unrecorded(func)
+        # A convolution is not what makes a module mix tokens: one that does nothing else we see attends out of our
+        # sight.
+        self.routed = self.routed or func is not short_convolution
+        return attend(self._layout, *args, **kwargs)

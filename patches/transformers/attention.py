@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from dsp_plugin.kernels.spec import AttentionSpec
 from dsp_plugin.mask import MaskSpec
 from dsp_plugin.methods import Where
 from dsp_plugin.patches.transformers.inputs import Placement
+from dsp_plugin.training.extents import Running
 from dsp_plugin.training.randomness import RegionSeed
 
 # What some families pass to attention beyond q, k and v, and what it would change.
@@ -25,20 +27,33 @@ ALTERING = {
 }
 
 
-class SequenceAttention:
-    """Runs a model's attention by a method.
+@dataclass
+class ModelPass:
+    """One forward pass of a model.
 
     Attributes:
-        calls: how many attention layers ran in the running forward pass.
-        placement: how the tokens of that forward pass lie on the ranks.
-        seed: the seeds of that forward pass; None outside training.
+        placement: how its tokens lie on the ranks.
+        seed: None outside training.
     """
 
     placement: Placement
     seed: RegionSeed | None
 
-    def __init__(self, config: SequenceParallelConfig, groups: SequenceParallelGroups) -> None:
-        self._attention, self._groups = attention_of(config), groups
+
+class SequenceAttention:
+    """Runs a model's attention by a method.
+
+    Attributes:
+        calls: how many attention layers ran in the running forward pass.
+
+    Args:
+        passes: the model's.
+    """
+
+    def __init__(
+        self, config: SequenceParallelConfig, groups: SequenceParallelGroups, passes: Running[ModelPass]
+    ) -> None:
+        self._attention, self._groups, self._passes = attention_of(config), groups, passes
         self.calls = 0
 
     def __call__(
@@ -67,11 +82,19 @@ class SequenceAttention:
             ``[B, n, H, Dv]``, and no weights.
 
         Raises:
-            UnsupportedError: a mask, or something else that changes the scores in a way that no method knows.
+            UnsupportedError: a mask, or something else that changes the scores in a way that no method knows; or no
+                forward pass of the model runs.
         """
         self.calls += 1
         _refuse_altered_scores(module, attention_mask, is_causal, kwargs)
-        placement = self.placement
+        running = self._passes.now
+        if running is None:
+            raise UnsupportedError(
+                setting=f"{type(module).__name__} with sequence_parallel",
+                why="it was called outside of the model's forward, where nothing says which tokens this rank holds",
+                remedy="call the model itself, not a part of it: without labels it returns whole logits",
+            )
+        placement = running.placement
         out = self._attention(
             *(x.transpose(1, 2) for x in (query, key, value)),
             what=AttentionSpec(
@@ -82,15 +105,16 @@ class SequenceAttention:
                 ),
                 scaling,
                 dropout,
-                self._dropout_seed(module) if dropout else None,
+                _dropout_seed(running.seed, module) if dropout else None,
             ),
             where=Where(self._groups, placement.layout),
         )
         return out, None
 
-    def _dropout_seed(self, module: nn.Module) -> int:
-        assert self.seed is not None, "Transformers' layers drop in training only"
-        return self.seed.of_attention(f"layer {getattr(module, 'layer_idx', None)}")
+
+def _dropout_seed(seed: RegionSeed | None, module: nn.Module) -> int:
+    assert seed is not None, "Transformers' layers drop in training only"
+    return seed.of_attention(f"layer {getattr(module, 'layer_idx', None)}")
 
 
 def _refuse_altered_scores(
