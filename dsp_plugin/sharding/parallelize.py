@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dsp_plugin.comm.collectives import gather
+from dsp_plugin.comm.consent import go_on
 from dsp_plugin.config.attention import attention_of
 from dsp_plugin.config.checks import PLANNED
 from dsp_plugin.config.schema import SequenceParallelConfig
@@ -164,10 +165,21 @@ def _shard_batch(
     linear = attention_of(config) if METHODS[config.method].kind == "linear" else None
     found = [matching_modules(module, pattern, "attention") for pattern in config.attention]
     passes: Running[_Pass] = Running()
+    kinds: set[str] = set()
 
     def before(_: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         passes.begin(state := _Pass())
-        args, kwargs, state.layout, state.count = sharder.shard(args, kwargs)
+        kind = f"forward of {_shapes(args, kwargs)}"
+        refusal: SequenceParallelConfigError | None = None
+        try:
+            args, kwargs, state.layout, state.count = sharder.shard(args, kwargs)
+        except SequenceParallelConfigError as error:
+            refusal = error
+        if kind not in kinds:
+            go_on(kind, refusal, groups.sp)
+            kinds.add(kind)
+        elif refusal is not None:
+            raise refusal
         state.visit = RegionVisit(groups.sp) if module.training and groups.sp.size > 1 else None
         return args, kwargs
 
@@ -204,6 +216,12 @@ def _shard_batch(
             linear,
         )
         undo.append(route.install(part))
+
+
+def _shapes(args: tuple, kwargs: dict[str, Any]) -> str:
+    """What passes of one kind have in common."""
+    named = {**{str(place): value for place, value in enumerate(args)}, **kwargs}
+    return ", ".join(f"{name} {list(x.shape)}" for name, x in named.items() if isinstance(x, Tensor))
 
 
 def global_loss(local_mean: Tensor, count: Tensor, groups: SequenceParallelGroups) -> Tensor:

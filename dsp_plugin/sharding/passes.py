@@ -19,6 +19,7 @@ from dsp_plugin.plans.plan import Plan, matching_modules
 from dsp_plugin.plans.stage import Stage
 from dsp_plugin.sharding.arguments import Arguments
 from dsp_plugin.sharding.placed import Placed
+from dsp_plugin.sharding.random_layers import RandomLayer
 from dsp_plugin.sharding.token_moves import TokenMoves
 from dsp_plugin.training.randomness import RegionSeed, RegionVisit
 
@@ -41,15 +42,24 @@ class PassSizes(NamedTuple):
     gradient: bool
 
 
+class Planned(NamedTuple):
+    """What passes of the same sizes have in common."""
+
+    stage_plan: StagePlan
+    rows: dict[int, StageRow]
+    layers: list[RandomLayer]
+
+
 @dataclass(frozen=True)
 class Entered:
-    """What is known once tokens are there: the sizes of dims, where they are sharded, and the seeds."""
+    """What is known once tokens are there: the sizes of dims, where they are sharded, the seeds, the kind of pass."""
 
     sizes: dict[str, int]
     stage_plan: StagePlan
     rows: dict[int, StageRow]
     moves: TokenMoves
     seed: RegionSeed | None
+    kind: PassSizes
 
 
 @dataclass
@@ -75,6 +85,17 @@ class RegionPass:
     inside: bool = False
     entered: Entered | None = None
     visit: RegionVisit | None = None
+
+
+def out_of_order(stage: str, due: str, order: str) -> SequenceParallelConfigError:
+    """Why a stage that is not due must not run."""
+    return SequenceParallelConfigError(
+        setting="plan.stages",
+        value=stage,
+        why=f"it ran where {due} was due; stages must run once each, in the order of plan.order={order!r}",
+        remedy='set order to "layers" if forward runs the stages of one layer after the other; else register '
+        "the modules in the order in which forward runs them, one for each run",
+    )
 
 
 def sizes_of_inputs(plan: Plan, arguments: Arguments) -> dict[str, int]:

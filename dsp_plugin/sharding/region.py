@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext, suppress
 from math import prod
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
 from dsp_plugin.comm import meter
+from dsp_plugin.comm.consent import go_on
 from dsp_plugin.config.attention import attention_of
 from dsp_plugin.config.schema import SequenceParallelConfig
 from dsp_plugin.errors import SequenceParallelConfigError
@@ -26,26 +27,20 @@ from dsp_plugin.sharding.outputs import first_tensor, only_tensor
 from dsp_plugin.sharding.passes import (
     Entered,
     PassSizes,
+    Planned,
     RegionPass,
     border_module,
     inside_of,
+    out_of_order,
     planned,
     sizes_of_inputs,
 )
 from dsp_plugin.sharding.placed import placed_stages
-from dsp_plugin.sharding.random_layers import RandomLayer, check_random_layers, random_layers
+from dsp_plugin.sharding.random_layers import check_random_layers, random_layers
 from dsp_plugin.sharding.routing import AttentionRoute
 from dsp_plugin.sharding.token_moves import Place, TokenMoves
 from dsp_plugin.training.extents import Running, in_backward
 from dsp_plugin.training.randomness import RegionVisit
-
-
-class _Planned(NamedTuple):
-    """What passes of the same sizes have in common."""
-
-    stage_plan: StagePlan
-    rows: dict[int, StageRow]
-    layers: list[RandomLayer]
 
 
 class ShardedRegion:
@@ -63,7 +58,9 @@ class ShardedRegion:
         self._root = root
         self._border = border_module(root, plan)
         self._attributes = RegionAttributes(root, plan)
-        self._plans: dict[PassSizes, _Planned] = {}
+        self._plans: dict[PassSizes, Planned] = {}
+        # Kinds of passes in which all ranks came through all stages.
+        self._finished: set[PassSizes] = set()
         self._passes: Running[RegionPass] = Running(self._overridden)
         # Of stages that are called behind the root's back.
         self._alone: RegionPass | None = None
@@ -190,12 +187,15 @@ class ShardedRegion:
             if self._is_outside(index):
                 return None
             arguments = Arguments(placed.name, placed.module, args, kwargs)
-            self._check_order(index)
+            refusal = self._out_of_order(index)
+            if refusal is not None:
+                self._agree(placed.name, refusal)
             x = arguments.tokens(placed.stage.tokens)
             if self._border is None and index == self._now.running[0]:
                 self._enter(x, pattern, module.training)
                 if not self._again:
                     self._attributes.override()
+            self._agree(f"{placed.name}, of {self._entered.sizes}")
             place = self._place(index, self._entered.rows[index])
             moved = self._entered.moves.move(x, pattern, self._found_at(index), place, setting)
             arguments.set(placed.stage.tokens, moved)
@@ -220,6 +220,8 @@ class ShardedRegion:
             last = index == self._now.running[-1] and self._border is None
             target = None if last else self._leaves_at(index)
             if last and not self._again:
+                if self._now.root is None:
+                    self._finished.add(self._entered.kind)
                 self._leave()
                 self._attributes.restore()
             elif target is not None:
@@ -273,24 +275,29 @@ class ShardedRegion:
     def _cut_buffers(self, place: Place) -> None:
         self._attributes.cut(lambda value, text, setting: self._own_part(value, text, place, setting))
 
-    def _check_order(self, index: int) -> None:
+    def _out_of_order(self, index: int) -> SequenceParallelConfigError | None:
+        """Why a stage must not run now; None where it is due, which counts it as run."""
         if self._again:
-            return
+            return None
         state = self._now
         at = -1 if state.last_run is None else state.running.index(state.last_run)
         expected = state.running[at + 1] if at + 1 < len(state.running) else None
         # A pass may begin anew where the last one was of a part that was called by itself.
-        if index not in (state.running[0], expected):
-            names = [placed.name for placed in self._placed]
-            raise SequenceParallelConfigError(
-                setting="plan.stages",
-                value=names[index],
-                why=f"it ran where {names[expected] if expected is not None else 'no further stage'} was due; stages "
-                f"must run once each, in the order of plan.order={self._plan.order!r}",
-                remedy='set order to "layers" if forward runs the stages of one layer after the other; else register '
-                "the modules in the order in which forward runs them, one for each run",
-            )
-        state.last_run = index
+        if index in (state.running[0], expected):
+            state.last_run = index
+            return None
+        names = [placed.name for placed in self._placed]
+        due = names[expected] if expected is not None else "no further stage"
+        return out_of_order(names[index], due, self._plan.order)
+
+    def _agree(self, step: str, refusal: SequenceParallelConfigError | None = None) -> None:
+        """In the first pass of its kind ranks go on to each stage together: which comes next may hang on their data."""
+        state = self._now
+        if state.entered is None or state.entered.kind in self._finished or self._again:
+            if refusal is not None:
+                raise refusal
+            return
+        go_on(step, refusal, self._groups.sp)
 
     def _after_all(self, module: nn.Module, args: tuple, output: Any) -> None:
         state = self._now
@@ -298,12 +305,15 @@ class ShardedRegion:
             return
         if state.last_run != state.running[-1]:
             missing = state.running[state.running.index(state.last_run) + 1]
-            raise SequenceParallelConfigError(
+            refusal = SequenceParallelConfigError(
                 setting="plan.stages",
                 value=self._placed[missing].name,
                 why="forward ended without it, so the tokens were never made whole again",
                 remedy='plan only modules that every forward pass runs, or name the argument that skips them as "when"',
             )
+            self._agree("the end of forward", refusal)
+        assert state.entered is not None
+        self._finished.add(state.entered.kind)
         # Not at the last stage's output: inside a reentrant checkpoint that has no gradient yet.
         with suppress(SequenceParallelConfigError):
             leading, _ = first_tensor(output)
@@ -335,7 +345,7 @@ class ShardedRegion:
             stage_plan = planned(self._plan, self._config, self._groups.sp.size, running, key)
             rows = dict(zip(state.running, stage_plan.rows, strict=True))
             layers = random_layers(self._root, self._plan, self._placed, rows)
-            self._plans[key] = _Planned(stage_plan, rows, layers)
+            self._plans[key] = Planned(stage_plan, rows, layers)
         self._stage_plan, rows, layers = self._plans[key]
         self._leave()
         if training and self._groups.sp.size > 1:
@@ -344,7 +354,8 @@ class ShardedRegion:
         if torch.is_grad_enabled():
             meter.count(tokens=prod(sizes[dim] for dim in self._plan.dims))
         seed = state.visit.seed if state.visit is not None else None
-        state.entered = Entered(sizes, self._stage_plan, rows, TokenMoves(sizes, self._groups), seed)
+        moves = TokenMoves(sizes, self._groups)
+        state.entered = Entered(sizes, self._stage_plan, rows, moves, seed, key)
 
     def _leave(self) -> None:
         state = self._state
@@ -352,18 +363,9 @@ class ShardedRegion:
             visit, state.visit = state.visit, None
             visit.leave()
 
-    @contextmanager
-    def _overridden(self, state: RegionPass) -> Iterator[None]:
+    def _overridden(self, state: RegionPass) -> AbstractContextManager[object]:
         """What is run again needs the plan's overrides, too."""
-        if state.root is None or self._attributes.in_force:
-            yield
-            return
-        self._attributes.bind(state.root)
-        self._attributes.override()
-        try:
-            yield
-        finally:
-            self._attributes.restore()
+        return nullcontext() if state.root is None else self._attributes.overridden(state.root)
 
     def _own_part(self, value: Any, text: str, place: Place, setting: str) -> Any:
         if isinstance(value, tuple | list):

@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from dsp_plugin.errors import UnsupportedError
+from dsp_plugin.comm.consent import Refusal, go_on
+from dsp_plugin.errors import SequenceParallelConfigError, UnsupportedError
 from dsp_plugin.groups import SequenceParallelGroups
 from dsp_plugin.kernels.convolution import short_convolution
 from dsp_plugin.kernels.linear import linear_attention
@@ -24,6 +25,7 @@ from dsp_plugin.kernels.spec import AttentionSpec
 from dsp_plugin.layout import Layout
 from dsp_plugin.mask import MaskSpec
 from dsp_plugin.methods import Where, halo
+from dsp_plugin.methods.inputs import check_length, check_shards
 from dsp_plugin.training.extents import extent, in_first_run
 from dsp_plugin.training.randomness import RegionSeed
 
@@ -53,11 +55,13 @@ class AttentionRoute:
     ) -> None:
         self._name, self._attention, self._linear, self._groups = name, attention, linear, groups
         self._layout_now, self._seed_now = layout_now, seed_now
-        self.served: dict[Callable[..., Any], Callable[..., Any]] = {
-            F.scaled_dot_product_attention: self.attend,
-            linear_attention: self.attend_linearly,
-            short_convolution: self.convolve,
+        self._served: dict[Callable[..., Any], Callable[..., Any]] = {
+            F.scaled_dot_product_attention: self._softmax,
+            linear_attention: self._linear_attention,
+            short_convolution: self._convolution,
         }
+        # Calls that ranks once went on with: the same call of another pass is of the same kind.
+        self._agreed: set[int] = set()
 
     def install(self, module: nn.Module) -> Callable[[], None]:
         """Route the calls made inside ``module.forward``; returns what undoes it."""
@@ -96,7 +100,35 @@ class AttentionRoute:
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         return self
 
-    def attend(
+    def serves(self, call: Callable[..., Any]) -> bool:
+        """Whether ``call`` is attention, or what goes with it."""
+        return call in self._served
+
+    def serve(self, number: int, call: Callable[..., Any], layout: Layout, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """What ``call`` is to return of this rank's tokens. Collective.
+
+        Where ranks hold unequally many tokens, a check may fail on one rank alone; so the first time a call is made
+        with such tokens, ranks agree that all go on with it.
+
+        Args:
+            number: of the call within its module's run, from 1.
+
+        Raises:
+            UnsupportedError, SequenceParallelConfigError: the method cannot serve it; on every rank.
+        """
+        refusal: Refusal | None = None
+        try:
+            ready = self._served[call](layout, *args, **kwargs)
+        except (UnsupportedError, SequenceParallelConfigError) as error:
+            refusal = error
+        if number not in self._agreed and len(set(layout.sizes)) > 1:
+            go_on(f"{call.__name__} of {self._name}", refusal, self._groups.sp)
+            self._agreed.add(number)
+        elif refusal is not None:
+            raise refusal
+        return ready()
+
+    def _softmax(
         self,
         layout: Layout,
         query: Tensor,
@@ -107,12 +139,8 @@ class AttentionRoute:
         is_causal: bool = False,
         scale: float | None = None,
         enable_gqa: bool = False,
-    ) -> Tensor:
-        """`scaled_dot_product_attention` on sharded ``[B, H, n, D]`` tensors, with its arguments.
-
-        Raises:
-            UnsupportedError: a dense mask, or inputs that are not self-attention over the shard.
-        """
+    ) -> Callable[[], Tensor]:
+        """`scaled_dot_product_attention` on sharded ``[B, H, n, D]`` tensors, with its arguments, checked."""
         shapes = f"query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}"
         if attn_mask is not None:
             raise UnsupportedError(
@@ -137,47 +165,38 @@ class AttentionRoute:
                 why="heads of query and key differ and enable_gqa is not set",
                 remedy="pass enable_gqa=True, as torch itself demands",
             )
-        q, k, v = (x.transpose(1, 2) for x in (query, key, value))
-        out = self._attention(
-            q,
-            k,
-            v,
-            what=AttentionSpec(
-                MaskSpec(causal=is_causal), scale, dropout_p, self._dropout_seed() if dropout_p else None
-            ),
-            where=Where(self._groups, layout),
-        )
-        return out.transpose(1, 2)
+        q, k, v = (autocast(x).transpose(1, 2) for x in (query, key, value))
+        check_shards(q, k, v, layout, self._groups.sp)
+        what = AttentionSpec(MaskSpec(causal=is_causal), scale, dropout_p, self._dropout_seed() if dropout_p else None)
+        where = Where(self._groups, layout)
+        return lambda: self._attention(q, k, v, what=what, where=where).transpose(1, 2)
 
-    def attend_linearly(
+    def _linear_attention(
         self, layout: Layout, q: Tensor, k: Tensor, v: Tensor, *gates: Tensor | None, **settings: Any
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        """`dsp_plugin.kernels.linear.linear_attention` on sharded ``[B, n, H, D]`` tensors, with its arguments.
+    ) -> Callable[[], Tensor | tuple[Tensor, Tensor]]:
+        """`dsp_plugin.kernels.linear.linear_attention` on sharded ``[B, n, H, D]`` tensors, checked.
 
         Under autocast q, k and v are taken in its dtype. Decays add up, so gates stay in theirs.
-
-        Raises:
-            UnsupportedError: the method serves no linear attention.
         """
-        if self._linear is None:
+        linear = self._linear
+        if linear is None:
             raise UnsupportedError(
                 setting=f"linear_attention of {self._name}",
                 why="the method in use serves softmax attention, and every shard would start from a state of zeros",
                 remedy='set "method" to "lasp", and "softmax_method" to what is to serve the softmax layers, if any',
             )
-        q, k, v = (autocast(x) for x in (q, k, v))
-        return self._linear(q, k, v, *gates, where=Where(self._groups, layout), **settings)
+        for name, x in (("q", q), ("k", k), ("v", v)):
+            check_length(x, f"{name} {tuple(x.shape)}", layout, self._groups.sp)
+        inputs, where = [autocast(x) for x in (q, k, v)], Where(self._groups, layout)
+        return lambda: linear(*inputs, *gates, where=where, **settings)
 
-    def convolve(
+    def _convolution(
         self, layout: Layout, x: Tensor, weight: Tensor, bias: Tensor | None = None, **settings: Any
-    ) -> Tensor:
-        """`dsp_plugin.kernels.convolution.short_convolution` on a sharded ``[B, n, C]`` tensor, with its arguments.
-
-        Raises:
-            UnsupportedError: the shard's tokens are not in global order.
-        """
+    ) -> Callable[[], Tensor]:
+        """`dsp_plugin.kernels.convolution.short_convolution` on a sharded ``[B, n, C]`` tensor, checked."""
         self._check_order(layout, f"short_convolution of {self._name}", "leave it out")
-        return halo.convolve(x, weight, bias, groups=self._groups, layout=layout, **settings)
+        check_length(x, f"x {tuple(x.shape)}", layout, self._groups.sp)
+        return lambda: halo.convolve(x, weight, bias, groups=self._groups, layout=layout, **settings)
 
     def _check_order(self, layout: Layout, setting: str, otherwise: str) -> None:
         if layout.explicit_sizes is not None:
@@ -233,15 +252,16 @@ class _Intercept(TorchFunctionMode):
     def __init__(self, route: AttentionRoute, layout: Layout, grad: bool) -> None:
         super().__init__()
         self._route, self._layout, self._grad, self.routed = route, layout, grad, False
+        self._calls = 0
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        attend = self._route.served.get(func)
-        if attend is None:
+        if not self._route.serves(func):
             return func(*args, **kwargs)
         if self._grad and not torch.is_grad_enabled() and not in_first_run():
             self._route.refuse_unrecorded(func)
         # A convolution is not what makes a module mix tokens: one that does nothing else we see attends out of our
         # sight.
         self.routed = self.routed or func is not short_convolution
-        return attend(self._layout, *args, **kwargs)
+        self._calls += 1
+        return self._route.serve(self._calls, func, self._layout, args, kwargs)
