@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from dsp_plugin.comm import meter
 from dsp_plugin.comm.axis import Axis
 from dsp_plugin.config.schema import SequenceParallelConfig
+from dsp_plugin.derivatives import refuse_transforms
 from dsp_plugin.errors import SequenceParallelConfigError
 from dsp_plugin.layout import Layout
 
@@ -40,7 +41,9 @@ class BatchSharder:
 
         Raises:
             SequenceParallelConfigError: a named argument is missing or no tensor, or lengths differ.
+            UnsupportedError: an argument carries a tangent, or a batch dim of `torch.func`.
         """
+        refuse_transforms("a sharded model", *(x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)))
         bound = self._signature.bind(*args, **kwargs)
         further = next((p.name for p in self._signature.parameters.values() if p.kind is p.VAR_KEYWORD), None)
         values = dict(bound.arguments)

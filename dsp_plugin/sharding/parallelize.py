@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from dsp_plugin.comm.collectives import gather
-from dsp_plugin.comm.consent import go_on
+from dsp_plugin.comm.consent import Refusal, go_on
 from dsp_plugin.config.attention import attention_of
 from dsp_plugin.config.checks import PLANNED
 from dsp_plugin.config.schema import SequenceParallelConfig
 from dsp_plugin.config.start_line import BY_PLAN, announce, devices_of, dtype_of
-from dsp_plugin.errors import SequenceParallelConfigError
+from dsp_plugin.errors import SequenceParallelConfigError, UnsupportedError
 from dsp_plugin.groups import SequenceParallelGroups
 from dsp_plugin.layout import Layout
 from dsp_plugin.methods import METHODS
@@ -170,10 +170,10 @@ def _shard_batch(
     def before(_: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         passes.begin(state := _Pass())
         kind = f"forward of {_shapes(args, kwargs)}"
-        refusal: SequenceParallelConfigError | None = None
+        refusal: Refusal | None = None
         try:
             args, kwargs, state.layout, state.count = sharder.shard(args, kwargs)
-        except SequenceParallelConfigError as error:
+        except (SequenceParallelConfigError, UnsupportedError) as error:
             refusal = error
         if kind not in kinds:
             go_on(kind, refusal, groups.sp)

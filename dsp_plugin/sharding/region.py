@@ -14,6 +14,7 @@ from dsp_plugin.comm import meter
 from dsp_plugin.comm.consent import go_on
 from dsp_plugin.config.attention import attention_of
 from dsp_plugin.config.schema import SequenceParallelConfig
+from dsp_plugin.derivatives import refuse_transforms
 from dsp_plugin.errors import SequenceParallelConfigError
 from dsp_plugin.groups import SequenceParallelGroups
 from dsp_plugin.layout import Layout, shard_sizes
@@ -332,6 +333,7 @@ class ShardedRegion:
             if self._entered.seed is not None:
                 self._entered.seed.apply()
             return
+        refuse_transforms("a sharded model", x)
         sizes = pattern.solve(x.shape, state.known, f"tokens of {self._placed[state.running[0]].name}")
         key = PassSizes(
             tuple(sorted(sizes.items())),
