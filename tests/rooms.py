@@ -45,7 +45,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "errors": (),
     "layout": ("errors",),
     "mask": ("errors",),
-    "spawn": (),
+    "spawn": ("comm",),
     "groups": ("comm",),
     "comm": ("errors", "layout"),
     "kernels": ("errors", "mask"),
@@ -79,7 +79,8 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
 ONLY = {
     ("groups", "comm"): ("axis",),
     ("methods", "training"): ("recompute",),
-    ("watch", "comm"): ("ledger",),
+    ("watch", "comm"): ("ledger", "agreement"),
+    ("spawn", "comm"): ("agreement",),
     ("config", "kernels"): ("spec", "candidates"),
 }
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 
 import torch
@@ -22,6 +22,26 @@ from dsp_plugin.errors import CollectiveMismatchError
 Shapes = Sequence[Sequence[int]]
 
 _entered: Counter[str] = Counter()
+_HINT = (
+    "If ranks may have taken different paths, or hold tensors that do not fit together, run again with "
+    "DSP_PLUGIN_DEBUG=1: it names the collective and the ranks that differ."
+)
+
+
+def hint() -> str:
+    """How to learn more about a collective that failed; empty where debug mode is on and would have said."""
+    return "" if _entered else _HINT
+
+
+@contextmanager
+def explained() -> Iterator[None]:
+    """Adds the hint to what a backend raises in a collective: its own words are about sockets and buffers."""
+    try:
+        yield
+    except RuntimeError as error:
+        if hint() and not isinstance(error, CollectiveMismatchError):
+            error.add_note(f"dsp_plugin: a collective between ranks has failed. {hint()}")
+        raise
 
 
 def agree(
