@@ -62,18 +62,23 @@ class Ranks:
 
 
 @contextmanager
-def ranks(folder: Path, size: int, *argv: str, timeout: float) -> Iterator[Ranks]:
+def ranks(
+    folder: Path, size: int, *argv: str, timeout: float, script: Path = SCRIPT, limit: float | None = None
+) -> Iterator[Ranks]:
     """Starts the script on so many ranks; kills what is left of them at the end.
 
     Args:
         folder: for output; the script's first argument.
         argv: its others.
         timeout: the launcher's.
+        limit: seconds that the script gives a collective; torch's half hour if None.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch", "dsp_plugin", "dsp_plugin.launch.__main__"])
     place = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    arguments = ["--timeout", str(timeout), str(SCRIPT), str(folder), *argv]
+    if limit is not None:
+        place["COLLECTIVE_SECONDS"] = str(limit)
+    arguments = ["--timeout", str(timeout), str(script), str(folder), *argv]
     started: list[BaseProcess] = []
     try:
         for rank in range(size):
