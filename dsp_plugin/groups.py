@@ -8,14 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from datetime import timedelta
-from typing import Literal, Protocol, Self, cast
+from typing import Literal, Protocol, Self
 
 import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
-from dsp_plugin.comm.axis import Axis
+from dsp_plugin.comm.axis import Axis, timeout_of
 
 
 class Grid(Protocol):
@@ -124,21 +123,10 @@ def _axis(name: str, rows: torch.Tensor) -> Axis:
     here = dist.get_rank()
     mine: Axis | None = None
     for row in rows.tolist():
-        group = dist.new_group(row, timeout=_world_timeout()) if len(row) > 1 else None
+        # Else it is torch's ten or thirty minutes, whatever the script has set for the world.
+        timeout = timeout_of(dist.distributed_c10d._get_default_group())
+        group = dist.new_group(row, timeout=timeout) if len(row) > 1 else None
         if here in row:
             mine = Axis(name, group, row.index(here), len(row), tuple(row))
     assert mine is not None, f"rank {here} is in no {name} group"
     return mine
-
-
-def _world_timeout() -> timedelta | None:
-    """How long a collective of the whole world may take; None, torch's default, where its backend does not say.
-
-    A group that is made without it waits for torch's ten or thirty minutes, whatever the script has set for the world.
-    """
-    world = dist.distributed_c10d._get_default_group()
-    for device in world._device_types:
-        timeout = getattr(getattr(world._get_backend(device), "options", None), "_timeout", None)
-        if timeout is not None:
-            return cast(timedelta, timeout)
-    return None

@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -59,7 +60,8 @@ def absence(groups: Groups, wrong: bool) -> None:
 
 
 def method(groups: Groups, wrong: bool) -> None:
-    attend(groups, method="ring" if wrong else "ulysses")
+    name: Any = "ring" if wrong else "ulysses"
+    attend(Groups.build(SequenceParallelConfig(method=name, size=2)), method=name)
 
 
 def length(groups: Groups, wrong: bool) -> None:
@@ -71,7 +73,7 @@ def heads(groups: Groups, wrong: bool) -> None:
 
 
 def config(groups: Groups, wrong: bool) -> None:
-    sizes = {"ulysses_size": 1, "ring_size": 2} if wrong else {"ulysses_size": 2, "ring_size": 1}
+    sizes: dict[str, Any] = {"ulysses_size": 1, "ring_size": 2} if wrong else {"ulysses_size": 2, "ring_size": 1}
     attend(Groups.build(SequenceParallelConfig(method="usp", size=2, **sizes)), method="usp")
 
 

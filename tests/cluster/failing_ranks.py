@@ -63,7 +63,7 @@ class Ranks:
 
 @contextmanager
 def ranks(
-    folder: Path, size: int, *argv: str, timeout: float, script: Path = SCRIPT, limit: float | None = None
+    folder: Path, size: int, *argv: str, timeout: float, script: Path = SCRIPT, **environment: str
 ) -> Iterator[Ranks]:
     """Starts the script on so many ranks; kills what is left of them at the end.
 
@@ -71,13 +71,11 @@ def ranks(
         folder: for output; the script's first argument.
         argv: its others.
         timeout: the launcher's.
-        limit: seconds that the script gives a collective; torch's half hour if None.
+        environment: what the ranks find in theirs.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch", "dsp_plugin", "dsp_plugin.launch.__main__"])
-    place = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    if limit is not None:
-        place["COLLECTIVE_SECONDS"] = str(limit)
+    place = {**environment, "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     arguments = ["--timeout", str(timeout), str(script), str(folder), *argv]
     started: list[BaseProcess] = []
     try:
