@@ -46,7 +46,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "derivatives": ("errors",),
     "layout": ("errors",),
     "mask": ("errors",),
-    "spawn": (),
+    "spawn": ("comm",),
     "groups": ("comm",),
     "comm": ("errors", "derivatives", "layout"),
     "kernels": ("errors", "derivatives", "mask"),
@@ -80,8 +80,9 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
 ONLY = {
     ("groups", "comm"): ("axis",),
     ("methods", "training"): ("recompute",),
-    ("watch", "comm"): ("ledger",),
     ("sharding", "patches"): ("recompute",),
+    ("watch", "comm"): ("ledger", "agreement"),
+    ("spawn", "comm"): ("agreement",),
     ("config", "kernels"): ("spec", "candidates"),
 }
 
