@@ -15,7 +15,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from dsp_plugin.errors import SequenceParallelConfigError, UnsupportedError
+from dsp_plugin.errors import DamagedCheckpointError, SequenceParallelConfigError, UnsupportedError
 from dsp_plugin.training import durable
 
 FILE = "sequence_parallel.json"
@@ -57,7 +57,7 @@ def read(folder: Path) -> dict[str, Any] | None:
 
     Raises:
         UnsupportedError: a format that this version does not know.
-        SequenceParallelConfigError: the file is not a record.
+        DamagedCheckpointError: the file is not a record.
     """
     path = folder / FILE
     try:
@@ -164,8 +164,8 @@ def _wrong_fields(found: Mapping[str, Any]) -> Iterator[str]:
         yield "its sizes are not counts of ranks by name"
 
 
-def _malformed(path: Path, why: str) -> SequenceParallelConfigError:
-    return SequenceParallelConfigError(
+def _malformed(path: Path, why: str) -> DamagedCheckpointError:
+    return DamagedCheckpointError(
         f"{path} is not a record of a checkpoint: {why}. Restore the file, or remove it to load without this check: "
         "weights do not depend on it."
     )

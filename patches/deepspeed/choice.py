@@ -49,18 +49,16 @@ class Choice:
         Raises, on every rank:
             DamagedCheckpointError: what is asked for is not whole; it names the last one that is.
         """
-        pointer = self.root / (f"{LATEST}_universal" if self.engine.load_universal_checkpoint() else LATEST)
+        universal = self.engine.load_universal_checkpoint()
+        pointer = self.root / (f"{LATEST}_universal" if universal else LATEST)
         tag = str(asked) if asked is not None else on_first(lambda: _text(pointer))
         if tag is None:
             return None
-        if tag:
-            on_first(lambda: self.judge(tag))
-            faults = self._faults(tag)
-        else:
-            faults = [f"{pointer}: it is empty"]
+        faults = self._faults_of(tag) if tag else [f"{pointer}: it is empty"]
         if not faults:
             return tag
-        good = self._last_good(tag)
+        # Only checkpoints of the plain format have a list of their files.
+        good = None if universal else self._last_good(tag)
         if asked is not None or good is None:
             raise DamagedCheckpointError(self._refusal(tag, faults, good))
         if dist.get_rank() == 0:
@@ -71,6 +69,15 @@ class Choice:
                 flush=True,
             )
         return good
+
+    def _faults_of(self, tag: str) -> list[str]:
+        """As `_faults`, and its record's; raises what `judge` has against a record that is whole."""
+        try:
+            # First, for a run of other sizes would miss files that never were.
+            on_first(lambda: self.judge(tag))
+        except DamagedCheckpointError as error:
+            return [str(error).rstrip(".")]
+        return self._faults(tag)
 
     def _faults(self, tag: str) -> list[str]:
         """What is wrong with a tag's files, by name; the same on every rank."""

@@ -23,6 +23,7 @@ from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
 from deepspeed_cases import Case, parameters_optimizer
 
 import dsp_plugin
+from dsp_plugin.training.checkpoint import FILE as RECORD
 from dsp_plugin.training.manifest import FILE, Manifest
 
 MODEL, SHARD = "mp_rank_00_model_states.pt", "zero_pp_rank_{}_mp_rank_00_optim_states.pt"
@@ -54,6 +55,7 @@ HARMS: dict[str, Callable[[Path], object]] = {
     "one too many": lambda folder: shutil.copy(folder / SHARD.format(1), folder / SHARD.format(2)),
     "unfinished": lambda folder: Manifest(step=2).write(folder),
     "list unreadable": lambda folder: (folder / FILE).write_text("{"),
+    "record unreadable": lambda folder: (folder / RECORD).write_text("{"),
     "no list": lambda folder: (folder / FILE).unlink(),
     "no list, cut": lambda folder: ((folder / FILE).unlink(), os.truncate(folder / SHARD.format(1), 1000)),
     "no folder": shutil.rmtree,
@@ -100,8 +102,8 @@ def loaded(engine: Any, root: Path, **how: Any) -> str:
     """The tag whose files the engine takes, or the error."""
     try:
         path, _ = engine.load_checkpoint(str(root), **how)
-    except dsp_plugin.DamagedCheckpointError as error:
-        return f"error: {error}"
+    except dsp_plugin.SequenceParallelConfigError as error:
+        return f"{type(error).__name__}: {error}"
     return str(path and Path(path).parent.name)
 
 
@@ -194,6 +196,8 @@ def main() -> None:
         "files": sorted(path.name for path in (good / LAST).iterdir()),
         "loaded": loaded(engine, aside),
     }
+    engine._config.load_universal_checkpoint = True
+    results["universal"] = loaded(engine, folder / "no_folder", tag=LAST), loaded(engine, folder / "nothing")
     results["zero 3"] = weights_of_zero3(folder / "zero3")
     (folder / f"loaded.{dist.get_rank()}.json").write_text(json.dumps(results))
     dist.barrier()

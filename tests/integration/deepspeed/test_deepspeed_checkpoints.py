@@ -122,6 +122,7 @@ def faults(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         ("one too many", rf"{SHARD.format(2)}: it is none of the files that were saved here"),
         ("unfinished", "global_step2: the run that wrote it ended before all of it was there"),
         ("list unreadable", "sequence_parallel_files.json does not list the files of a checkpoint: it is not JSON"),
+        ("record unreadable", "sequence_parallel.json is not a record of a checkpoint: it is not JSON"),
         ("no list, cut", rf"{SHARD.format(1)}: it is cut"),
         ("no folder", "global_step2: there is no such folder"),
     ],
@@ -130,6 +131,7 @@ def test_what_is_not_whole_is_named_with_the_last_that_is(harm: str, said: str, 
     """Asked for by its tag it is refused; where `latest` named it, the one before is loaded, and the log says so."""
     by_latest, by_tag = faults[harm]
     assert by_latest == "global_step1"
+    assert by_tag.startswith("DamagedCheckpointError: ")
     assert re.search(said, by_tag), by_tag
     assert by_tag.endswith("load_checkpoint(..., tag='global_step1').") or "If you changed a file on purpose" in by_tag
     announced = rf"^dsp_plugin: \S+/{harm.replace(' ', '_')}/global_step2, .*{said}.* Going on from \S+/global_step1,"
@@ -145,6 +147,9 @@ def test_what_is_whole_or_cannot_be_told_is_loaded(faults: dict[str, Any]) -> No
     assert by_latest == by_tag
     assert "mp_rank_00_model_states.pt: it has 1,000 bytes" in by_tag
     assert "No other checkpoint in" in by_tag
+    by_tag, by_latest = faults["universal"]
+    assert "global_step2: there is no such folder. No other" in by_tag
+    assert "latest_universal does not exist" in by_latest
 
 
 def test_latest_names_what_all_ranks_have_written(faults: dict[str, Any]) -> None:
