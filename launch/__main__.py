@@ -17,6 +17,7 @@ import argparse
 import os
 import runpy
 import sys
+import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -25,11 +26,11 @@ from typing import NoReturn
 
 import torch
 
-from dsp_plugin.errors import PatchError, SequenceParallelConfigError, UnsupportedError
+from dsp_plugin.errors import DamagedCheckpointError, PatchError, SequenceParallelConfigError, UnsupportedError
 from dsp_plugin.launch.report import report
 from dsp_plugin.patches import cpu, megatron, restarts
 from dsp_plugin.patches.liveness import watched
-from dsp_plugin.patches.megatron import arguments
+from dsp_plugin.patches.megatron import arguments, tracker
 from dsp_plugin.patches.patch import PatchSet
 from dsp_plugin.patches.post_import import after_import
 from dsp_plugin.watch.liveness import seconds
@@ -163,6 +164,7 @@ def prepare(command: Command) -> None:
     else:
         megatron.install_checkpoints()
     after_import("megatron.training.arguments", PatchSet("megatron arguments", arguments.patches(flags)).apply)
+    after_import("megatron.training.checkpointing", PatchSet("megatron's last iteration", (tracker.patch(),)).apply)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -179,8 +181,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"{PROGRAM}: error: {error}", file=sys.stderr, flush=True)
         raise SystemExit(2) from None
     restarts.install()
-    with watched(command.timeout), report(command.report):
-        runpy.run_path(command.script, run_name="__main__")
+    try:
+        with watched(command.timeout), report(command.report):
+            runpy.run_path(command.script, run_name="__main__")
+    except DamagedCheckpointError:
+        # Here and not by the interpreter, for an agent that ends takes its ranks with it.
+        traceback.print_exc()
+        restarts.forgo()
+        raise SystemExit(1) from None
 
 
 if __name__ == "__main__":

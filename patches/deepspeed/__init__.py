@@ -3,9 +3,9 @@
 Sequence parallelism is folded into DeepSpeed's data parallelism: DeepSpeed averages gradients over the whole world,
 which is what the gradient contract of the library asks for, and never learns that some of its data-parallel ranks hold
 parts of one sample. What folding would otherwise get wrong is put right here, one module per seam: `batch` (what the
-batch sizes mean), `refusals` (what cannot be combined), `engine` (groups, hooks and data loading), `checkpoint`,
-`step_log`, `same_sample` and `random_state` (what sequence peers share). `shared_memory` lets runs on CPU be started
-again.
+batch sizes mean), `refusals` (what cannot be combined), `engine` (groups, hooks and data loading), `checkpoint`
+and `saving`, `step_log`, `same_sample` and `random_state` (what sequence peers share). `shared_memory` lets runs on CPU
+be started again.
 
 Without the section no call behaves differently.
 """
@@ -21,6 +21,7 @@ from dsp_plugin.patches.deepspeed import (
     initialize,
     pipeline,
     recompute,
+    saving,
     shared_memory,
     step_log,
 )
@@ -109,12 +110,20 @@ PATCHES = PatchSet(
             parameters=("self", "micro_batch_size"),
         ),
         Patch(
-            name="record in checkpoints how they were made",
+            name="save checkpoints that may be cut anywhere, with a record of how they were made",
             target="deepspeed.runtime.engine:DeepSpeedEngine.save_checkpoint",
             distribution=DISTRIBUTION,
             supported=SUPPORTED,
-            make=checkpoint.recording,
-            parameters=("self", "save_dir", "tag"),
+            make=saving.saving,
+            parameters=("self", "save_dir", "tag", "save_latest"),
+        ),
+        Patch(
+            name="end decoupled saves on all ranks before one is named",
+            target="deepspeed.runtime.engine:DeepSpeedEngine._commit_decoupled_checkpoint",
+            distribution=DISTRIBUTION,
+            supported=SUPPORTED,
+            make=saving.committing,
+            parameters=("self",),
         ),
         Patch(
             name="check checkpoints, and run nothing that is in them",
