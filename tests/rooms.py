@@ -15,7 +15,7 @@ Node = TypeVar("Node", bound=Hashable)
 PACKAGES = {"dsp_plugin": "dsp_plugin", "patches": "dsp_plugin.patches", "launch": "dsp_plugin.launch"}
 
 # What lies in the library's root: a room each, for they may import each other downwards only.
-NOUNS = ("errors", "layout", "mask", "groups", "spawn")
+NOUNS = ("errors", "integers", "layout", "mask", "groups", "spawn")
 # The folders that are rooms of their own, the innermost first.
 FOLDERS = (
     "patches/megatron/models",
@@ -43,13 +43,14 @@ TOOLS = ("rehearsal", "verification", "cli")
 # Room: the rooms that it may import from. Anything else is an arrow against the drawing.
 MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "errors": (),
-    "layout": ("errors",),
-    "mask": ("errors",),
+    "integers": ("errors",),
+    "layout": ("errors", "integers"),
+    "mask": ("errors", "integers"),
     "spawn": (),
     "groups": ("comm",),
     "comm": ("errors", "layout"),
     "kernels": ("errors", "mask"),
-    "training": ("errors", "comm", "groups"),
+    "training": ("errors", "integers", "comm", "groups"),
     "watch": ("errors", "comm"),
     "methods": ("errors", "layout", "mask", "groups", "comm", "kernels", "training"),
     "config": ("errors", "layout", "kernels", "methods"),
@@ -63,7 +64,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "rehearsal": (*_LIBRARY, "models"),
     "verification": _LIBRARY,
     "cli": (*_LIBRARY, "models", "rehearsal", "verification"),
-    "dsp_plugin": tuple(room for room in _LIBRARY if room not in ("spawn", "planner", "watch")),
+    "dsp_plugin": tuple(room for room in _LIBRARY if room not in ("integers", "spawn", "planner", "watch")),
     "patches": ("errors", "comm", "training", "watch"),
     "patches/autoload": ("patches", "patches/deepspeed"),
     "patches/diffusers": ("errors", "plans"),
