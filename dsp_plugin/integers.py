@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import os
 from collections.abc import Iterable
 
 from torch import Tensor
@@ -55,3 +56,22 @@ def integers(values: object, setting: str, *, remedy: str) -> tuple[int, ...]:
             remedy=remedy,
         )
     return tuple(integer(value, setting, remedy=remedy) for value in values)
+
+
+def integer_of(variable: str, default: int, *, least: int = 1) -> int:
+    """The integer that an environment variable holds; ``default`` where it is not set.
+
+    Raises:
+        SequenceParallelConfigError: it is set to something else, an empty text too.
+    """
+    text = os.environ.get(variable)
+    if text is None:
+        return default
+    if not (text.isascii() and text.isdecimal()) or not least <= int(text) <= MOST:
+        raise SequenceParallelConfigError(
+            setting=f"environment variable {variable}",
+            value=text,
+            why=f"it is no integer of {least} or more",
+            remedy=f"unset it, or set it as torchrun does, to a number such as {max(least, 1)}",
+        )
+    return int(text)

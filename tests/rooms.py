@@ -53,7 +53,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "training": ("errors", "integers", "comm", "groups"),
     "watch": ("errors", "comm"),
     "methods": ("errors", "layout", "mask", "groups", "comm", "kernels", "training"),
-    "config": ("errors", "layout", "kernels", "methods"),
+    "config": ("errors", "integers", "layout", "kernels", "methods"),
     "plans": ("errors", "config"),
     "planner": ("errors", "layout", "plans", "methods"),
     "sharding": (
@@ -65,7 +65,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "verification": _LIBRARY,
     "cli": (*_LIBRARY, "models", "rehearsal", "verification"),
     "dsp_plugin": tuple(room for room in _LIBRARY if room not in ("integers", "spawn", "planner", "watch")),
-    "patches": ("errors", "comm", "training", "watch"),
+    "patches": ("errors", "integers", "comm", "training", "watch"),
     "patches/autoload": ("patches", "patches/deepspeed"),
     "patches/diffusers": ("errors", "plans"),
     "patches/transformers": (*_SEAM, "mask", "kernels", "plans", "sharding", "training", "patches"),

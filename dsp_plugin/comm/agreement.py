@@ -7,6 +7,7 @@ that waits in another collective, and names it.
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections import Counter
 from collections.abc import Sequence
@@ -17,9 +18,12 @@ import torch
 import torch.distributed as dist
 
 from dsp_plugin.comm.axis import Axis
-from dsp_plugin.errors import CollectiveMismatchError
+from dsp_plugin.errors import CollectiveMismatchError, SequenceParallelConfigError
 
 Shapes = Sequence[Sequence[int]]
+
+_TIMEOUT = "DSP_PLUGIN_DEBUG_TIMEOUT"
+_LONGEST = 30 * 86400.0
 
 _entered: Counter[str] = Counter()
 
@@ -37,6 +41,7 @@ def agree(
         receives: elements that it expects from each.
 
     Raises:
+        SequenceParallelConfigError: ``DSP_PLUGIN_DEBUG_TIMEOUT`` is no number of seconds.
         CollectiveMismatchError: ranks differ, or one did not arrive within ``DSP_PLUGIN_DEBUG_TIMEOUT`` seconds
             (default 60).
     """
@@ -69,7 +74,19 @@ def agree(
 
 
 def _timeout() -> timedelta:
-    return timedelta(seconds=float(os.environ.get("DSP_PLUGIN_DEBUG_TIMEOUT", "60")))
+    text = os.environ.get(_TIMEOUT, "60")
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not 0 < seconds <= _LONGEST:
+        raise SequenceParallelConfigError(
+            setting=f"environment variable {_TIMEOUT}",
+            value=text,
+            why=f"it is not a number of seconds above 0, up to {_LONGEST:.0f} (30 days)",
+            remedy="give the seconds to wait for a rank in debug mode, such as 60",
+        )
+    return timedelta(seconds=seconds)
 
 
 def _read(store: dist.Store, prefix: str, op: str, step: int, axis: Axis) -> list[dict]:

@@ -160,7 +160,25 @@ def _load(module: nn.Module, reference: str) -> Plan:
             why=f"cannot be imported: {error}",
             remedy="write it as package.module:name, importable where training runs",
         ) from error
-    plan = found(module) if callable(found) else found
+    except (Exception, SystemExit) as error:
+        raise SequenceParallelConfigError(
+            setting="plan",
+            value=reference,
+            why=f"importing {module_name} failed with {_in_words(error)}",
+            remedy="correct that module, which python -c 'import ...' must be able to import",
+        ) from error
+    try:
+        plan = found(module) if callable(found) else found
+    except SequenceParallelConfigError:
+        # The plan itself is wrong, and says how.
+        raise
+    except (Exception, SystemExit) as error:
+        raise SequenceParallelConfigError(
+            setting="plan",
+            value=reference,
+            why=f"called with the model ({type(module).__name__}) it failed with {_in_words(error)}",
+            remedy="name a Plan, or a function that takes the model and returns one",
+        ) from error
     if not isinstance(plan, Plan):
         raise SequenceParallelConfigError(
             setting="plan",
@@ -169,6 +187,10 @@ def _load(module: nn.Module, reference: str) -> Plan:
             remedy="name a Plan, or a function that takes the model and returns one",
         )
     return plan
+
+
+def _in_words(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
 
 
 def matching_modules(root: nn.Module, pattern: str, setting: str) -> dict[str, nn.Module]:

@@ -120,6 +120,18 @@ def test_the_plan_of_a_known_model_is_found_inside_a_wrapper():
 for_reference = Plan("b t s c", (SPACE, TIME))
 
 
+def leaving(module: nn.Module) -> Plan:
+    raise SystemExit(3)
+
+
+def failing(module: nn.Module) -> Plan:
+    raise KeyError("depth")
+
+
+def impossible(module: nn.Module) -> Plan:
+    return Plan("b t", ())
+
+
 def plan_of(module: nn.Module) -> Plan:
     return Plan("b t s c", (SPACE,)) if isinstance(module, Model) else for_reference
 
@@ -135,11 +147,21 @@ def test_references_lead_to_plans_and_to_functions_that_make_them():
     [
         ("no_such_package.plans:mine", ["plan='no_such_package.plans:mine'", "No module named", "package.module:name"]),
         (f"{__name__}:missing", ["cannot be imported", "missing"]),
+        (f"{__name__}:leaving", [f"plan='{__name__}:leaving'", "called with the model (Model)", "SystemExit: 3"]),
+        (f"{__name__}:failing", ["called with the model (Model)", "KeyError: 'depth'", "returns one"]),
+        (f"{__name__}:impossible", ["plan.tokens='b t'", "features last"]),
+        ("builtins:exit", ["plan='builtins:exit'", "called with the model (Model)", "SystemExit"]),
+        ("builtins:len", ["plan='builtins:len'", "TypeError", "returns one"]),
+        ("leaving_plans:plan", ["importing leaving_plans failed with SystemExit: 5", "Correct that module"]),
+        ("broken_plans:plan", ["importing broken_plans failed with SyntaxError", "broken_plans.py"]),
         (f"{__name__}:SPACE", ["is a Stage, not a dsp_plugin.Plan", "Name a Plan"]),
         (None, ["no plan is known for", "Model", "VideoDiT", "Write a Plan"]),
     ],
 )
-def test_references_that_lead_nowhere_are_refused(reference, parts):
+def test_references_that_lead_nowhere_are_refused(reference, parts, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "leaving_plans.py").write_text("import sys\nsys.exit(5)\n")
+    (tmp_path / "broken_plans.py").write_text("plan = Plan(\n")
     with pytest.raises(SequenceParallelConfigError) as refused:
         resolve_plan(Model(), reference)
     for part in parts:
