@@ -26,6 +26,7 @@ from dsp_plugin.sharding.batch import BatchSharder
 from dsp_plugin.sharding.outputs import first_tensor, when_backward_starts
 from dsp_plugin.sharding.region import ShardedRegion
 from dsp_plugin.sharding.routing import AttentionRoute
+from dsp_plugin.sharding.wrappers import forget_compiled, uncompiled, unwrapped
 from dsp_plugin.training.randomness import RegionSeed, RegionVisit
 
 
@@ -54,6 +55,7 @@ class Parallelized:
 
     def remove(self) -> None:
         """Leave the module as it was."""
+        forget_compiled()
         while self._undo:
             self._undo.pop()()
 
@@ -71,6 +73,9 @@ def parallelize(
     the module runs. Otherwise a plan says where inside the module tokens are split, switched and gathered. Either way
     callers see whole tensors, and the loss of whole sequences. The first rank prints one line, see `announce`.
 
+    Of a model in `DistributedDataParallel`, or that `torch.compile` returned, the model inside is sharded. It may be
+    compiled before or after; attention and the moves of tokens stay out of what is compiled.
+
     Parameter gradients come out such that their mean over the sequence ranks is exact.
 
     Args:
@@ -78,6 +83,7 @@ def parallelize(
 
     Raises:
         SequenceParallelConfigError: the model does not fit the config or the plan.
+        UnsupportedError: the model is in a wrapper that has to come after.
     """
     handle = hooked(module, plan, config=config, groups=groups)
     announce(
@@ -99,13 +105,14 @@ def hooked(
 ) -> Parallelized:
     """`parallelize` without a word, for who checks a model, or has more to say of it."""
     _check_groups(config, groups)
+    given, module = module, unwrapped(module)
     if plan is None:
         module, config = complete(module, config)
     _check_fit(config)
     handle = Parallelized(config)
     try:
         if config.batch:
-            _shard_batch(module, config, groups, handle._undo)
+            _shard_batch(module, config, groups, handle._undo, given)
         else:
             root, plan = (module, plan) if plan is not None else resolve_plan(module, config.plan)
             handle._region = ShardedRegion(root, plan, config, groups)
@@ -113,6 +120,7 @@ def hooked(
     except BaseException:
         handle.remove()
         raise
+    forget_compiled()
     return handle
 
 
@@ -143,11 +151,15 @@ def _check_fit(config: SequenceParallelConfig) -> None:
 
 
 def _shard_batch(
-    module: nn.Module, config: SequenceParallelConfig, groups: SequenceParallelGroups, undo: list[Callable[[], None]]
+    module: nn.Module,
+    config: SequenceParallelConfig,
+    groups: SequenceParallelGroups,
+    undo: list[Callable[[], None]],
+    given: nn.Module,
 ) -> None:
     sharder, attention = BatchSharder(module, config, groups.sp), attention_of(config, config.for_softmax)
     linear = attention_of(config) if METHODS[config.method].kind == "linear" else None
-    found = [matching_modules(module, pattern, "attention") for pattern in config.attention]
+    found = [_named(module, given, pattern) for pattern in config.attention]
     layout_now: Layout | None = None
     count_now: Tensor | None = None
     visit: RegionVisit | None = None
@@ -163,6 +175,7 @@ def _shard_batch(
         if entered is not None:
             entered.leave()
 
+    @uncompiled
     def before(_: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         nonlocal layout_now, count_now, visit, seed_now
         args, kwargs, layout_now, count_now = sharder.shard(args, kwargs)
@@ -171,6 +184,7 @@ def _shard_batch(
         seed_now = visit.seed if visit is not None else None
         return args, kwargs
 
+    @uncompiled
     def after(_: nn.Module, args: tuple, output: Any) -> Any:
         leave()
         assert layout_now is not None
@@ -187,7 +201,17 @@ def _shard_batch(
     undo.append(module.register_forward_hook(after).remove)
     for name, part in outermost({name: part for modules in found for name, part in modules.items()}).items():
         route = AttentionRoute(name, attention, groups, lambda: layout_now, lambda: seed_now, linear)
-        undo.append(route.install(part))
+        undo.append(route.install(unwrapped(part)))
+
+
+def _named(module: nn.Module, given: nn.Module, pattern: str) -> dict[str, nn.Module]:
+    """The modules that a glob names, by their names in the model or in what it is wrapped in."""
+    try:
+        return matching_modules(module, pattern, "attention")
+    except SequenceParallelConfigError:
+        if given is module:
+            raise
+        return matching_modules(given, pattern, "attention")
 
 
 def global_loss(local_mean: Tensor, count: Tensor, groups: SequenceParallelGroups) -> Tensor:

@@ -29,6 +29,7 @@ from dsp_plugin.sharding.placed import placed_stages
 from dsp_plugin.sharding.random_layers import RandomLayer, check_random_layers, random_layers
 from dsp_plugin.sharding.routing import AttentionRoute
 from dsp_plugin.sharding.token_moves import Place, TokenMoves
+from dsp_plugin.sharding.wrappers import uncompiled, unwrapped
 from dsp_plugin.training.randomness import RegionSeed, RegionVisit
 
 
@@ -120,8 +121,9 @@ class ShardedRegion:
                 self._layout_of(index),
                 lambda: self._now.seed,
             )
-            undo.append(route.install(part))
+            undo.append(route.install(unwrapped(part)))
 
+    @uncompiled
     def _before_all(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         if _recomputing():
             return
@@ -139,6 +141,7 @@ class ShardedRegion:
             )
         self._known = sizes_of_inputs(self._plan, arguments)
 
+    @uncompiled
     def _before_region(
         self, module: nn.Module, args: tuple, kwargs: dict[str, Any]
     ) -> tuple[tuple, dict[str, Any]] | None:
@@ -156,6 +159,7 @@ class ShardedRegion:
         self._cut_buffers(place)
         return arguments.args, arguments.kwargs
 
+    @uncompiled
     def _after_region(self, module: nn.Module, args: tuple, output: Any) -> Any:
         if _recomputing():
             return None
@@ -172,6 +176,7 @@ class ShardedRegion:
         pattern = self._plan.layout_taken(placed.stage)
         setting = f"plan layout of {placed.name}"
 
+        @uncompiled
         def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
             if self._is_outside(index):
                 return None
@@ -197,6 +202,7 @@ class ShardedRegion:
         placed = self._placed[index]
         pattern = self._plan.layout_given(placed.stage)
 
+        @uncompiled
         def hook(module: nn.Module, args: tuple, output: Any) -> Any:
             if self._is_outside(index):
                 return None
@@ -264,6 +270,7 @@ class ShardedRegion:
             )
         self._last_run = index
 
+    @uncompiled
     def _after_all(self, module: nn.Module, args: tuple, output: Any) -> None:
         if _recomputing():
             return
@@ -283,6 +290,7 @@ class ShardedRegion:
             leading, _ = first_tensor(output)
             when_backward_starts(leading, partial(self._recall, self._now, module))
 
+    @uncompiled
     def _clean_up(self, module: nn.Module, args: tuple, output: Any) -> None:
         """Also when forward raised."""
         if not _recomputing():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from torch import nn
 
-from dsp_plugin import Plan, SequenceParallelConfigError, Stage
+from dsp_plugin import Plan, Region, SequenceParallelConfigError, Stage
 from dsp_plugin.models.video_dit import VideoDiT
 from dsp_plugin.plans.plan import matching_modules, outermost, resolve_plan
 from dsp_plugin.sharding.region import placed_stages
@@ -134,6 +134,25 @@ def impossible(module: nn.Module) -> Plan:
 
 def plan_of(module: nn.Module) -> Plan:
     return Plan("b t s c", (SPACE,)) if isinstance(module, Model) else for_reference
+
+
+def test_further_tokens_may_stand_behind_by_name():
+    """As docs/configuration.md shows it: the k are those that are not among the plan's tokens."""
+
+    def plan(further: str) -> Plan:
+        stage = Stage("space", ("s",), layout=f"(b t) {further} c", follows={"rope": f"{further} d"})
+        region = Region("space", layout=f"(b t) {further} c")
+        return Plan(
+            "b t s c", (stage,), inputs={"x": f"b t {further} _"}, buffers={"pos": f"1 {further} c"}, region=region
+        )
+
+    assert plan("s+k") == plan("(s)+k") != plan("k+s")
+    assert plan("s+3") == plan("(s)+3")
+    named = plan("s+k")
+    layout = named.layout_of(named.stages[0])
+    assert layout.names == ("b", "t", "s", "c")
+    assert [(group.before, group.behind) for group in layout.groups] == [(None, None), (None, "k"), (None, None)]
+    assert layout.solve((6, 9, 4), {"b": 2, "s": 7}, "here") == {"b": 2, "s": 7, "t": 3, "k": 2, "c": 4}
 
 
 def test_references_lead_to_plans_and_to_functions_that_make_them():
