@@ -22,6 +22,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import NoReturn
 
 import torch
@@ -85,7 +86,7 @@ class Command:
             if name == "--cpu":
                 cpu_mode = value or "1"
             elif name == "--report":
-                report_folder = Path(value or (rest.pop(0) if rest else ""))
+                report_folder = _folder(value or (rest.pop(0) if rest else ""))
             elif name == "--timeout":
                 timeout = value or (rest.pop(0) if rest else "")
             elif name in ("--local_rank", "--local-rank"):
@@ -110,6 +111,27 @@ class Command:
             )
         flags, remaining = _take_flags([*before, *rest])
         return cls(cpu_mode, report_folder, script, (*local_rank, *remaining), flags, seconds(timeout))
+
+
+def _folder(text: str) -> Path:
+    """A folder that can be written to, found out before the run and not at its end.
+
+    Raises:
+        SequenceParallelConfigError: it is none.
+    """
+    try:
+        if not text:
+            raise OSError("no folder is named")
+        Path(text).mkdir(parents=True, exist_ok=True)
+        TemporaryFile(dir=text).close()
+    except (OSError, ValueError) as error:
+        raise SequenceParallelConfigError(
+            setting="--report",
+            value=text,
+            why=f"nothing can be written there: {getattr(error, 'strerror', None) or error}",
+            remedy="name a folder that every rank may write to",
+        ) from None
+    return Path(text)
 
 
 def _take_flags(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -153,10 +175,9 @@ def prepare(command: Command) -> None:
             print(
                 f"{PROGRAM}: no CUDA device here; --cpu runs Megatron-core on CPU and gloo", file=sys.stderr, flush=True
             )
-    elif any(value not in (None, False) for value in vars(flags).values()):
-        stray = [f"--{name.replace('_', '-')}" for name, value in vars(flags).items() if value not in (None, False)]
+    elif stray := [name for name, value in vars(flags).items() if value is not None and value is not False]:
         raise SequenceParallelConfigError(
-            setting=", ".join(stray),
+            setting=", ".join(f"--{name.replace('_', '-')}" for name in stray),
             why="set without --sp-method, so nothing would use it",
             remedy="add --sp-method ulysses on Megatron-core; under DeepSpeed write settings into the section "
             '"sequence_parallel" of its JSON',

@@ -15,7 +15,7 @@ Node = TypeVar("Node", bound=Hashable)
 PACKAGES = {"dsp_plugin": "dsp_plugin", "patches": "dsp_plugin.patches", "launch": "dsp_plugin.launch"}
 
 # What lies in the library's root: a room each, for they may import each other downwards only.
-NOUNS = ("errors", "derivatives", "layout", "mask", "groups", "spawn")
+NOUNS = ("errors", "integers", "derivatives", "layout", "mask", "groups", "spawn")
 # The folders that are rooms of their own, the innermost first.
 FOLDERS = (
     "patches/megatron/models",
@@ -43,17 +43,18 @@ TOOLS = ("rehearsal", "verification", "cli")
 # Room: the rooms that it may import from. Anything else is an arrow against the drawing.
 MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "errors": (),
+    "integers": ("errors",),
     "derivatives": ("errors",),
-    "layout": ("errors",),
-    "mask": ("errors",),
+    "layout": ("errors", "integers"),
+    "mask": ("errors", "integers"),
     "spawn": ("comm",),
     "groups": ("comm",),
     "comm": ("errors", "derivatives", "layout"),
     "kernels": ("errors", "derivatives", "mask"),
-    "training": ("errors", "derivatives", "comm", "groups"),
+    "training": ("errors", "integers", "derivatives", "comm", "groups"),
     "watch": ("errors", "comm"),
     "methods": ("errors", "derivatives", "layout", "mask", "groups", "comm", "kernels", "training"),
-    "config": ("errors", "layout", "kernels", "methods"),
+    "config": ("errors", "integers", "layout", "kernels", "methods"),
     "plans": ("errors", "config"),
     "planner": ("errors", "layout", "plans", "methods"),
     "sharding": (
@@ -64,8 +65,10 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "rehearsal": (*_LIBRARY, "models"),
     "verification": _LIBRARY,
     "cli": (*_LIBRARY, "models", "rehearsal", "verification"),
-    "dsp_plugin": tuple(room for room in _LIBRARY if room not in ("derivatives", "spawn", "planner", "watch")),
-    "patches": ("errors", "comm", "training", "watch"),
+    "dsp_plugin": tuple(
+        room for room in _LIBRARY if room not in ("integers", "derivatives", "spawn", "planner", "watch")
+    ),
+    "patches": ("errors", "integers", "comm", "training", "watch"),
     "patches/autoload": ("patches", "patches/deepspeed"),
     "patches/diffusers": ("errors", "plans"),
     "patches/transformers": (*_SEAM, "mask", "kernels", "plans", "sharding", "training", "patches"),

@@ -7,6 +7,7 @@ that waits in another collective, and names it.
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -17,10 +18,12 @@ import torch
 import torch.distributed as dist
 
 from dsp_plugin.comm.axis import Axis, timeout_of
-from dsp_plugin.errors import CollectiveMismatchError
+from dsp_plugin.errors import CollectiveMismatchError, SequenceParallelConfigError
 
 Shapes = Sequence[Sequence[int]]
 
+_TIMEOUT = "DSP_PLUGIN_DEBUG_TIMEOUT"
+_LONGEST = 30 * 86400.0
 _DEFAULT_TIMEOUT = timedelta(seconds=60)
 _entered: Counter[str] = Counter()
 _HINT = (
@@ -58,6 +61,7 @@ def agree(
         receives: elements that it expects from each.
 
     Raises:
+        SequenceParallelConfigError: ``DSP_PLUGIN_DEBUG_TIMEOUT`` is no number of seconds.
         CollectiveMismatchError: ranks differ, or one did not arrive within ``DSP_PLUGIN_DEBUG_TIMEOUT`` seconds
             (default 60, or the axis' own timeout where that is shorter).
     """
@@ -90,12 +94,23 @@ def agree(
 
 
 def _timeout(axis: Axis) -> timedelta:
-    asked = os.environ.get("DSP_PLUGIN_DEBUG_TIMEOUT")
-    if asked is not None:
-        return timedelta(seconds=float(asked))
-    # Who comes later than the collective itself would wait is too late, too.
-    limit = None if axis.group is None else timeout_of(axis.group)
-    return _DEFAULT_TIMEOUT if limit is None else min(limit, _DEFAULT_TIMEOUT)
+    text = os.environ.get(_TIMEOUT)
+    if text is None:
+        # Who comes later than the collective itself would wait is too late, too.
+        limit = None if axis.group is None else timeout_of(axis.group)
+        return _DEFAULT_TIMEOUT if limit is None else min(limit, _DEFAULT_TIMEOUT)
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not 0 < seconds <= _LONGEST:
+        raise SequenceParallelConfigError(
+            setting=f"environment variable {_TIMEOUT}",
+            value=text,
+            why=f"it is not a number of seconds above 0, up to {_LONGEST:.0f} (30 days)",
+            remedy="give the seconds to wait for a rank in debug mode, such as 60",
+        )
+    return timedelta(seconds=seconds)
 
 
 def _read(store: dist.Store, prefix: str, op: str, step: int, axis: Axis) -> list[dict]:

@@ -28,6 +28,7 @@ from dsp_plugin.sharding.batch import BatchSharder
 from dsp_plugin.sharding.outputs import first_tensor
 from dsp_plugin.sharding.region import ShardedRegion
 from dsp_plugin.sharding.routing import AttentionRoute
+from dsp_plugin.sharding.wrappers import forget_compiled, uncompiled, unwrapped
 from dsp_plugin.training.extents import Running
 from dsp_plugin.training.randomness import RegionSeed, RegionVisit
 
@@ -57,6 +58,7 @@ class Parallelized:
 
     def remove(self) -> None:
         """Leave the module as it was."""
+        forget_compiled()
         while self._undo:
             self._undo.pop()()
 
@@ -74,6 +76,9 @@ def parallelize(
     the module runs. Otherwise a plan says where inside the module tokens are split, switched and gathered. Either way
     callers see whole tensors, and the loss of whole sequences. The first rank prints one line, see `announce`.
 
+    Of a model in `DistributedDataParallel`, or that `torch.compile` returned, the model inside is sharded. It may be
+    compiled before or after; attention and the moves of tokens stay out of what is compiled.
+
     Parameter gradients come out such that their mean over the sequence ranks is exact.
 
     Args:
@@ -81,6 +86,7 @@ def parallelize(
 
     Raises:
         SequenceParallelConfigError: the model does not fit the config or the plan.
+        UnsupportedError: the model is in a wrapper that has to come after.
     """
     handle = hooked(module, plan, config=config, groups=groups)
     announce(
@@ -102,13 +108,14 @@ def hooked(
 ) -> Parallelized:
     """`parallelize` without a word, for who checks a model, or has more to say of it."""
     _check_groups(config, groups)
+    given, module = module, unwrapped(module)
     if plan is None:
         module, config = complete(module, config)
     _check_fit(config)
     handle = Parallelized(config)
     try:
         if config.batch:
-            _shard_batch(module, config, groups, handle._undo)
+            _shard_batch(module, config, groups, handle._undo, given)
         else:
             root, plan = (module, plan) if plan is not None else resolve_plan(module, config.plan)
             handle._region = ShardedRegion(root, plan, config, groups)
@@ -116,6 +123,7 @@ def hooked(
     except BaseException:
         handle.remove()
         raise
+    forget_compiled()
     return handle
 
 
@@ -159,14 +167,19 @@ class _Pass:
 
 
 def _shard_batch(
-    module: nn.Module, config: SequenceParallelConfig, groups: SequenceParallelGroups, undo: list[Callable[[], None]]
+    module: nn.Module,
+    config: SequenceParallelConfig,
+    groups: SequenceParallelGroups,
+    undo: list[Callable[[], None]],
+    given: nn.Module,
 ) -> None:
     sharder, attention = BatchSharder(module, config, groups.sp), attention_of(config, config.for_softmax)
     linear = attention_of(config) if METHODS[config.method].kind == "linear" else None
-    found = [matching_modules(module, pattern, "attention") for pattern in config.attention]
+    found = [_named(module, given, pattern) for pattern in config.attention]
     passes: Running[_Pass] = Running()
     kinds: set[str] = set()
 
+    @uncompiled
     def before(_: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         passes.begin(state := _Pass())
         kind = f"forward of {_shapes(args, kwargs)}"
@@ -183,10 +196,16 @@ def _shard_batch(
         state.visit = RegionVisit(groups.sp) if module.training and groups.sp.size > 1 else None
         return args, kwargs
 
+    @uncompiled
     def leave(*_: object) -> None:
         if passes.now is not None and passes.now.visit is not None:
             passes.now.visit.leave()
 
+    @uncompiled
+    def end(*_: object) -> None:
+        passes.end()
+
+    @uncompiled
     def after(_: nn.Module, args: tuple, output: Any) -> Any:
         state = passes.now
         assert state is not None
@@ -205,7 +224,7 @@ def _shard_batch(
     # Before what follows, which all ranks do alike; also where the forward pass fails.
     undo.append(module.register_forward_hook(leave, always_call=True).remove)
     undo.append(module.register_forward_hook(after).remove)
-    undo.append(module.register_forward_hook(lambda *_: passes.end(), always_call=True).remove)
+    undo.append(module.register_forward_hook(end, always_call=True).remove)
     for name, part in outermost({name: part for modules in found for name, part in modules.items()}).items():
         route = AttentionRoute(
             name,
@@ -215,7 +234,17 @@ def _shard_batch(
             lambda: None if passes.now is None else passes.now.seed,
             linear,
         )
-        undo.append(route.install(part))
+        undo.append(route.install(unwrapped(part)))
+
+
+def _named(module: nn.Module, given: nn.Module, pattern: str) -> dict[str, nn.Module]:
+    """The modules that a glob names, by their names in the model or in what it is wrapped in."""
+    try:
+        return matching_modules(module, pattern, "attention")
+    except SequenceParallelConfigError:
+        if given is module:
+            raise
+        return matching_modules(given, pattern, "attention")
 
 
 def _shapes(args: tuple, kwargs: dict[str, Any]) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import NamedTuple
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from dsp_plugin.config.schema import SequenceParallelConfig
 from dsp_plugin.errors import SequenceParallelConfigError
+from dsp_plugin.layout import Layout, shard_sizes
 from dsp_plugin.methods import METHODS
 from dsp_plugin.planner.moves import Activation, Border
 from dsp_plugin.planner.stages import AttentionShape, Inside, StagePlan, StageRow, StageSpec, plan_stages
@@ -87,6 +88,16 @@ class RegionPass:
     visit: RegionVisit | None = None
 
 
+def layout_inside(stage: Stage, row: StageRow, sizes: Mapping[str, int], size: int) -> Layout | None:
+    """How the tokens that a stage attends along lie on ``size`` ranks; None where each rank attends by itself."""
+    if row.inside == "local":
+        return None
+    if len(stage.computes_along) == 1:
+        return Layout("contiguous", sizes[row.sharded], size)
+    others = prod(sizes[dim] for dim in stage.computes_along if dim != row.sharded)
+    return Layout.of_sizes([others * local for local in shard_sizes(sizes[row.sharded], size)])
+
+
 def out_of_order(stage: str, due: str, order: str) -> SequenceParallelConfigError:
     """Why a stage that is not due must not run."""
     return SequenceParallelConfigError(
@@ -95,6 +106,16 @@ def out_of_order(stage: str, due: str, order: str) -> SequenceParallelConfigErro
         why=f"it ran where {due} was due; stages must run once each, in the order of plan.order={order!r}",
         remedy='set order to "layers" if forward runs the stages of one layer after the other; else register '
         "the modules in the order in which forward runs them, one for each run",
+    )
+
+
+def left_out(stage: str) -> SequenceParallelConfigError:
+    """Why forward must not end without a stage."""
+    return SequenceParallelConfigError(
+        setting="plan.stages",
+        value=stage,
+        why="forward ended without it, so the tokens were never made whole again",
+        remedy='plan only modules that every forward pass runs, or name the argument that skips them as "when"',
     )
 
 

@@ -17,7 +17,7 @@ from dsp_plugin.config.schema import SequenceParallelConfig
 from dsp_plugin.derivatives import refuse_transforms
 from dsp_plugin.errors import SequenceParallelConfigError
 from dsp_plugin.groups import SequenceParallelGroups
-from dsp_plugin.layout import Layout, shard_sizes
+from dsp_plugin.layout import Layout
 from dsp_plugin.patches.recompute import enter_again
 from dsp_plugin.planner.stages import StagePlan, StageRow
 from dsp_plugin.plans.pattern import Pattern, parse
@@ -32,6 +32,8 @@ from dsp_plugin.sharding.passes import (
     RegionPass,
     border_module,
     inside_of,
+    layout_inside,
+    left_out,
     out_of_order,
     planned,
     sizes_of_inputs,
@@ -40,6 +42,7 @@ from dsp_plugin.sharding.placed import placed_stages
 from dsp_plugin.sharding.random_layers import check_random_layers, random_layers
 from dsp_plugin.sharding.routing import AttentionRoute
 from dsp_plugin.sharding.token_moves import Place, TokenMoves
+from dsp_plugin.sharding.wrappers import uncompiled, unwrapped
 from dsp_plugin.training.extents import Running, in_backward
 from dsp_plugin.training.randomness import RegionVisit
 
@@ -130,8 +133,9 @@ class ShardedRegion:
                 self._layout_of(index),
                 lambda: self._entered.seed,
             )
-            undo.append(route.install(part))
+            undo.append(route.install(unwrapped(part)))
 
+    @uncompiled
     def _before_all(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         self._passes.begin(state := RegionPass(list(range(len(self._placed))), dict(self._plan.sizes), module))
         self._attributes.restore()
@@ -147,6 +151,7 @@ class ShardedRegion:
             )
         state.known = sizes_of_inputs(self._plan, arguments)
 
+    @uncompiled
     def _before_region(
         self, module: nn.Module, args: tuple, kwargs: dict[str, Any]
     ) -> tuple[tuple, dict[str, Any]] | None:
@@ -166,6 +171,7 @@ class ShardedRegion:
         self._now.inside = True
         return arguments.args, arguments.kwargs
 
+    @uncompiled
     def _after_region(self, module: nn.Module, args: tuple, output: Any) -> Any:
         if self._passes.now is None:
             return None
@@ -183,6 +189,7 @@ class ShardedRegion:
         pattern = self._plan.layout_taken(placed.stage)
         setting = f"plan layout of {placed.name}"
 
+        @uncompiled
         def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
             self._start_alone(index)
             if self._is_outside(index):
@@ -214,6 +221,7 @@ class ShardedRegion:
         placed = self._placed[index]
         pattern = self._plan.layout_given(placed.stage)
 
+        @uncompiled
         def hook(module: nn.Module, args: tuple, output: Any) -> Any:
             if self._is_outside(index):
                 return None
@@ -287,9 +295,8 @@ class ShardedRegion:
         if index in (state.running[0], expected):
             state.last_run = index
             return None
-        names = [placed.name for placed in self._placed]
-        due = names[expected] if expected is not None else "no further stage"
-        return out_of_order(names[index], due, self._plan.order)
+        due = self._placed[expected].name if expected is not None else "no further stage"
+        return out_of_order(self._placed[index].name, due, self._plan.order)
 
     def _agree(self, step: str, refusal: SequenceParallelConfigError | None = None) -> None:
         """In the first pass of its kind ranks go on to each stage together: which comes next may hang on their data."""
@@ -300,19 +307,14 @@ class ShardedRegion:
             return
         go_on(step, refusal, self._groups.sp)
 
+    @uncompiled
     def _after_all(self, module: nn.Module, args: tuple, output: Any) -> None:
         state = self._now
         if state.last_run is None:
             return
         if state.last_run != state.running[-1]:
             missing = state.running[state.running.index(state.last_run) + 1]
-            refusal = SequenceParallelConfigError(
-                setting="plan.stages",
-                value=self._placed[missing].name,
-                why="forward ended without it, so the tokens were never made whole again",
-                remedy='plan only modules that every forward pass runs, or name the argument that skips them as "when"',
-            )
-            self._agree("the end of forward", refusal)
+            self._agree("the end of forward", left_out(self._placed[missing].name))
         assert state.entered is not None
         self._finished.add(state.entered.kind)
         # Not at the last stage's output: inside a reentrant checkpoint that has no gradient yet.
@@ -320,6 +322,7 @@ class ShardedRegion:
             leading, _ = first_tensor(output)
             self._passes.recall_by(leading, state)
 
+    @uncompiled
     def _clean_up(self, module: nn.Module, args: tuple, output: Any) -> None:
         """Also when forward raised."""
         self._leave()
@@ -388,13 +391,7 @@ class ShardedRegion:
             state = self._state
             if state is None or state.entered is None or (state.at != index and not self._again):
                 return None
-            row, sizes = state.entered.rows.get(index), state.entered.sizes
-            if row is None or row.inside == "local":
-                return None
-            length, size = sizes[row.sharded], self._groups.sp.size
-            if len(stage.computes_along) == 1:
-                return Layout("contiguous", length, size)
-            others = prod(sizes[dim] for dim in stage.computes_along if dim != row.sharded)
-            return Layout.of_sizes([others * local for local in shard_sizes(length, size)])
+            row = state.entered.rows.get(index)
+            return None if row is None else layout_inside(stage, row, state.entered.sizes, self._groups.sp.size)
 
         return layout_now

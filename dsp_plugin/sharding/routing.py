@@ -26,6 +26,7 @@ from dsp_plugin.layout import Layout
 from dsp_plugin.mask import MaskSpec
 from dsp_plugin.methods import Where, halo
 from dsp_plugin.methods.inputs import check_length, check_shards
+from dsp_plugin.sharding.wrappers import uncompiled
 from dsp_plugin.training.extents import extent, in_first_run
 from dsp_plugin.training.randomness import RegionSeed
 
@@ -238,6 +239,7 @@ class _RoutedForward:
         self._original, self._route = original, route
         update_wrapper(self, original)
 
+    @uncompiled
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._route.run(self._original, args, kwargs)
 

@@ -39,6 +39,7 @@ TIMEOUT = "DSP_PLUGIN_TIMEOUT"
 """Environment variable: seconds of silence after which a rank is taken for dead; 0 watches nobody."""
 
 DEFAULT_TIMEOUT = 300.0
+LONGEST_TIMEOUT = 30 * 86400.0
 _FAREWELL_SECONDS = 2.0
 _AGENT_SECONDS = 2.0
 _CONNECT_SECONDS = 10.0
@@ -68,11 +69,11 @@ def seconds(flag: str | None) -> float:
         value = float(cast(str, text))
     except ValueError:
         value = math.nan
-    if not 0 <= value < math.inf:
+    if not 0 <= value <= LONGEST_TIMEOUT:
         raise SequenceParallelConfigError(
             setting=TIMEOUT if flag is None else "--timeout",
             value=text,
-            why="it is not a number of seconds",
+            why=f"it is not a number of seconds from 0 to {LONGEST_TIMEOUT:.0f} (30 days)",
             remedy=f"give the seconds of silence after which a rank is taken for dead, such as {DEFAULT_TIMEOUT:g}; "
             "0 watches nobody",
         )

@@ -13,7 +13,9 @@ Without the section no call behaves differently.
 from __future__ import annotations
 
 import functools
+import warnings
 
+from dsp_plugin.errors import PatchError
 from dsp_plugin.patches.deepspeed import (
     batch,
     checkpoint,
@@ -24,6 +26,7 @@ from dsp_plugin.patches.deepspeed import (
     saving,
     shared_memory,
     step_log,
+    unserved,
 )
 from dsp_plugin.patches.deepspeed.versions import DISTRIBUTION, SUPPORTED
 from dsp_plugin.patches.patch import Patch, PatchSet, applied_in_words
@@ -166,8 +169,25 @@ def install() -> None:
         PatchError: this DeepSpeed is not one that the patches fit; it is left as it was.
     """
     PATCHES.apply()
+    unserved.refusal().revert()
+
+
+def install_where_it_fits() -> None:
+    """`install` on a DeepSpeed that the patches fit; on any other nothing changes but that our section is refused."""
+    try:
+        install()
+    except PatchError as error:
+        try:
+            unserved.refusal(error).apply()
+        except PatchError:
+            warnings.warn(f'a "sequence_parallel" section would be passed over: {error}', RuntimeWarning, stacklevel=2)
 
 
 def uninstall() -> None:
-    """Puts DeepSpeed back as it was."""
+    """Puts DeepSpeed back as it was.
+
+    Raises:
+        PatchError: something else has wrapped what was patched; nothing is undone then.
+    """
     PATCHES.revert()
+    unserved.refusal().revert()
