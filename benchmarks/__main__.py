@@ -23,6 +23,7 @@ from benchmarks import (
     attention,
     balance,
     convergence,
+    first_pass,
     linear_exchange,
     linear_length,
     overlap,
@@ -47,6 +48,7 @@ BENCHMARKS: dict[str, ModuleType] = {
         space_time,
         switch_copies,
         switch_overlap,
+        first_pass,
     )
 }
 _QUIET = 0.5
