@@ -65,6 +65,7 @@ class Settings(BaseModel):
         peak_tflops: of a device, which the log takes model FLOP utilization of; None where its name says enough.
         debug: ranks compare op, shapes and dtypes before each collective; also ``DSP_PLUGIN_DEBUG=1``.
         quiet: no line at the start of a run, see `start_line`.
+        unverified_model: take a causal language model of Transformers although no page of families calls it exact.
         plan: ``package.module:name`` of a `Plan` for the model; needed where the model is not one we know.
         attention: globs over module names: the modules whose `scaled_dot_product_attention` or `linear_attention`
             spans the sequence.
@@ -96,6 +97,7 @@ class Settings(BaseModel):
     log_tensorboard: str | None = None
     log_wandb: str | None = None
     peak_tflops: PositiveFloat | None = None
+    unverified_model: StrictBool = False
     plan: str | None = Field(default=None, pattern=r"^[\w.]+:[\w.]+$")
     attention: tuple[str, ...] = ()
     batch: dict[str, StrictInt] = Field(default_factory=dict)

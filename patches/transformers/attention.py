@@ -14,6 +14,7 @@ from dsp_plugin.kernels.spec import AttentionSpec
 from dsp_plugin.mask import MaskSpec
 from dsp_plugin.methods import Where
 from dsp_plugin.patches.transformers.inputs import Placement
+from dsp_plugin.patches.transformers.mask import SequenceMask
 from dsp_plugin.training.randomness import RegionSeed
 
 # What some families pass to attention beyond q, k and v, and what it would change.
@@ -47,10 +48,9 @@ class SequenceAttention:
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        attention_mask: Tensor | None,
+        attention_mask: SequenceMask | Tensor | None,
         scaling: float | None = None,
         dropout: float = 0.0,
-        sliding_window: int | None = None,
         is_causal: bool | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
@@ -61,7 +61,8 @@ class SequenceAttention:
             query: ``[B, H, n, D]`` of this rank's tokens, rotated by their global positions.
             key: ``[B, K, n, D]``.
             value: ``[B, K, n, Dv]``.
-            sliding_window: W: a query sees itself and the W - 1 keys before it.
+            attention_mask: what this layer got of the model's mask code. It decides about the window, as it does in
+                Transformers' eager and sdpa attention, whatever `sliding_window` among ``kwargs`` says.
 
         Returns:
             ``[B, n, H, Dv]``, and no weights.
@@ -71,13 +72,14 @@ class SequenceAttention:
         """
         self.calls += 1
         _refuse_altered_scores(module, attention_mask, is_causal, kwargs)
-        placement = self.placement
+        assert isinstance(attention_mask, SequenceMask)
+        placement, window = self.placement, attention_mask.window
         out = self._attention(
             *(x.transpose(1, 2) for x in (query, key, value)),
             what=AttentionSpec(
                 MaskSpec(
                     causal=True,
-                    window=None if sliding_window is None else (sliding_window - 1, 0),
+                    window=None if window is None else (window - 1, 0),
                     cu_seqlens=placement.documents,
                 ),
                 scaling,
@@ -97,8 +99,9 @@ def _refuse_altered_scores(
     module: nn.Module, attention_mask: object, is_causal: bool | None, kwargs: dict[str, Any]
 ) -> None:
     found = [(name, why) for name, why in ALTERING.items() if kwargs.get(name) is not None]
-    if attention_mask is not None:
-        found.append(("attention_mask", "the model made a mask of its own"))
+    if not isinstance(attention_mask, SequenceMask):
+        made = "none" if attention_mask is None else "one of its own"
+        found.append(("attention_mask", f"the model asked Transformers for no mask, it made {made}"))
     if is_causal is False or getattr(module, "is_causal", True) is False:
         found.append(("is_causal=False", "tokens would see their labels"))
     for name, why in found:

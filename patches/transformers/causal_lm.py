@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from contextlib import ExitStack
 from copy import deepcopy
 from functools import partial
@@ -18,6 +19,8 @@ from dsp_plugin.groups import SequenceParallelGroups
 from dsp_plugin.patches.transformers.attention import SequenceAttention
 from dsp_plugin.patches.transformers.inputs import SEQUENCE_DIM, InputSharder, Placement
 from dsp_plugin.patches.transformers.loss import SequenceLoss
+from dsp_plugin.patches.transformers.mask import MaskReader
+from dsp_plugin.patches.transformers.noise import scale_noise
 from dsp_plugin.patches.transformers.seams import DISTRIBUTION, SEAMS
 from dsp_plugin.sharding.outputs import first_tensor, when_backward_starts
 from dsp_plugin.training.randomness import RegionSeed, RegionVisit
@@ -43,11 +46,12 @@ class ShardedCausalLM:
         self._layers, self._name = declared.num_hidden_layers, type(model).__name__
         self.may_drop = getattr(declared, "attention_dropout", None) != 0
         self._inputs = InputSharder(config, groups.sp)
-        self._attention = SequenceAttention(config, groups)
+        self._attention, self._mask = SequenceAttention(config, groups), MaskReader()
         self._loss = SequenceLoss(model.loss_function, groups.sp)
         self._visit: RegionVisit | None = None
+        self._unscale: Callable[[], None] = _nothing
         with ExitStack() as undo:
-            _select_attention(model, f"sequence_parallel_{config.method}", self._attention, undo)
+            _select_attention(model, f"sequence_parallel_{config.method}", self._attention, self._mask, undo)
             _set_loss(model, self._loss, undo)
             undo.callback(model.register_forward_pre_hook(self._before, with_kwargs=True).remove)
             # Before what follows, which all ranks do alike; also where the forward pass fails.
@@ -65,12 +69,16 @@ class ShardedCausalLM:
 
     def _before(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         self._attention.calls = self._loss.calls = 0
-        kwargs, self._attention.placement = self._inputs.shard(model, args, kwargs)
+        kwargs, placement = self._inputs.shard(model, args, kwargs)
+        self._attention.placement = self._mask.placement = placement
+        self._unscale = scale_noise(model, placement.layout, self._groups.sp.rank)
         self._visit = RegionVisit(self._groups.sp) if model.training else None
         self._attention.seed = self._visit.seed if self._visit is not None else None
         return (), kwargs
 
     def _leave(self, *_: object) -> None:
+        unscale, self._unscale = self._unscale, _nothing
+        unscale()
         if self._visit is not None:
             self._visit.leave()
             self._visit = None
@@ -103,11 +111,18 @@ class ShardedCausalLM:
         return self
 
 
-def _select_attention(model: PreTrainedModel, name: str, attention: SequenceAttention, undo: ExitStack) -> None:
-    """Register ``attention`` and make it that of this model, which from now on has a config of its own.
+def _nothing() -> None:
+    """Where a forward pass changed nothing that has to be put back."""
+
+
+def _select_attention(
+    model: PreTrainedModel, name: str, attention: SequenceAttention, mask: MaskReader, undo: ExitStack
+) -> None:
+    """Register ``attention`` and ``mask`` and make them this model's, which from now on has a config of its own.
 
     A config may be shared with another model, and the interface looks the name up in it.
     """
+    from transformers.masking_utils import AttentionMaskInterface
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
     name = next(free for number in count() if (free := f"{name}_{number}") not in ALL_ATTENTION_FUNCTIONS)
@@ -116,9 +131,10 @@ def _select_attention(model: PreTrainedModel, name: str, attention: SequenceAtte
     for module in model.modules():
         if vars(module).get("config") is shared:
             vars(module)["config"] = own
-    AttentionInterface.register(name, attention)
-    # The table outlives the model.
-    undo.callback(weakref.finalize(model, AttentionInterface._global_mapping.pop, name))
+    for interface, ours in ((AttentionInterface, attention), (AttentionMaskInterface, mask)):
+        interface.register(name, ours)
+        # The table outlives the model.
+        undo.callback(weakref.finalize(model, interface._global_mapping.pop, name))
     own._attn_implementation = name
     undo.callback(setattr, own, "_attn_implementation", before)
 
