@@ -27,16 +27,21 @@ def unverified(model: PreTrainedModel) -> str | None:
         )
     results = _results()
     own = [run for run in results if run["versions"].get("transformers") == running]
-    statuses = [entry["status"] for run in own or results for entry in run["families"].values() if _is_of(entry, kind)]
+    entries = [entry for run in own or results for entry in run["families"].values() if entry["class"] == kind.__name__]
+    statuses = [entry["status"] for entry in entries]
     tried = ", ".join(sorted({run["versions"]["transformers"] for run in own or results})) or "no version"
     if "exact" in statuses and "wrong" not in statuses:
         return None
-    found = f"is {sorted(set(statuses))} there" if statuses else "is not among them"
-    return f"of the families that were compared with the unsharded model under Transformers {tried}, it {found}"
+    found = dict.fromkeys(_told(entry) for entry in entries) or ["is not among them"]
+    return (
+        f"of the families that were compared with the unsharded model under Transformers {tried}, it {'; '.join(found)}"
+    )
 
 
-def _is_of(entry: dict[str, Any], kind: type) -> bool:
-    return bool(entry["class"] == kind.__name__)
+def _told(entry: dict[str, Any]) -> str:
+    """What became of a family, and why: of its plain run, or of what else is wrong."""
+    reasons = [found["why"] for found in entry.get("features", {}).values() if found["status"] == entry["status"]]
+    return f"was {entry['status']}" + (f" ({reasons[0].rstrip('.')})" if reasons else "")
 
 
 @cache
