@@ -11,7 +11,13 @@ from importlib.metadata import entry_points
 from dsp_plugin.comm import ledger
 from dsp_plugin.comm.axis import Axis
 from dsp_plugin.config.schema import SequenceParallelConfig
-from dsp_plugin.errors import CollectiveMismatchError, PatchError, SequenceParallelConfigError, UnsupportedError
+from dsp_plugin.errors import (
+    CollectiveMismatchError,
+    DamagedCheckpointError,
+    PatchError,
+    SequenceParallelConfigError,
+    UnsupportedError,
+)
 from dsp_plugin.groups import SequenceParallelGroups
 from dsp_plugin.kernels.convolution import short_convolution
 from dsp_plugin.kernels.linear import linear_attention
@@ -31,6 +37,7 @@ __all__ = [
     "AttentionSpec",
     "Axis",
     "CollectiveMismatchError",
+    "DamagedCheckpointError",
     "Layout",
     "MaskSpec",
     "PackedDocuments",

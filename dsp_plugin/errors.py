@@ -27,6 +27,10 @@ class SequenceParallelConfigError(_Explained, ValueError):
     """A setting is illegal by itself, or does not fit the world, the model or the data."""
 
 
+class DamagedCheckpointError(SequenceParallelConfigError):
+    """A file of a checkpoint is cut, missing or another one. Starting again does not help."""
+
+
 class UnsupportedError(_Explained, RuntimeError):
     """A legal request that this build, device, kernel or method cannot serve."""
 

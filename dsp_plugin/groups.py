@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
-from dsp_plugin.comm.axis import Axis
+from dsp_plugin.comm.axis import Axis, timeout_of
 
 
 class Grid(Protocol):
@@ -123,7 +123,9 @@ def _axis(name: str, rows: torch.Tensor) -> Axis:
     here = dist.get_rank()
     mine: Axis | None = None
     for row in rows.tolist():
-        group = dist.new_group(row) if len(row) > 1 else None
+        # Else it is torch's ten or thirty minutes, whatever the script has set for the world.
+        timeout = timeout_of(dist.distributed_c10d._get_default_group())
+        group = dist.new_group(row, timeout=timeout) if len(row) > 1 else None
         if here in row:
             mine = Axis(name, group, row.index(here), len(row), tuple(row))
     assert mine is not None, f"rank {here} is in no {name} group"

@@ -12,9 +12,12 @@ import torch
 from torch import Tensor
 
 from dsp_plugin.errors import SequenceParallelConfigError
+from dsp_plugin.integers import MOST, integer, integers
 
 LayoutKind = Literal["contiguous", "zigzag", "striped"]
 LAYOUTS: tuple[LayoutKind, ...] = get_args(LayoutKind)
+MOST_RANKS = 2**20
+"""More than any machine has: a larger count is a mistake, and what lists the ranks would never end."""
 
 
 def shard_sizes(length: int, parts: int) -> tuple[int, ...]:
@@ -65,7 +68,8 @@ class Layout:
     pairs of a causal document of l tokens differ by less than 2l. With one document it is plain zigzag.
 
     Raises:
-        SequenceParallelConfigError: unknown kind, a size below 1, or sizes or documents that do not add up.
+        SequenceParallelConfigError: unknown kind, a count that is no integer, a size below 1 or beyond
+            `MOST_RANKS`, or sizes or documents that do not add up.
     """
 
     kind: LayoutKind
@@ -75,21 +79,25 @@ class Layout:
     documents: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
-        if self.kind not in LAYOUTS:
+        if not isinstance(self.kind, str) or self.kind not in LAYOUTS:
             raise SequenceParallelConfigError(
                 setting="layout", value=self.kind, why=f"known layouts are {', '.join(LAYOUTS)}", remedy="pick one"
             )
-        if self.size < 1 or self.length < 0:
+        for name in ("length", "size"):
+            count = integer(getattr(self, name), f"layout {name}", least=-MOST, remedy="check how it was read")
+            object.__setattr__(self, name, count)
+        if not 1 <= self.size <= MOST_RANKS or self.length < 0:
             raise SequenceParallelConfigError(
                 setting="layout",
                 value=f"{self.kind}(length={self.length}, size={self.size})",
-                why="a layout needs length >= 0 and size >= 1",
+                why=f"a layout needs length >= 0 and size >= 1, and no more than {MOST_RANKS:,} ranks",
                 remedy="check how the sequence length was read",
             )
+        if self.explicit_sizes is not None:
+            given = integers(self.explicit_sizes, "layout explicit_sizes", remedy="count the tokens of each rank")
+            object.__setattr__(self, "explicit_sizes", given)
         sizes = self.explicit_sizes
-        if sizes is not None and (
-            self.kind != "contiguous" or len(sizes) != self.size or sum(sizes) != self.length or min(sizes) < 0
-        ):
+        if sizes is not None and (self.kind != "contiguous" or len(sizes) != self.size or sum(sizes) != self.length):
             raise SequenceParallelConfigError(
                 setting="layout",
                 value=f"{self.kind}(length={self.length}, size={self.size}, explicit_sizes={sizes})",
@@ -102,7 +110,7 @@ class Layout:
     def _check_documents(self) -> None:
         if self.documents is None:
             return
-        borders = tuple(int(border) for border in self.documents)
+        borders = integers(self.documents, "documents", remedy="pass (0, end of document 1, ..., sequence length)")
         object.__setattr__(self, "documents", borders)
         if self.kind != "zigzag":
             raise SequenceParallelConfigError(

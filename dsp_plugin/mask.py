@@ -9,6 +9,9 @@ from itertools import pairwise
 from torch import Tensor
 
 from dsp_plugin.errors import SequenceParallelConfigError
+from dsp_plugin.integers import integer, integers
+
+_BORDERS = "pass (0, end of document 1, ..., sequence length)"
 
 Band = tuple[int | None, int | None]
 
@@ -26,7 +29,7 @@ class MaskSpec:
       rows share them.
 
     Raises:
-        SequenceParallelConfigError: the window or the document borders are malformed.
+        SequenceParallelConfigError: ``causal`` is no truth value, or the window or the document borders are malformed.
     """
 
     causal: bool = False
@@ -34,24 +37,24 @@ class MaskSpec:
     cu_seqlens: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
+        if not isinstance(self.causal, bool):
+            raise SequenceParallelConfigError(
+                setting="causal",
+                value=self.causal,
+                why=f"it is True or False, not {type(self.causal).__name__}",
+                remedy="pass one of them",
+            )
         if self.window is not None:
-            if not _is_window(self.window):
-                raise SequenceParallelConfigError(
-                    setting="window",
-                    value=self.window,
-                    why="a window is (left, right), each a count of tokens >= 0, or None (not -1) for unbounded",
-                    remedy="write (1023, 0) for a causal window over 1024 tokens",
-                )
-            object.__setattr__(self, "window", tuple(self.window))
+            object.__setattr__(self, "window", _window(self.window))
         if self.cu_seqlens is not None:
-            borders = tuple(int(border) for border in self.cu_seqlens)
+            borders = integers(self.cu_seqlens, "cu_seqlens", remedy=_BORDERS)
             object.__setattr__(self, "cu_seqlens", borders)
             if len(borders) < 2 or borders[0] != 0 or any(b < a for a, b in pairwise(borders)):
                 raise SequenceParallelConfigError(
                     setting="cu_seqlens",
                     value=borders,
                     why="document borders start at 0, never decrease, and end at the sequence length",
-                    remedy="pass (0, end of document 1, ..., sequence length)",
+                    remedy=_BORDERS,
                 )
 
     def band(self) -> Band:
@@ -108,14 +111,22 @@ def document_starts(cu_seqlens: Iterable[int] | Tensor | None, length: int) -> t
     """
     if cu_seqlens is None:
         return ()
-    borders = cu_seqlens.tolist() if isinstance(cu_seqlens, Tensor) else cu_seqlens
-    documents = MaskSpec(cu_seqlens=tuple(borders)).documents(length)
+    documents = MaskSpec(cu_seqlens=integers(cu_seqlens, "cu_seqlens", remedy=_BORDERS)).documents(length)
     return tuple(document.start for document in documents[1:])
 
 
-def _is_window(window: object) -> bool:
-    return (
-        isinstance(window, tuple | list)
-        and len(window) == 2
-        and all(side is None or (isinstance(side, int) and side >= 0) for side in window)
-    )
+def _window(window: object) -> tuple[int | None, int | None]:
+    try:
+        left, right = window if isinstance(window, tuple | list) else ()
+        return _side(left), _side(right)
+    except ValueError:
+        raise SequenceParallelConfigError(
+            setting="window",
+            value=window,
+            why="a window is (left, right), each a count of tokens >= 0, or None (not -1) for unbounded",
+            remedy="write (1023, 0) for a causal window over 1024 tokens",
+        ) from None
+
+
+def _side(side: object) -> int | None:
+    return None if side is None else integer(side, "window")

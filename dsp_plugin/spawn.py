@@ -6,6 +6,7 @@ import faulthandler
 import multiprocessing
 import os
 import pickle
+import signal
 import tempfile
 import time
 import traceback
@@ -18,6 +19,8 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+
+from dsp_plugin.comm.agreement import hint
 
 Result = TypeVar("Result")
 
@@ -79,7 +82,19 @@ def spawn(worker: Callable[..., Result], size: int, *args: Any, timeout: float =
                 if process.is_alive():
                     process.kill()
                     process.join()
+        for rank, (process, _) in enumerate(ranks):
+            if outcomes.get(rank, ("",))[0] == "died":
+                how = f"rank {rank} died without a word, {_ending(process.exitcode)}"
+                outcomes[rank] = ("error", RuntimeError(how), f"{how}\n{hint()}\n")
         return _results(outcomes, size, Path(folder), timeout)
+
+
+def _ending(status: int | None) -> str:
+    """How a process ended, by its exit status as `multiprocessing` has it."""
+    if status is None or status >= 0:
+        return "after it had closed its pipe" if status is None else f"with exit status {status}"
+    names = {int(known): known.name for known in signal.Signals}
+    return f"by {names.get(-status, f'signal {-status}')}"
 
 
 def _run_rank(
@@ -135,8 +150,8 @@ def _collect(connections: list[Connection], timeout: float) -> dict[int, tuple[s
             try:
                 outcomes[rank] = pickle.loads(ready.recv_bytes())
             except EOFError:
-                outcomes[rank] = ("error", RuntimeError("the process died"), f"rank {rank} died without a word\n")
-            if outcomes[rank][0] == "error":
+                outcomes[rank] = ("died", None, "")
+            if outcomes[rank][0] != "result":
                 deadline = min(deadline, time.monotonic() + 3.0)
     return outcomes
 
@@ -151,6 +166,8 @@ def _results(outcomes: dict[int, tuple[str, Any, str]], size: int, folder: Path,
         stacks = _stack_file(folder, rank)
         shown = stacks.read_text() if stacks.exists() else ""
         parts.append(f"--- rank {rank} still running, limit {timeout:g} s\n{shown}")
+    if not errors:
+        parts.append(hint())
     raise RankFailure("\n".join(parts), errors)
 
 

@@ -17,19 +17,21 @@ import argparse
 import os
 import runpy
 import sys
+import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import NoReturn
 
 import torch
 
-from dsp_plugin.errors import PatchError, SequenceParallelConfigError, UnsupportedError
+from dsp_plugin.errors import DamagedCheckpointError, PatchError, SequenceParallelConfigError, UnsupportedError
 from dsp_plugin.launch.report import report
 from dsp_plugin.patches import cpu, megatron, restarts
 from dsp_plugin.patches.liveness import watched
-from dsp_plugin.patches.megatron import arguments
+from dsp_plugin.patches.megatron import arguments, tracker
 from dsp_plugin.patches.patch import PatchSet
 from dsp_plugin.patches.post_import import after_import
 from dsp_plugin.watch.liveness import seconds
@@ -84,7 +86,7 @@ class Command:
             if name == "--cpu":
                 cpu_mode = value or "1"
             elif name == "--report":
-                report_folder = Path(value or (rest.pop(0) if rest else ""))
+                report_folder = _folder(value or (rest.pop(0) if rest else ""))
             elif name == "--timeout":
                 timeout = value or (rest.pop(0) if rest else "")
             elif name in ("--local_rank", "--local-rank"):
@@ -109,6 +111,27 @@ class Command:
             )
         flags, remaining = _take_flags([*before, *rest])
         return cls(cpu_mode, report_folder, script, (*local_rank, *remaining), flags, seconds(timeout))
+
+
+def _folder(text: str) -> Path:
+    """A folder that can be written to, found out before the run and not at its end.
+
+    Raises:
+        SequenceParallelConfigError: it is none.
+    """
+    try:
+        if not text:
+            raise OSError("no folder is named")
+        Path(text).mkdir(parents=True, exist_ok=True)
+        TemporaryFile(dir=text).close()
+    except (OSError, ValueError) as error:
+        raise SequenceParallelConfigError(
+            setting="--report",
+            value=text,
+            why=f"nothing can be written there: {getattr(error, 'strerror', None) or error}",
+            remedy="name a folder that every rank may write to",
+        ) from None
+    return Path(text)
 
 
 def _take_flags(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -152,10 +175,9 @@ def prepare(command: Command) -> None:
             print(
                 f"{PROGRAM}: no CUDA device here; --cpu runs Megatron-core on CPU and gloo", file=sys.stderr, flush=True
             )
-    elif any(value not in (None, False) for value in vars(flags).values()):
-        stray = [f"--{name.replace('_', '-')}" for name, value in vars(flags).items() if value not in (None, False)]
+    elif stray := [name for name, value in vars(flags).items() if value is not None and value is not False]:
         raise SequenceParallelConfigError(
-            setting=", ".join(stray),
+            setting=", ".join(f"--{name.replace('_', '-')}" for name in stray),
             why="set without --sp-method, so nothing would use it",
             remedy="add --sp-method ulysses on Megatron-core; under DeepSpeed write settings into the section "
             '"sequence_parallel" of its JSON',
@@ -163,6 +185,7 @@ def prepare(command: Command) -> None:
     else:
         megatron.install_checkpoints()
     after_import("megatron.training.arguments", PatchSet("megatron arguments", arguments.patches(flags)).apply)
+    after_import("megatron.training.checkpointing", PatchSet("megatron's last iteration", (tracker.patch(),)).apply)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -179,8 +202,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"{PROGRAM}: error: {error}", file=sys.stderr, flush=True)
         raise SystemExit(2) from None
     restarts.install()
-    with watched(command.timeout), report(command.report):
-        runpy.run_path(command.script, run_name="__main__")
+    try:
+        with watched(command.timeout), report(command.report):
+            runpy.run_path(command.script, run_name="__main__")
+    except DamagedCheckpointError:
+        # Here and not by the interpreter, for an agent that ends takes its ranks with it.
+        traceback.print_exc()
+        restarts.forgo()
+        raise SystemExit(1) from None
 
 
 if __name__ == "__main__":

@@ -13,9 +13,12 @@ from dsp_plugin.patches.post_import import after_import
 
 
 def install() -> None:
-    """Registers the hooks, once per process: importing ``deepspeed``, or having imported it, installs our patches."""
+    """Registers the hooks, once per process: importing ``deepspeed``, or having imported it, installs our patches.
+
+    A DeepSpeed that they do not fit can be imported all the same.
+    """
     after_import("deepspeed", _install_deepspeed)
 
 
 def _install_deepspeed() -> None:
-    importlib.import_module("dsp_plugin.patches.deepspeed").install()
+    importlib.import_module("dsp_plugin.patches.deepspeed").install_where_it_fits()

@@ -24,6 +24,7 @@ import torch.distributed as dist
 from torch.overrides import TorchFunctionMode
 
 from dsp_plugin.errors import UnsupportedError
+from dsp_plugin.integers import integer_of
 from dsp_plugin.patches.patch import Patch, PatchSet
 from dsp_plugin.patches.post_import import after_import
 
@@ -189,7 +190,7 @@ class _Event:
 def torch_patches() -> PatchSet:
     """What CPU mode replaces in torch itself."""
     stream = _Stream()
-    devices = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    devices = integer_of("LOCAL_WORLD_SIZE", 1)
     properties = SimpleNamespace(
         name="cpu", major=0, minor=0, total_memory=0, multi_processor_count=os.cpu_count() or 1, warp_size=32
     )

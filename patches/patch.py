@@ -6,15 +6,17 @@ that it is already applied and can revert it. Nothing is remembered by this modu
 
 from __future__ import annotations
 
+import functools
 import importlib
 import inspect
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
-from types import TracebackType
+from types import FunctionType, MethodType, ModuleType, TracebackType
 from typing import Any, cast
 
 from packaging.specifiers import SpecifierSet
@@ -24,6 +26,9 @@ from dsp_plugin.errors import PatchError
 ALLOW_UNTESTED = "DSP_PLUGIN_ALLOW_UNTESTED"
 _RECORDS = "_dsp_plugin_patches"
 _ABSENT = object()
+# Of wrappers around wrappers, as many as are looked into for ours.
+_WRAPPERS = 6
+_MANY = 64
 
 
 @dataclass(frozen=True)
@@ -103,17 +108,17 @@ class Patch:
         Raises:
             PatchError: something else has replaced the target since.
         """
-        if not self.applied:
+        found = self._record()
+        if found is None:
             return
-        owner, attribute = self._resolve()
-        records = vars(owner)[_RECORDS]
-        record: _Record = records[self._key(attribute)]
+        owner, attribute, record = found
+        if not self.applied:
+            # Somebody put another in its place, as a reload does: there is nothing of ours to undo.
+            del vars(owner)[_RECORDS][self._key(attribute)]
+            return
         if vars(owner).get(attribute, _ABSENT) is not record.after:
-            raise PatchError(
-                f"patch '{self.name}' cannot be reverted: {self.target} was replaced again by something else after it. "
-                "Revert the later change first."
-            )
-        del records[self._key(attribute)]
+            raise self._covered("")
+        del vars(owner)[_RECORDS][self._key(attribute)]
         if record.before is _ABSENT:
             delattr(owner, attribute)
         else:
@@ -121,12 +126,12 @@ class Patch:
 
     @property
     def applied(self) -> bool:
-        """Whether the target carries this patch now."""
-        try:
-            owner, attribute = self._resolve()
-        except PatchError:
+        """Whether the target carries this patch now, by itself or inside what has wrapped it since."""
+        found = self._record()
+        if found is None:
             return False
-        return self._key(attribute) in vars(owner).get(_RECORDS, {})
+        owner, attribute, record = found
+        return _leads_to(inspect.getattr_static(owner, attribute, _ABSENT), record.after)
 
     def __enter__(self) -> Patch:
         self.apply()
@@ -136,6 +141,21 @@ class Patch:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.revert()
+
+    def _record(self) -> tuple[Any, str, _Record] | None:
+        """Owner, attribute and record, of a patch that has been made at some time."""
+        try:
+            owner, attribute = self._resolve()
+        except PatchError:
+            return None
+        record = vars(owner).get(_RECORDS, {}).get(self._key(attribute))
+        return None if record is None else (owner, attribute, record)
+
+    def _covered(self, more: str) -> PatchError:
+        return PatchError(
+            f"patch '{self.name}' cannot be reverted: {self.target} was replaced again by something else after it"
+            f"{more}. Revert the later change first."
+        )
 
     def _key(self, attribute: str) -> tuple[str, str]:
         return attribute, self.name
@@ -251,11 +271,21 @@ class PatchSet:
             raise
 
     def revert(self) -> None:
-        """Reverts every applied patch, last first.
+        """Reverts every applied patch, last first, or none.
 
         Raises:
-            PatchError: something else has replaced a target since.
+            PatchError: something else has wrapped a target since; nothing is reverted then.
         """
+        left: dict[tuple[int, str], object] = {}
+        for patch in reversed(self.patches):
+            found = patch._record()
+            if found is None or not patch.applied:
+                continue
+            owner, attribute, record = found
+            place = id(owner), attribute
+            if left.get(place, vars(owner).get(attribute, _ABSENT)) is not record.after:
+                raise patch._covered(f", so nothing of '{self.name}' was")
+            left[place] = record.before
         for patch in reversed(self.patches):
             patch.revert()
 
@@ -275,6 +305,50 @@ class PatchSet:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.revert()
+
+
+def _leads_to(current: object, wanted: object) -> bool:
+    """Whether ``current`` is ``wanted`` or holds it somewhere, as every wrapper has to hold what it calls."""
+    seen: set[int] = set()
+    layer = [current]
+    for depth in range(_WRAPPERS):
+        if any(held is wanted for held in layer):
+            return True
+        seen.update(map(id, layer))
+        # The globals of what a wrapper calls in turn would lead through the whole package.
+        layer = [held for holder in layer for held in _held(holder, depth < 2) if id(held) not in seen]
+    return False
+
+
+def _held(holder: object, with_globals: bool) -> Iterator[object]:
+    """The callables, descriptors and small collections that something has at hand."""
+    found: list[object] = []
+    match holder:
+        case FunctionType():
+            for cell in holder.__closure__ or ():
+                with suppress(ValueError):  # An empty one.
+                    found.append(cell.cell_contents)
+            found += [*(holder.__defaults__ or ()), *(holder.__kwdefaults__ or {}).values(), *vars(holder).values()]
+            if with_globals:
+                found += [holder.__globals__.get(name) for name in holder.__code__.co_names]
+        case staticmethod() | classmethod() | MethodType():
+            found.append(holder.__func__)
+        case functools.partial():
+            found += [holder.func, *holder.args, *holder.keywords.values()]
+        case property():
+            found += [holder.fget, holder.fset, holder.fdel]
+        case list() | tuple():
+            found += holder
+        case dict():
+            found += holder.values()
+        case type() | ModuleType():
+            pass
+        case _:
+            found += getattr(holder, "__dict__", {}).values()
+    for held in found:
+        small = isinstance(held, list | tuple | dict) and len(held) < _MANY
+        if small or callable(held) or isinstance(held, staticmethod | classmethod | property):
+            yield held
 
 
 def applied_in_words(patches: Iterable[Patch]) -> str:

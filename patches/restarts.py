@@ -3,20 +3,26 @@
 The agent keeps one store for all starts (pytorch issue 135712), and every key of the last one is still in it: gloo and
 NCCL then connect to ranks that are dead. With one agent its count of restarts tells the starts apart. Agents of several
 nodes count differently; there torchrun has to make a new store each time, which an environment variable asks for.
+
+Some failures meet every start alike. An agent cannot be told so by a rank's status; it ends by SIGTERM.
 """
 
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Callable, Mapping
 from functools import wraps
+from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
 from dsp_plugin.patches.patch import Patch
 
+AGENTS = (b"torchrun", b"torch.distributed", b"accelerate")
+"""What the command line of an elastic agent holds one of."""
 NEW_STORE = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
 
 
@@ -45,6 +51,31 @@ def install(environment: Mapping[str, str] = os.environ) -> None:
             file=sys.stderr,
             flush=True,
         )
+
+
+def forgo(environment: Mapping[str, str] = os.environ) -> None:
+    """Ends the agent that would start this node's ranks again, if there is one and it would; one rank a node does.
+
+    Args:
+        environment: of a rank.
+    """
+    allowed, used = (int(environment.get(f"TORCHELASTIC_{name}", "0")) for name in ("MAX_RESTARTS", "RESTART_COUNT"))
+    if used >= allowed or environment.get("LOCAL_RANK") != "0":
+        return
+    agent = os.getppid()
+    try:
+        command = Path(f"/proc/{agent}/cmdline").read_bytes()
+    except OSError:
+        return
+    # Not a shell between the two, or an init process that has taken over a rank whose agent is gone.
+    if any(name in command for name in AGENTS):
+        print(
+            f"dsp_plugin: another start would end alike: torchrun (pid {agent}) is ended, with {allowed - used} "
+            "restarts left.",
+            file=sys.stderr,
+            flush=True,
+        )
+        os.kill(agent, signal.SIGTERM)
 
 
 def prefixing(prefix: str) -> Callable[[Callable[..., dist.Store]], Callable[..., dist.Store]]:

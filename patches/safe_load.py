@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import enum
 import functools
 import os
 import pickle
@@ -28,6 +29,8 @@ def trusted() -> bool:
 @contextlib.contextmanager
 def only(allowed: Sequence[Any]) -> Iterator[None]:
     """Makes every `torch.load` in the block read tensors, plain values and these classes, and nothing else.
+
+    With them go the classes that a framework has declared safe to torch by itself.
 
     Where the user vouches for the files (`TRUST`), it reads whatever is in them, unless the caller asks for less.
 
@@ -58,7 +61,33 @@ def only(allowed: Sequence[Any]) -> Iterator[None]:
 
     torch.load = load  # type: ignore[assignment]
     try:
-        with torch.serialization.safe_globals(list(allowed)):
+        with _members_kept(allowed):
             yield
     finally:
         torch.load = upstream
+
+
+@contextlib.contextmanager
+def _members_kept(allowed: Sequence[Any]) -> Iterator[None]:
+    """Allows these, and hides from torch that what an enumeration's name gives are instances of something allowed.
+
+    A file may fill the attributes of those, and the members of an enumeration are the whole process's.
+    """
+    declared = torch.serialization.get_safe_globals()
+    shielded = [_value_of(found) if _is_enum(found) else found for found in (*declared, *allowed)]
+    torch.serialization.clear_safe_globals()
+    torch.serialization.add_safe_globals(shielded)
+    try:
+        yield
+    finally:
+        since = [found for found in torch.serialization.get_safe_globals() if found not in shielded]
+        torch.serialization.clear_safe_globals()
+        torch.serialization.add_safe_globals([*declared, *since])
+
+
+def _is_enum(found: Any) -> bool:
+    return isinstance(found, type) and issubclass(found, enum.Enum)
+
+
+def _value_of(kind: type[enum.Enum]) -> tuple[Any, str]:
+    return lambda value: kind(value), f"{kind.__module__}.{kind.__qualname__}"

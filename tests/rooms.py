@@ -15,7 +15,7 @@ Node = TypeVar("Node", bound=Hashable)
 PACKAGES = {"dsp_plugin": "dsp_plugin", "patches": "dsp_plugin.patches", "launch": "dsp_plugin.launch"}
 
 # What lies in the library's root: a room each, for they may import each other downwards only.
-NOUNS = ("errors", "layout", "mask", "groups", "spawn")
+NOUNS = ("errors", "integers", "derivatives", "layout", "mask", "groups", "spawn")
 # The folders that are rooms of their own, the innermost first.
 FOLDERS = (
     "patches/megatron/models",
@@ -43,28 +43,32 @@ TOOLS = ("rehearsal", "verification", "cli")
 # Room: the rooms that it may import from. Anything else is an arrow against the drawing.
 MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "errors": (),
-    "layout": ("errors",),
-    "mask": ("errors",),
-    "spawn": (),
+    "integers": ("errors",),
+    "derivatives": ("errors",),
+    "layout": ("errors", "integers"),
+    "mask": ("errors", "integers"),
+    "spawn": ("comm",),
     "groups": ("comm",),
-    "comm": ("errors", "layout"),
-    "kernels": ("errors", "mask"),
-    "training": ("errors", "comm", "groups"),
+    "comm": ("errors", "derivatives", "layout"),
+    "kernels": ("errors", "derivatives", "mask"),
+    "training": ("errors", "integers", "derivatives", "comm", "groups"),
     "watch": ("errors", "comm"),
-    "methods": ("errors", "layout", "mask", "groups", "comm", "kernels", "training"),
-    "config": ("errors", "layout", "kernels", "methods"),
+    "methods": ("errors", "derivatives", "layout", "mask", "groups", "comm", "kernels", "training"),
+    "config": ("errors", "integers", "layout", "kernels", "methods"),
     "plans": ("errors", "config"),
     "planner": ("errors", "layout", "plans", "methods"),
     "sharding": (
-        *("errors", "layout", "mask", "groups", "comm", "kernels", "methods", "config", "plans", "planner"),
-        "training",
+        *("errors", "derivatives", "layout", "mask", "groups", "comm", "kernels", "methods", "config", "plans"),
+        *("planner", "training", "patches"),
     ),
     "models": ("errors", "kernels", "plans"),
     "rehearsal": (*_LIBRARY, "models"),
     "verification": _LIBRARY,
     "cli": (*_LIBRARY, "models", "rehearsal", "verification"),
-    "dsp_plugin": tuple(room for room in _LIBRARY if room not in ("spawn", "planner", "watch")),
-    "patches": ("errors", "comm", "training", "watch"),
+    "dsp_plugin": tuple(
+        room for room in _LIBRARY if room not in ("integers", "derivatives", "spawn", "planner", "watch")
+    ),
+    "patches": ("errors", "integers", "comm", "training", "watch"),
     "patches/autoload": ("patches", "patches/deepspeed"),
     "patches/diffusers": ("errors", "plans"),
     "patches/transformers": (*_SEAM, "mask", "kernels", "plans", "sharding", "training", "patches"),
@@ -79,7 +83,9 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
 ONLY = {
     ("groups", "comm"): ("axis",),
     ("methods", "training"): ("recompute",),
-    ("watch", "comm"): ("ledger",),
+    ("sharding", "patches"): ("recompute",),
+    ("watch", "comm"): ("ledger", "agreement"),
+    ("spawn", "comm"): ("agreement",),
     ("config", "kernels"): ("spec", "candidates"),
 }
 

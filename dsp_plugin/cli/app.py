@@ -20,6 +20,7 @@ from dsp_plugin.cli import plans as cli_plans
 from dsp_plugin.cli.output import (
     FAILED,
     AsJson,
+    Patience,
     new_console,
     one_of,
     print_json,
@@ -142,7 +143,7 @@ def verify(
     ] = None,
     seed: Annotated[int, typer.Option(help="Of inputs and weights.")] = 0,
     as_json: AsJson = False,
-    timeout: Annotated[float, typer.Option(min=1.0, help="Seconds before ranks that hang are given up.")] = 600.0,
+    timeout: Patience = 600.0,
 ) -> None:
     """Compare a method with the fp64 oracle and with its byte formula.
 

@@ -11,6 +11,7 @@ import typer
 from dsp_plugin.cli.output import (
     FAILED,
     AsJson,
+    Patience,
     new_console,
     one_of,
     print_json,
@@ -50,7 +51,7 @@ def dry_run_command(
     ] = None,
     unsharded: Annotated[bool, typer.Option("--unsharded", help="Show one rank that holds all, too.")] = False,
     real: Annotated[bool, typer.Option("--real", help="Run on spawned ranks as well, and compare.")] = False,
-    timeout: Annotated[float, typer.Option(min=1.0, help="Seconds before real ranks that hang are given up.")] = 600.0,
+    timeout: Patience = 600.0,
     as_json: AsJson = False,
 ) -> None:
     """Bytes sent and peak memory of one training step of one rank, without data, devices or other ranks.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -23,6 +24,21 @@ _PROSE = ("case", "of", "note", "why", "why not", "device", "instead")
 _PROSE_WIDTH = 10
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]
+
+
+def _counted(seconds: float) -> float:
+    # Not a number is neither below the least nor above the most.
+    if math.isnan(seconds):
+        raise typer.BadParameter("not a number of seconds")
+    return seconds
+
+
+Patience = Annotated[
+    float,
+    typer.Option(
+        "--timeout", min=1.0, max=30 * 86400.0, callback=_counted, help="Seconds before ranks that hang are given up."
+    ),
+]
 
 
 @contextmanager

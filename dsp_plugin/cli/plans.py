@@ -11,6 +11,7 @@ import typer
 from dsp_plugin.cli.output import (
     FAILED,
     AsJson,
+    Patience,
     new_console,
     one_of,
     print_json,
@@ -59,7 +60,7 @@ def plan_stages(
         typer.Option(metavar="NAME=VALUE", help="As --set, for --validate only, which needs memory for the model."),
     ] = None,
     as_json: AsJson = False,
-    timeout: Annotated[float, typer.Option(min=1.0, help="Seconds before ranks that hang are given up.")] = 120.0,
+    timeout: Patience = 120.0,
 ) -> None:
     """Show which dim of a model is sharded in which stage, what it costs, and what it beat.
 

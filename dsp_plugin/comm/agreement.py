@@ -7,21 +7,45 @@ that waits in another collective, and names it.
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections import Counter
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
-from dsp_plugin.comm.axis import Axis
-from dsp_plugin.errors import CollectiveMismatchError
+from dsp_plugin.comm.axis import Axis, timeout_of
+from dsp_plugin.errors import CollectiveMismatchError, SequenceParallelConfigError
 
 Shapes = Sequence[Sequence[int]]
 
+_TIMEOUT = "DSP_PLUGIN_DEBUG_TIMEOUT"
+_LONGEST = 30 * 86400.0
+_DEFAULT_TIMEOUT = timedelta(seconds=60)
 _entered: Counter[str] = Counter()
+_HINT = (
+    "If ranks may have taken different paths, or hold tensors that do not fit together, run again with "
+    "DSP_PLUGIN_DEBUG=1: it names the collective and the ranks that differ."
+)
+
+
+def hint() -> str:
+    """How to learn more about a collective that failed; empty where debug mode is on and would have said."""
+    return "" if _entered else _HINT
+
+
+@contextmanager
+def explained() -> Iterator[None]:
+    """Adds the hint to what a backend raises in a collective: its own words are about sockets and buffers."""
+    try:
+        yield
+    except RuntimeError as error:
+        if hint() and not isinstance(error, CollectiveMismatchError):
+            error.add_note(f"dsp_plugin: a collective between ranks has failed. {hint()}")
+        raise
 
 
 def agree(
@@ -37,8 +61,9 @@ def agree(
         receives: elements that it expects from each.
 
     Raises:
+        SequenceParallelConfigError: ``DSP_PLUGIN_DEBUG_TIMEOUT`` is no number of seconds.
         CollectiveMismatchError: ranks differ, or one did not arrive within ``DSP_PLUGIN_DEBUG_TIMEOUT`` seconds
-            (default 60).
+            (default 60, or the axis' own timeout where that is shorter).
     """
     store = dist.distributed_c10d._get_default_store()
     # Axes that share a process group (sp and ulysses, say) must share the count too: order is a matter of the group.
@@ -68,8 +93,24 @@ def agree(
         ) from error
 
 
-def _timeout() -> timedelta:
-    return timedelta(seconds=float(os.environ.get("DSP_PLUGIN_DEBUG_TIMEOUT", "60")))
+def _timeout(axis: Axis) -> timedelta:
+    text = os.environ.get(_TIMEOUT)
+    if text is None:
+        # Who comes later than the collective itself would wait is too late, too.
+        limit = None if axis.group is None else timeout_of(axis.group)
+        return _DEFAULT_TIMEOUT if limit is None else min(limit, _DEFAULT_TIMEOUT)
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not 0 < seconds <= _LONGEST:
+        raise SequenceParallelConfigError(
+            setting=f"environment variable {_TIMEOUT}",
+            value=text,
+            why=f"it is not a number of seconds above 0, up to {_LONGEST:.0f} (30 days)",
+            remedy="give the seconds to wait for a rank in debug mode, such as 60",
+        )
+    return timedelta(seconds=seconds)
 
 
 def _read(store: dist.Store, prefix: str, op: str, step: int, axis: Axis) -> list[dict]:
@@ -77,7 +118,7 @@ def _read(store: dist.Store, prefix: str, op: str, step: int, axis: Axis) -> lis
     keys = [f"{prefix}/{peer}" for peer in range(axis.size)]
     # A TCP store raises DistStoreError when it has waited long enough, a file store RuntimeError.
     with suppress(RuntimeError):
-        store.wait(keys, _timeout())
+        store.wait(keys, _timeout(axis))
     missing = [rank for rank, key in zip(axis.ranks, keys, strict=True) if not store.check([key])]
     claims = [] if missing else [json.loads(store.get(key)) for key in keys]
     gone = [rank for rank, claim in zip(axis.ranks, claims, strict=False) if "gave_up" in claim]
@@ -87,7 +128,7 @@ def _read(store: dist.Store, prefix: str, op: str, step: int, axis: Axis) -> lis
     store.set(keys[axis.rank], json.dumps({"gave_up": True}))
     found = f"came so late that ranks {gone} had left"
     if missing:
-        found = f"ranks {missing} did not arrive within {_timeout().total_seconds():g} s"
+        found = f"ranks {missing} did not arrive within {_timeout(axis).total_seconds():g} s"
     raise CollectiveMismatchError(
         f"rank {axis.ranks[axis.rank]} is about to run {op} (its collective {step} on axis {axis.name} of ranks "
         f"{list(axis.ranks)}), but {found}. The ranks took different paths: look for a branch that depends on the rank "
@@ -102,7 +143,7 @@ def _compare(claims: list[dict], store: dist.Store, prefix: str, step: int, axis
     # The rank that hosts the store must not leave, and take it down, before the others have read it too.
     store.set(f"{prefix}/seen/{axis.rank}", "")
     with suppress(RuntimeError):
-        store.wait([f"{prefix}/seen/{peer}" for peer in range(axis.size)], min(_timeout(), timedelta(seconds=5)))
+        store.wait([f"{prefix}/seen/{peer}" for peer in range(axis.size)], min(_timeout(axis), timedelta(seconds=5)))
     raise CollectiveMismatchError(found)
 
 

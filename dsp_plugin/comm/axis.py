@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, replace
+from datetime import timedelta
+from typing import cast
 
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
@@ -53,3 +55,12 @@ class Axis:
     def debugged(self, debug: bool) -> Axis:
         """The same axis with debug mode set as asked, or on where ``DSP_PLUGIN_DEBUG=1``."""
         return replace(self, debug=debug or os.environ.get("DSP_PLUGIN_DEBUG", "0") == "1")
+
+
+def timeout_of(group: ProcessGroup) -> timedelta | None:
+    """How long a collective of a process group may take; None where its backend does not say."""
+    for device in group._device_types:
+        timeout = getattr(getattr(group._get_backend(device), "options", None), "_timeout", None)
+        if timeout is not None:
+            return cast(timedelta, timeout)
+    return None

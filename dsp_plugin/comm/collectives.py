@@ -3,7 +3,8 @@
 The gradient contract: the global loss is the mean over ranks of their local losses, and parameter gradients are the
 mean over ranks. Inside a sharded region gradients are thus P times the partial sum, which is what DeepSpeed and
 Megatron-core expect, since both average over a group that contains the sequence ranks. `split`, `gather` and
-`replicate` are the borders of such a region and carry the factor; everything else is its own exact adjoint.
+`replicate` are the borders of such a region and carry the factor; everything else is its own exact adjoint. Backward
+passes are made of the same collectives, so they have gradients by the same contract.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from dsp_plugin.comm.axis import Axis
 from dsp_plugin.comm.wire import Sender, Transfers, collect, exchange
+from dsp_plugin.derivatives import refuse_transforms
 from dsp_plugin.layout import Layout, run_of, shard_ranges
 
 Runs = tuple[range, ...]
@@ -76,6 +78,7 @@ def all_to_all(tensors: Sequence[Tensor], routes: Sequence[Route], *, axis: Axis
         for x, route in zip(tensors, routes, strict=True)
     ):
         return tuple(tensors)
+    refuse_transforms("an all-to-all", *tensors)
     return _AllToAll.apply(Sender(axis, method, "forward"), tuple(routes), *tensors)
 
 
@@ -89,7 +92,7 @@ class _AllToAll(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         inverses = tuple(route.inverse() for route in ctx.routes)
-        return None, None, *_route(grads, inverses, ctx.sender.backward())
+        return None, None, *_AllToAll.apply(ctx.sender.backward(), inverses, *grads)
 
 
 def _route(tensors: Sequence[Tensor], routes: Sequence[Route], sender: Sender) -> tuple[Tensor, ...]:
@@ -192,6 +195,7 @@ def all_gather(x: Tensor, dim: int, layout: Layout, *, axis: Axis, method: str) 
     Args:
         x: this rank's shard along ``dim`` under ``layout``.
     """
+    refuse_transforms("an all-gather", x)
     return x if axis.size == 1 else _AllGather.apply(x, dim, layout, Sender(axis, method, "forward"))
 
 
@@ -203,6 +207,7 @@ def reduce_scatter(x: Tensor, dim: int, layout: Layout, *, axis: Axis, method: s
     Args:
         x: whole along ``dim``.
     """
+    refuse_transforms("a reduce-scatter", x)
     return x if axis.size == 1 else _ReduceScatter.apply(x, dim, layout, Sender(axis, method, "forward"))
 
 
@@ -211,6 +216,7 @@ def split(x: Tensor, dim: int, layout: Layout, *, axis: Axis, method: str) -> Te
 
     Backward is an all-gather divided by P, which leaves every rank with the exact gradient of ``x``.
     """
+    refuse_transforms("a split", x)
     return x if axis.size == 1 else _Split.apply(x, dim, layout, Sender(axis, method, "forward"))
 
 
@@ -219,6 +225,7 @@ def gather(x: Tensor, dim: int, layout: Layout, *, axis: Axis, method: str) -> T
 
     Backward is this rank's slice times P, and sends nothing. Where ranks differ in what follows, use `all_gather`.
     """
+    refuse_transforms("a gather", x)
     return x if axis.size == 1 else _Gather.apply(x, dim, layout, Sender(axis, method, "forward"))
 
 
@@ -229,6 +236,7 @@ def replicate(x: Tensor, *, axis: Axis, method: str) -> Tensor:
     Not needed for parameter gradients, which the framework averages anyway; needed where ranks must agree on the
     gradient of the tensor itself.
     """
+    refuse_transforms("a replication", x)
     return x if axis.size == 1 else _Replicate.apply(x, Sender(axis, method, "forward"))
 
 
@@ -241,6 +249,7 @@ def ring_hop(x: Tensor, shift: int, receive_shape: Sequence[int] | None = None, 
     if shift % axis.size == 0:
         return x
     shape = tuple(x.shape if receive_shape is None else receive_shape)
+    refuse_transforms("a hop", x)
     return _RingHop.apply(x, shift, shape, Sender(axis, method, "forward"))
 
 
@@ -281,7 +290,7 @@ class _AllGather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        return _reduced(grad, *ctx.args), None, None, None
+        return _ReduceScatter.apply(grad, *ctx.args), None, None, None
 
 
 class _ReduceScatter(torch.autograd.Function):
@@ -292,7 +301,7 @@ class _ReduceScatter(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        return _gathered(grad, *ctx.args), None, None, None
+        return _AllGather.apply(grad, *ctx.args), None, None, None
 
 
 class _Split(torch.autograd.Function):
@@ -305,19 +314,21 @@ class _Split(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         sender = ctx.args[-1]
-        return _gathered(grad, *ctx.args) / sender.axis.size, None, None, None
+        return _Gather.apply(grad, *ctx.args) / sender.axis.size, None, None, None
 
 
 class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, dim: int, layout: Layout, sender: Sender) -> Tensor:
-        ctx.args = dim, layout, sender.axis
+        ctx.args = dim, layout, sender.backward()
         return _gathered(x, dim, layout, sender)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        dim, layout, axis = ctx.args
-        return layout.shard(grad, dim, axis.rank) * axis.size, None, None, None
+        dim, layout, sender = ctx.args
+        if torch.is_grad_enabled():
+            return _Split.apply(grad, *ctx.args) * sender.axis.size, None, None, None
+        return layout.shard(grad, dim, sender.axis.rank) * sender.axis.size, None, None, None
 
 
 class _Replicate(torch.autograd.Function):
@@ -328,7 +339,20 @@ class _Replicate(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        return summed(grad, ctx.sender) / ctx.sender.axis.size, None
+        return _Mean.apply(grad, ctx.sender), None
+
+
+class _Mean(torch.autograd.Function):
+    """Of the gradients of a tensor that all ranks held whole: one gradient, which all of them hold whole."""
+
+    @staticmethod
+    def forward(ctx: Any, grad: Tensor, sender: Sender) -> Tensor:
+        ctx.sender = sender
+        return summed(grad, sender) / sender.axis.size
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        return _Replicate.apply(grad, ctx.sender), None
 
 
 class _RingHop(torch.autograd.Function):
@@ -339,7 +363,7 @@ class _RingHop(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        return _hopped(grad, -ctx.shift, ctx.shape, ctx.sender), None, None, None
+        return _RingHop.apply(grad, -ctx.shift, tuple(ctx.shape), ctx.sender), None, None, None
 
 
 def _hopped(x: Tensor, shift: int, receive_shape: Sequence[int], sender: Sender) -> Tensor:

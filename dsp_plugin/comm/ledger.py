@@ -15,6 +15,11 @@ from typing import Literal, NamedTuple
 Phase = Literal["forward", "backward"]
 
 
+AGREEMENT = "agreement"
+"""The method under which ranks tell each other that they go on (`dsp_plugin.comm.consent`): what the first pass of a
+kind sends beside what its methods do."""
+
+
 class LedgerRow(NamedTuple):
     """What one kind of traffic added up to: ``bytes`` leaving this rank, in ``calls`` collectives."""
 
@@ -65,7 +70,7 @@ class Ledger:
         group: str | None = None,
         phase: Phase | None = None,
     ) -> int:
-        """Bytes that left this rank, of the rows that match every name given."""
+        """Bytes that left this rank, of the rows that match every name given; of `AGREEMENT` only by that name."""
         return sum(row.bytes for row in self._matching(method, collective, group, phase))
 
     def calls(
@@ -76,14 +81,15 @@ class Ledger:
         group: str | None = None,
         phase: Phase | None = None,
     ) -> int:
-        """Collectives entered, of the rows that match every name given."""
+        """Collectives entered, of the rows that match every name given; of `AGREEMENT` only by that name."""
         return sum(row.calls for row in self._matching(method, collective, group, phase))
 
     def _matching(
         self, method: str | None, collective: str | None, group: str | None, phase: Phase | None
     ) -> list[LedgerRow]:
         wanted = (method, collective, group, phase)
-        return [row for row in self.rows() if all(w is None or w == got for w, got in zip(wanted, row, strict=False))]
+        rows = [row for row in self.rows() if row.method != AGREEMENT or method == AGREEMENT]
+        return [row for row in rows if all(w is None or w == got for w, got in zip(wanted, row, strict=False))]
 
 
 _open: list[Ledger] = []

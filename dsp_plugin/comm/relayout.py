@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dsp_plugin.comm.axis import Axis
 from dsp_plugin.comm.wire import Sender, exchange
+from dsp_plugin.derivatives import refuse_transforms
 from dsp_plugin.layout import Layout, run_of
 
 
@@ -41,6 +42,7 @@ def relayout(
     if _same_places(source, target):
         return tuple(tensors)
     move = _Move(dim, source, target, Sender(axis, method, "forward"))
+    refuse_transforms("a relayout", *tensors)
     moved: dict[int, Tensor] = {}
     for dtype in dict.fromkeys(x.dtype for x in tensors):
         chosen = [index for index, x in enumerate(tensors) if x.dtype == dtype]
@@ -84,7 +86,7 @@ class _Relayout(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         needed = [index for index in range(len(grads)) if ctx.needs_input_grad[1 + index]]
-        moved = dict(zip(needed, _moved([grads[index] for index in needed], ctx.move.back()), strict=True))
+        moved = dict(zip(needed, _Relayout.apply(ctx.move.back(), *(grads[index] for index in needed)), strict=True))
         return None, *(moved.get(index) for index in range(len(grads)))
 
 

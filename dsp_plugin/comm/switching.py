@@ -20,6 +20,7 @@ from torch import Tensor
 
 from dsp_plugin.comm.axis import Axis
 from dsp_plugin.comm.wire import Exchange, Sender
+from dsp_plugin.derivatives import refuse_transforms
 from dsp_plugin.errors import SequenceParallelConfigError
 from dsp_plugin.layout import shard_sizes
 
@@ -69,6 +70,7 @@ class PendingSwitch:
         if axis.size == 1:
             self._result = x
             return
+        refuse_transforms("a switch", x)
         self._crossing = _Crossing(turn, Sender(axis, method, "forward"))
         self._token = _Depart.apply(x, self._crossing)
 
@@ -163,17 +165,25 @@ def _version(x: Tensor) -> int | None:
 
 
 class _Crossing:
-    """What the two ends of a switch share: the tensor on its way there, the gradient on its way back."""
+    """What the two ends of a switch share: the tensor on its way there, the crossing of the gradient back."""
 
     def __init__(self, turn: Turn, sender: Sender) -> None:
         self._turn, self._sender = turn, sender
         self._flight: _Flight | None = None
+        self._back: _Crossing | None = None
 
     def depart(self, x: Tensor) -> None:
         self._flight = _Flight(x, self._turn, self._sender)
 
-    def depart_back(self, grad: Tensor) -> None:
-        self._flight = _Flight(grad, self._turn.inverse(), self._sender.backward())
+    def turn_back(self) -> _Crossing:
+        """The way of a gradient, which `on_the_way_back` gives once."""
+        self._back = _Crossing(self._turn.inverse(), self._sender.backward())
+        return self._back
+
+    def on_the_way_back(self) -> _Crossing:
+        back, self._back = self._back, None
+        assert back is not None
+        return back
 
     def arrive(self) -> Tensor:
         # Not kept: the result leads to this object through its graph, and the two would keep each other alive.
@@ -192,8 +202,8 @@ class _Depart(torch.autograd.Function):
         return x.new_empty(0)
 
     @staticmethod
-    def backward(ctx: Any, _token: Tensor) -> tuple[Any, ...]:
-        return ctx.crossing.arrive(), None
+    def backward(ctx: Any, token: Tensor) -> tuple[Any, ...]:
+        return _Arrive.apply(token, ctx.crossing.on_the_way_back()), None
 
 
 class _Arrive(torch.autograd.Function):
@@ -204,5 +214,4 @@ class _Arrive(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        ctx.crossing.depart_back(grad)
-        return grad.new_empty(0), None
+        return _Depart.apply(grad, ctx.crossing.turn_back()), None

@@ -6,14 +6,15 @@ Functions move raw buffers and know nothing of autograd. Data moves as bytes, so
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dsp_plugin.comm.agreement import Shapes, agree
+from dsp_plugin.comm.agreement import Shapes, agree, explained
 from dsp_plugin.comm.axis import Axis
 from dsp_plugin.comm.ledger import Phase, record
 from dsp_plugin.comm.meter import waiting
@@ -60,7 +61,7 @@ def exchange(
         return buffer
     _enter("all_to_all", buffer.dtype, send_counts, receive_counts, sender, whole_shapes)
     received = buffer.new_empty(sum(receive_counts))
-    with waiting(buffer.is_cuda):
+    with _underway(buffer.is_cuda):
         _all_to_all(received, buffer, receive_counts, send_counts, axis, start_only=False)
     return received
 
@@ -130,7 +131,7 @@ def collect(buffer: Tensor, counts: Sequence[int], sender: Sender, whole_shapes:
     _enter("all_gather", buffer.dtype, sends, receives, sender, whole_shapes)
     if len(set(counts)) == 1:
         gathered = buffer.new_empty(sum(counts))
-        with waiting(buffer.is_cuda):
+        with _underway(buffer.is_cuda):
             _all_gather_single(gathered.view(torch.uint8), buffer.view(torch.uint8), group=axis.group)
         return list(gathered.split(list(counts)))
     parts = [buffer if peer == axis.rank else buffer.new_empty(count) for peer, count in enumerate(counts)]
@@ -138,6 +139,22 @@ def collect(buffer: Tensor, counts: Sequence[int], sender: Sender, whole_shapes:
     works = _post([(p, send) for p, send, _ in transfers], [(p, part) for p, _, part in transfers], axis)
     _wait(works, buffer.is_cuda)
     return parts
+
+
+def poll(values: Sequence[int], device: torch.device, sender: Sender) -> list[list[int]]:
+    """A few integers of every rank, on the host, in rank order; each gives as many. Waits for the device.
+
+    Args:
+        device: where collectives of the axis take tensors.
+    """
+    axis = sender.axis
+    mine = torch.tensor(values, dtype=torch.int64, device=device)
+    others = [0 if peer == axis.rank else len(values) for peer in range(axis.size)]
+    _enter("all_gather", mine.dtype, others, others, sender)
+    gathered = mine.new_empty(axis.size * len(values))
+    with waiting(mine.is_cuda):
+        _all_gather_single(gathered, mine, group=axis.group)
+    return gathered.view(axis.size, len(values)).tolist()
 
 
 class Transfers:
@@ -228,8 +245,15 @@ def _post(sends: list[tuple[int, Tensor]], receives: list[tuple[int, Tensor]], a
     return dist.batch_isend_irecv(operations) if operations else []
 
 
+@contextmanager
+def _underway(on_cuda: bool) -> Iterator[None]:
+    """A block that waits for other ranks: it is counted as such, and its errors say how to learn more."""
+    with explained(), waiting(on_cuda):
+        yield
+
+
 def _wait(works: list[dist.Work], on_cuda: bool) -> None:
-    with waiting(on_cuda):
+    with _underway(on_cuda):
         for work in works:
             work.wait()
 

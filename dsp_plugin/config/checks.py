@@ -7,6 +7,7 @@ from typing import Any
 
 from dsp_plugin.config.settings import Settings
 from dsp_plugin.errors import SequenceParallelConfigError
+from dsp_plugin.layout import MOST_RANKS
 from dsp_plugin.methods import METHODS
 
 # Methods that a plan's stages can use.
@@ -24,6 +25,27 @@ def check_combination(config: Settings) -> None:
     _check_plan(config)
     _check_batch(config)
     _check_log(config)
+
+
+def check_count(setting: str, value: Any) -> None:
+    """Check that a count, if it is given, is one, and no more than `MOST_RANKS`.
+
+    Raises:
+        SequenceParallelConfigError: it is not.
+    """
+    if value is None:
+        return
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise SequenceParallelConfigError(
+            setting=setting,
+            value=value,
+            why=f"a count is an integer of 1 or more, not {type(value).__name__} {value!r}",
+            remedy="write a number such as 2",
+        )
+    if value > MOST_RANKS:
+        raise SequenceParallelConfigError(
+            setting=setting, value=value, why=f"it is more than {MOST_RANKS:,}", remedy="write a number such as 2"
+        )
 
 
 def check_method(method: Any) -> None:

@@ -8,14 +8,13 @@ from typing import Any, Self, get_args
 
 from pydantic import ValidationError, model_validator
 
-from dsp_plugin.config.checks import check_combination, check_method, check_softmax_method
+from dsp_plugin.config.checks import check_combination, check_count, check_method, check_softmax_method
+from dsp_plugin.config.section_names import DEEPSPEED_SECTION, misnamed
 from dsp_plugin.config.settings import LossConfig, Settings
 from dsp_plugin.config.sizes import complete_sizes
 from dsp_plugin.errors import SequenceParallelConfigError
 from dsp_plugin.layout import LayoutKind
 from dsp_plugin.methods import METHODS, Workload
-
-DEEPSPEED_SECTION = "sequence_parallel"
 
 _MEGATRON_FLAGS = {
     "method": "sp_method",
@@ -48,6 +47,10 @@ _EXAMPLES = {
     "positions": 'name a forward argument, such as "position_ids"; null if the model uses none',
     "loss": 'write {"labels": "labels", "ignore_index": -100}',
     "gather_output": "write the sequence dim of the model's output, such as 1",
+    "log_every": "write a number of optimizer steps, such as 10; 0 for no log",
+    "log_tensorboard": "write the path of a folder",
+    "log_wandb": "write the name of a project",
+    "peak_tflops": "write a number, such as 989",
 }
 
 
@@ -95,15 +98,15 @@ class SequenceParallelConfig(Settings):
     def from_deepspeed(cls, ds_config: Mapping[str, Any]) -> Self | None:
         """The ``"sequence_parallel"`` section of a DeepSpeed config; None where there is none."""
         section = ds_config.get(DEEPSPEED_SECTION)
-        # DeepSpeed ignores keys that it does not know, so a misspelt section would silently train unsharded.
-        for misspelt in get_close_matches(DEEPSPEED_SECTION, [str(key) for key in ds_config], cutoff=0.9):
-            if misspelt != DEEPSPEED_SECTION:
-                raise SequenceParallelConfigError(
-                    setting=f"DeepSpeed config {misspelt!r}",
-                    value=ds_config.get(misspelt),
-                    why="nobody reads a section of this name",
-                    remedy=f'call it "{DEEPSPEED_SECTION}"',
-                )
+        ours = misnamed(ds_config)
+        if ours is not None:
+            name, value = ours
+            raise SequenceParallelConfigError(
+                setting=f"DeepSpeed config {name!r}",
+                value=value,
+                why="nobody reads a section of this name, so the run would train unsharded",
+                remedy=f'call it "{DEEPSPEED_SECTION}", at the top level of the config',
+            )
         return None if section is None else cls.parse(section, source=f'DeepSpeed config "{DEEPSPEED_SECTION}"')
 
     @classmethod
@@ -115,7 +118,11 @@ class SequenceParallelConfig(Settings):
         """
         settings = {key: getattr(args, flag, None) for key, flag in _MEGATRON_FLAGS.items()}
         if settings["method"] is None:
-            stray = [_flag(flag) for key, flag in _MEGATRON_FLAGS.items() if settings[key] not in (None, False)]
+            stray = [
+                _flag(flag)
+                for key, flag in _MEGATRON_FLAGS.items()
+                if settings[key] is not None and settings[key] is not False
+            ]
             if stray:
                 raise SequenceParallelConfigError(
                     setting=", ".join(stray),
@@ -137,20 +144,14 @@ class SequenceParallelConfig(Settings):
         if "softmax_method" in settings:
             check_softmax_method(settings["softmax_method"])
         size, ulysses, ring = (settings.get(key) for key in ("size", "ulysses_size", "ring_size"))
-        counts = {key: settings.get(key) for key in ("size", "ulysses_size", "ring_size", "heads")}
-        for key, value in counts.items():
-            if value is not None and not _is_count(value):
-                raise SequenceParallelConfigError(
-                    setting=key,
-                    value=value,
-                    why=f"a count is an integer of 1 or more, not {type(value).__name__} {value!r}",
-                    remedy="write a number such as 2",
-                )
+        for key in ("size", "ulysses_size", "ring_size", "heads"):
+            check_count(key, settings.get(key))
         method, setting = METHODS[settings["method"]], "method"
         if method.kind == "linear":
             softmax_method = settings.get("softmax_method", cls.model_fields["softmax_method"].default)
             method, setting = METHODS[softmax_method], "softmax_method"
         sizes = complete_sizes(method, size, ulysses, ring, settings.get("heads"), setting)
+        check_count("size", sizes.size)
         return {**settings, "size": sizes.size, "ulysses_size": sizes.ulysses, "ring_size": sizes.ring}
 
     @model_validator(mode="after")
@@ -259,5 +260,6 @@ def _first_problem(error: ValidationError) -> SequenceParallelConfigError:
         nearest = get_close_matches(str(value), choices, n=1, cutoff=0.0)[0]
         why, remedy = f"known are {', '.join(choices)}", f"did you mean {nearest!r}?"
     else:
-        why, remedy = problem["msg"][0].lower() + problem["msg"][1:], _EXAMPLES.get(setting, "correct the value")
+        said = problem["msg"] if cause is None else str(cause)
+        why, remedy = said[0].lower() + said[1:], _EXAMPLES.get(setting, "correct the value")
     return SequenceParallelConfigError(setting=".".join(map(str, problem["loc"])), value=value, why=why, remedy=remedy)

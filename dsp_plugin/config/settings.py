@@ -2,25 +2,68 @@
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+import keyword
+import re
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
-    NonNegativeInt,
-    PositiveFloat,
     PositiveInt,
     StrictBool,
     StrictInt,
+    StrictStr,
 )
 
+from dsp_plugin.integers import MOST
 from dsp_plugin.layout import LayoutKind
 from dsp_plugin.methods import METHODS
 from dsp_plugin.methods.state_exchange import ExchangeName
 
 LayoutName = Literal["auto", LayoutKind]
 KernelName = Literal["auto", "fa3", "fa2", "cuda_flash", "cpu_flash", "math", "reference"]
+
+
+def _printable(text: str) -> str:
+    if not text or text != text.strip() or not text.isprintable():
+        raise ValueError("expected text that can be printed, without spaces around it")
+    return text
+
+
+def _argument(text: str) -> str:
+    name, *places = text.split(".")
+    if not name.isidentifier() or keyword.iskeyword(name) or not all(re.fullmatch("[0-9]+", place) for place in places):
+        raise ValueError('expected the name of an argument, or of an entry of it, as in "inputs.1"')
+    return text
+
+
+def _reference(text: str) -> str:
+    module, _, name = text.partition(":")
+    if not all(part.isidentifier() and not keyword.iskeyword(part) for part in (*module.split("."), *name.split("."))):
+        raise ValueError("expected names joined by dots on either side of one colon")
+    return text
+
+
+def _listed(value: Any) -> Any:
+    if not isinstance(value, list | tuple):
+        raise ValueError(f"expected a list or tuple, not {type(value).__name__}")
+    return value
+
+
+def _number(value: Any) -> Any:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError(f"expected a number, not {type(value).__name__}")
+    return value
+
+
+Text = Annotated[StrictStr, AfterValidator(_printable)]
+Argument = Annotated[StrictStr, AfterValidator(_argument)]
+Reference = Annotated[StrictStr, AfterValidator(_reference)]
+# torch's tensors have no more dims.
+Dim = Annotated[StrictInt, Field(ge=-64, le=63)]
 
 
 class LossConfig(BaseModel):
@@ -33,8 +76,8 @@ class LossConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    labels: str = "labels"
-    ignore_index: StrictInt = -100
+    labels: Argument = "labels"
+    ignore_index: Annotated[StrictInt, Field(ge=-MOST, le=MOST)] = -100
 
 
 class Settings(BaseModel):
@@ -93,17 +136,17 @@ class Settings(BaseModel):
     heads: PositiveInt | None = None
     exchange: ExchangeName = "auto"
     softmax_method: str = "lightseq"
-    log_every: NonNegativeInt = 0
-    log_tensorboard: str | None = None
-    log_wandb: str | None = None
-    peak_tflops: PositiveFloat | None = None
+    log_every: Annotated[StrictInt, Field(ge=0, le=MOST)] = 0
+    log_tensorboard: Text | None = None
+    log_wandb: Text | None = None
+    peak_tflops: Annotated[float, Field(gt=0, allow_inf_nan=False), BeforeValidator(_number)] | None = None
     unverified_model: StrictBool = False
-    plan: str | None = Field(default=None, pattern=r"^[\w.]+:[\w.]+$")
-    attention: tuple[str, ...] = ()
-    batch: dict[str, StrictInt] = Field(default_factory=dict)
-    positions: str | None = "position_ids"
+    plan: Reference | None = None
+    attention: Annotated[tuple[Text, ...], BeforeValidator(_listed)] = ()
+    batch: dict[Argument, Dim] = Field(default_factory=dict)
+    positions: Argument | None = "position_ids"
     loss: LossConfig | None = None
-    gather_output: StrictInt | None = None
+    gather_output: Dim | None = None
 
     @property
     def kind(self) -> Literal["softmax", "linear", "switch"]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import os
+from math import isqrt
 from typing import NamedTuple
 
 from dsp_plugin.errors import SequenceParallelConfigError
+from dsp_plugin.integers import integer_of
 from dsp_plugin.methods.method import Method
 
 
@@ -79,7 +80,8 @@ def largest_ulysses_size(size: int, heads: int | None) -> int:
     Divisors of the head count are preferred, so that ranks compute alike. The node is what torchrun says it is
     (``LOCAL_WORLD_SIZE``); without it all ranks are taken to be on one.
     """
-    node = int(os.environ.get("LOCAL_WORLD_SIZE", size))
-    fitting = [u for u in range(1, size + 1) if size % u == 0 and u <= node and (heads is None or u <= heads)]
+    node = integer_of("LOCAL_WORLD_SIZE", size)
+    divisors = {u for low in range(1, isqrt(size) + 1) if size % low == 0 for u in (low, size // low)}
+    fitting = [u for u in divisors if u <= node and (heads is None or u <= heads)]
     even = [u for u in fitting if heads is None or heads % u == 0]
     return max(even, default=max(fitting))

@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from dsp_plugin.derivatives import once_differentiable
 from dsp_plugin.kernels import counter
 from dsp_plugin.kernels.merge import accumulation_dtype
 

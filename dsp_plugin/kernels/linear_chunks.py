@@ -20,6 +20,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
+from math import isfinite
 from typing import NamedTuple
 
 import torch
@@ -212,14 +213,30 @@ class ChunkedForm:
         weights = pairs(x.q, x.k, x.sums, inclusive=True)
         reads = x.q if x.sums is None else x.q * _decay(x.sums, x.q)
         if not carry:
-            return Read(weights @ x.v, reads)
+            return Read(_causal(weights, x.v), reads)
         own, seen = carry
-        return Read(weights @ own, reads - weights @ seen)
+        return Read(_causal(weights, own), reads - _causal(weights, seen))
 
 
 def _decay(logs: Tensor, like: Tensor) -> Tensor:
     """What log decays amount to, in the dtype that is computed in."""
     return logs.to(like.dtype).exp()
+
+
+def _causal(weights: Tensor, x: Tensor) -> Tensor:
+    """``weights @ x`` for lower triangular weights ``[..., C, C]``, in which no token meets what comes after it.
+
+    A product meets it, with a weight of 0, and 0 * NaN is NaN: then the first token, too, is no number any more, which
+    is quickly seen. On a device that would have to be waited for, nobody looks.
+    """
+    product = weights @ x
+    if x.device.type != "cpu" or type(x) is not Tensor or torch.compiler.is_compiling():
+        return product
+    if isfinite(product.detach()[..., 0, :].sum()):
+        return product
+    # 0 up to the first token that is not finite, NaN from there.
+    spoilt = (x.detach() * 0).cumsum(-2)
+    return weights.tril() @ x.nan_to_num(0.0, 0.0, 0.0) + spoilt
 
 
 def pairs(q: Tensor, k: Tensor, sums: Tensor | None, *, inclusive: bool) -> Tensor:

@@ -10,8 +10,8 @@ from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from dsp_plugin.derivatives import once_differentiable, refuse_transforms
 from dsp_plugin.kernels.blocks import Block, blocks
 from dsp_plugin.kernels.call import AttentionCall, prepare
 from dsp_plugin.kernels.counter import record
@@ -151,6 +151,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> tuple[Tensor
 
     Positions start at 0 on both sides, also where there are not as many keys as queries.
     """
+    refuse_transforms("attention", q, k, v)
     out, lse = _Attention.apply(q, k, v, call)
     return out, lse
 

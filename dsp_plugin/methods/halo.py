@@ -13,6 +13,7 @@ from torch import Tensor
 from dsp_plugin.comm.axis import Axis
 from dsp_plugin.comm.relayout import relayout
 from dsp_plugin.comm.wire import Sender, Transfers
+from dsp_plugin.derivatives import refuse_transforms
 from dsp_plugin.errors import SequenceParallelConfigError
 from dsp_plugin.groups import SequenceParallelGroups
 from dsp_plugin.kernels import convolution
@@ -52,6 +53,7 @@ def left_halo(x_BnC: Tensor, tokens: int, *, layout: Layout, axis: Axis, method:
     check_length(x_BnC, f"x {tuple(x_BnC.shape)}", layout, axis)
     if axis.size == 1 or tokens == 0:
         return x_BnC.new_zeros(x_BnC.shape[0], tokens, x_BnC.shape[2])
+    refuse_transforms("a halo", x_BnC)
     tail = x_BnC[:, max(x_BnC.shape[1] - tokens, 0) :]
     return _LeftHalo.apply(tail, tokens, layout, Sender(axis, method, "forward"))
 
@@ -153,7 +155,15 @@ class _LeftHalo(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        shape, tokens, layout, sender = ctx.args
+        return _HaloGiven.apply(grad, *ctx.args), None, None, None
+
+
+class _HaloGiven(torch.autograd.Function):
+    """The gradient of a shard's last tokens from those of the halos they were given to."""
+
+    @staticmethod
+    def forward(ctx: Any, grad: Tensor, shape: torch.Size, tokens: int, layout: Layout, sender: Sender) -> Tensor:
+        ctx.args = tokens, layout, sender
         run = _runs(layout)[sender.axis.rank]
         needs = _to_receive(layout, sender.axis.rank, tokens)
         sends = {peer: _at(grad, run.start, need).contiguous().view(-1) for peer, need in needs.items()}
@@ -163,7 +173,11 @@ class _LeftHalo(torch.autograd.Function):
         for peer, flat in _swap(sends, gave, grad, sender).items():
             piece = _at(total, run.stop, gave[peer])
             piece.add_(flat.view(piece.shape))
-        return total.to(grad.dtype), None, None, None
+        return total.to(grad.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
+        return _LeftHalo.apply(grad, *ctx.args), None, None, None, None
 
 
 def _at(x_BmC: Tensor, stop: int, positions: range) -> Tensor:

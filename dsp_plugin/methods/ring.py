@@ -17,9 +17,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from dsp_plugin.comm.wire import Sender, Transfers
+from dsp_plugin.derivatives import once_differentiable
 from dsp_plugin.kernels.call import AttentionCall
 from dsp_plugin.kernels.merge import accumulation_dtype, empty_state, merge_
 from dsp_plugin.kernels.softmax import block_backward, block_forward

@@ -162,8 +162,7 @@ def plan_stages(
                 value=stage.name,
                 why=f"with size={size} no dim can be sharded in this stage: "
                 + "; ".join(f"{dim}: {reason}" for dim, reason in choices.items()),
-                remedy="name the stage's attention modules so that Ulysses can run inside, set batch_dim to None if "
-                "the batch may be sharded, or lower size",
+                remedy=f"{_way_out(stage, inside)}, set batch_dim to None if the batch may be sharded, or lower size",
             )
     ways = _Ways(activation, stages, size, switching, gather, between, enter, leave, entry_gradient)
     costs = [
@@ -346,6 +345,14 @@ def _inside(activation: Activation, stage: StageSpec, dim: str, size: int, insid
     if reasons:
         return " ".join(reasons)
     return [method.wire_bytes(workload, rank) for rank in range(size)]
+
+
+def _way_out(stage: StageSpec, inside: Inside) -> str:
+    if stage.attention is None:
+        return f"name the stage's attention modules so that {inside.method.capitalize()} can run inside"
+    if any(extra.count for extra in stage.extras):
+        return 'let one name stand for all tokens that attend to each other, further ones too (tokens="b n c")'
+    return "choose a size that the attention can be shared by"
 
 
 def attention_workload(activation: Activation, stage: StageSpec, size: int) -> Workload:

@@ -2,13 +2,14 @@
 
 An item stands for one dim of the tensor. It is a name, a number, ``_`` for a dim that is of no interest, or names in
 parentheses whose product it is. ``k+`` before it, ``+k`` behind it are tokens of another kind in front of or behind the
-ones named: class tokens, registers. ``k`` is a number, or a name for as many as there are.
+ones named: class tokens, registers. ``k`` is a number, or a name for as many as there are. In a plan ``s+k`` has them
+behind where s is a name of its tokens; without that knowledge, two names are ``k+s``, and ``(s)+k`` says the other.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
@@ -202,8 +203,11 @@ def parse(text: str, setting: str = "pattern") -> Pattern:
         found = _ITEM.match(rest)
         if found is None or (found.end() < len(rest) and not rest[found.end()].isspace()):
             raise _unreadable(text, setting, f"cannot be read from {rest!r} on")
-        names = tuple((found["names"] or found["name"]).split())
-        groups.append(Group(names, found["before"], found["behind"]))
+        names, before, behind = tuple((found["names"] or found["name"]).split()), found["before"], found["behind"]
+        if before is not None and behind is None and names[0].isdecimal() and not before.isdecimal():
+            # A number beside a name is how many further tokens there are, on either side.
+            names, before, behind = (before,), None, names[0]
+        groups.append(Group(names, before, behind))
         rest = rest[found.end() :].lstrip()
     named = [name for group in groups for name in group.names if _is_name(name)]
     if not groups or len(named) != len(set(named)):
@@ -211,6 +215,16 @@ def parse(text: str, setting: str = "pattern") -> Pattern:
     if sum(group.extended for group in groups) > 1:
         raise _unreadable(text, setting, "has further tokens (k+ or +k) along more than one dim")
     return Pattern(text, tuple(groups))
+
+
+def unambiguous(text: str, tokens: Collection[str]) -> str:
+    """``s+k`` as ``(s)+k`` where s is one of ``tokens`` and k is not: by itself it would have s further ones."""
+
+    def written(found: re.Match[str]) -> str:
+        first, second = found.groups()
+        return f"({first})+{second}" if first in tokens and second not in tokens else found[0]
+
+    return re.sub(r"(?<![\w+)])(\w+)\+(\w+)(?![\w+(])", written, text)
 
 
 def alternative(text: str, ndim: int, setting: str) -> Pattern | None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import import_module
 from typing import Any, Literal
 
@@ -21,7 +21,7 @@ from torch import nn
 
 from dsp_plugin.errors import SequenceParallelConfigError
 from dsp_plugin.plans.checks import check_plan
-from dsp_plugin.plans.pattern import Pattern, parse
+from dsp_plugin.plans.pattern import Pattern, parse, unambiguous
 from dsp_plugin.plans.stage import Region, Stage
 
 
@@ -82,6 +82,7 @@ class Plan:
         return parse(stage.gives) if stage.gives is not None else self.layout_of(stage)
 
     def __post_init__(self) -> None:
+        self._write_out()
         check_plan(
             tokens=self.tokens,
             stages=self.stages,
@@ -92,6 +93,33 @@ class Plan:
             between=self.between,
             region=self.region,
         )
+
+    def _write_out(self) -> None:
+        """Patterns of two names say by the names of the tokens which of them are further ones."""
+        names = self.tokens.split()
+
+        def plain(text: str | None) -> str | None:
+            return None if text is None else unambiguous(text, names)
+
+        def all_plain(texts: Mapping[Any, str]) -> dict[Any, str]:
+            return {argument: unambiguous(text, names) for argument, text in texts.items()}
+
+        stages = tuple(
+            replace(
+                stage,
+                layout=plain(stage.layout),
+                takes=plain(stage.takes),
+                gives=plain(stage.gives),
+                follows=all_plain(stage.follows),
+            )
+            for stage in self.stages or ()
+        )
+        object.__setattr__(self, "stages", stages)
+        object.__setattr__(self, "inputs", all_plain(self.inputs))
+        object.__setattr__(self, "buffers", all_plain(self.buffers))
+        if self.region is not None:
+            region = replace(self.region, layout=plain(self.region.layout), leaves=plain(self.region.leaves))
+            object.__setattr__(self, "region", region)
 
 
 PlanSource = Plan | Callable[[nn.Module], Plan]
@@ -160,7 +188,25 @@ def _load(module: nn.Module, reference: str) -> Plan:
             why=f"cannot be imported: {error}",
             remedy="write it as package.module:name, importable where training runs",
         ) from error
-    plan = found(module) if callable(found) else found
+    except (Exception, SystemExit) as error:
+        raise SequenceParallelConfigError(
+            setting="plan",
+            value=reference,
+            why=f"importing {module_name} failed with {_in_words(error)}",
+            remedy="correct that module, which python -c 'import ...' must be able to import",
+        ) from error
+    try:
+        plan = found(module) if callable(found) else found
+    except SequenceParallelConfigError:
+        # The plan itself is wrong, and says how.
+        raise
+    except (Exception, SystemExit) as error:
+        raise SequenceParallelConfigError(
+            setting="plan",
+            value=reference,
+            why=f"called with the model ({type(module).__name__}) it failed with {_in_words(error)}",
+            remedy="name a Plan, or a function that takes the model and returns one",
+        ) from error
     if not isinstance(plan, Plan):
         raise SequenceParallelConfigError(
             setting="plan",
@@ -169,6 +215,10 @@ def _load(module: nn.Module, reference: str) -> Plan:
             remedy="name a Plan, or a function that takes the model and returns one",
         )
     return plan
+
+
+def _in_words(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
 
 
 def matching_modules(root: nn.Module, pattern: str, setting: str) -> dict[str, nn.Module]:

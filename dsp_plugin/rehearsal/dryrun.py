@@ -27,7 +27,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.checkpoint import checkpoint
 
 from dsp_plugin.comm import wire
-from dsp_plugin.comm.ledger import Ledger, LedgerRow, ledger
+from dsp_plugin.comm.ledger import AGREEMENT, Ledger, LedgerRow, ledger
 from dsp_plugin.config.schema import SequenceParallelConfig
 from dsp_plugin.errors import SequenceParallelConfigError, UnsupportedError
 from dsp_plugin.groups import SequenceParallelGroups
@@ -178,7 +178,9 @@ def _recomputed(forward: Callable[..., Any]) -> Callable[..., Any]:
 
 def _finished(module: nn.Module, handle: Parallelized, traffic: Ledger, memory: Memory) -> RankRun:
     count = sum(parameter.numel() for parameter in module.parameters())
-    return RankRun(tuple(traffic.rows()), memory, handle.stage_plan, count)
+    # A dry run has nobody to agree with; nor has any real pass but the first.
+    rows = tuple(row for row in traffic.rows() if row.method != AGREEMENT)
+    return RankRun(rows, memory, handle.stage_plan, count)
 
 
 @contextmanager

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
@@ -42,6 +43,19 @@ class RegionAttributes:
         """Put the overrides in force."""
         for path, value in self._plan.overrides.items():
             self._replace(path, value)
+
+    @contextmanager
+    def overridden(self, root: nn.Module) -> Iterator[None]:
+        """The overrides of ``root`` in force inside, also where something else is in force around it."""
+        if self._undo:
+            yield
+            return
+        self.bind(root)
+        self.override()
+        try:
+            yield
+        finally:
+            self.restore()
 
     def cut(self, own_part: Callable[[Tensor, str, str], Tensor]) -> None:
         """Put each buffer's part in its place: ``own_part`` of the whole buffer, its pattern, and a name for errors."""

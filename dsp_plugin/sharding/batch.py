@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from dsp_plugin.comm import meter
 from dsp_plugin.comm.axis import Axis
 from dsp_plugin.config.schema import SequenceParallelConfig
+from dsp_plugin.derivatives import refuse_transforms
 from dsp_plugin.errors import SequenceParallelConfigError
 from dsp_plugin.layout import Layout
 
@@ -40,11 +41,14 @@ class BatchSharder:
 
         Raises:
             SequenceParallelConfigError: a named argument is missing or no tensor, or lengths differ.
+            UnsupportedError: an argument carries a tangent, or a batch dim of `torch.func`.
         """
+        refuse_transforms("a sharded model", *(x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)))
         bound = self._signature.bind(*args, **kwargs)
         further = next((p.name for p in self._signature.parameters.values() if p.kind is p.VAR_KEYWORD), None)
         values = dict(bound.arguments)
         values.update(values.pop(further, {}) if further is not None else {})
+        self._refuse_nameless(values)
         dims = self._dims(values)
         layout = self._layout(values, dims)
         if torch.is_grad_enabled():
@@ -65,6 +69,22 @@ class BatchSharder:
         if further is not None:
             named[further] = {name: value for name, value in values.items() if name not in named}
         return bound.args, bound.kwargs, layout, count
+
+    def _refuse_nameless(self, values: Mapping[str, Any]) -> None:
+        """Refuse arguments without names where one of those to cut is missing: it may be any of them."""
+        parameters = self._signature.parameters.values()
+        nameless = next((p.name for p in parameters if p.kind is p.VAR_POSITIONAL), None)
+        missing = [name for name in self._config.batch if values.get(name) is None]
+        given = () if nameless is None else values.get(nameless, ())
+        if given and missing:
+            raise SequenceParallelConfigError(
+                setting="batch",
+                value=dict(self._config.batch),
+                why=f"forward takes *{nameless} and was given {len(given)} arguments by position, any of which may be "
+                f"{' or '.join(missing)}",
+                remedy="pass them by name; or, where the module only wraps the model, call parallelize on the model "
+                "itself, before it is wrapped",
+            )
 
     def _dims(self, values: Mapping[str, Any]) -> dict[str, int]:
         """The arguments to cut in this call, by the dim of the sequence."""

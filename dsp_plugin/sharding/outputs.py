@@ -1,4 +1,4 @@
-"""What a forward pass returned: the tensor in it that matters, and the start of its backward pass."""
+"""What a forward pass returned: the tensor in it that matters."""
 
 from __future__ import annotations
 
@@ -8,15 +8,6 @@ from typing import Any
 from torch import Tensor
 
 from dsp_plugin.errors import SequenceParallelConfigError, UnsupportedError
-
-
-def when_backward_starts(output: Tensor, recall: Callable[[], None]) -> None:
-    """Bring back the state of the forward pass that made ``output`` when its backward pass starts.
-
-    Checkpointed activations are recomputed then, and other forward passes, of other lengths, may have run since.
-    """
-    if output.requires_grad:
-        output.register_hook(lambda _: recall())
 
 
 def first_tensor(output: Any) -> tuple[Tensor, Callable[[Tensor], Any]]:

@@ -3,29 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from dsp_plugin.comm.collectives import gather
+from dsp_plugin.comm.consent import Refusal, go_on
 from dsp_plugin.config.attention import attention_of
 from dsp_plugin.config.checks import PLANNED
 from dsp_plugin.config.schema import SequenceParallelConfig
 from dsp_plugin.config.start_line import BY_PLAN, announce, devices_of, dtype_of
-from dsp_plugin.errors import SequenceParallelConfigError
+from dsp_plugin.errors import SequenceParallelConfigError, UnsupportedError
 from dsp_plugin.groups import SequenceParallelGroups
 from dsp_plugin.layout import Layout
 from dsp_plugin.methods import METHODS
+from dsp_plugin.patches.recompute import enter_again
 from dsp_plugin.planner.stages import StagePlan
 from dsp_plugin.plans.known_models import complete
 from dsp_plugin.plans.plan import Plan, matching_modules, outermost, resolve_plan
 from dsp_plugin.sharding import loss
 from dsp_plugin.sharding.batch import BatchSharder
-from dsp_plugin.sharding.outputs import first_tensor, when_backward_starts
+from dsp_plugin.sharding.outputs import first_tensor
 from dsp_plugin.sharding.region import ShardedRegion
 from dsp_plugin.sharding.routing import AttentionRoute
+from dsp_plugin.sharding.wrappers import forget_compiled, uncompiled, unwrapped
+from dsp_plugin.training.extents import Running
 from dsp_plugin.training.randomness import RegionSeed, RegionVisit
 
 
@@ -54,6 +58,7 @@ class Parallelized:
 
     def remove(self) -> None:
         """Leave the module as it was."""
+        forget_compiled()
         while self._undo:
             self._undo.pop()()
 
@@ -71,6 +76,9 @@ def parallelize(
     the module runs. Otherwise a plan says where inside the module tokens are split, switched and gathered. Either way
     callers see whole tensors, and the loss of whole sequences. The first rank prints one line, see `announce`.
 
+    Of a model in `DistributedDataParallel`, or that `torch.compile` returned, the model inside is sharded. It may be
+    compiled before or after; attention and the moves of tokens stay out of what is compiled.
+
     Parameter gradients come out such that their mean over the sequence ranks is exact.
 
     Args:
@@ -78,6 +86,7 @@ def parallelize(
 
     Raises:
         SequenceParallelConfigError: the model does not fit the config or the plan.
+        UnsupportedError: the model is in a wrapper that has to come after.
     """
     handle = hooked(module, plan, config=config, groups=groups)
     announce(
@@ -99,13 +108,14 @@ def hooked(
 ) -> Parallelized:
     """`parallelize` without a word, for who checks a model, or has more to say of it."""
     _check_groups(config, groups)
+    given, module = module, unwrapped(module)
     if plan is None:
         module, config = complete(module, config)
     _check_fit(config)
     handle = Parallelized(config)
     try:
         if config.batch:
-            _shard_batch(module, config, groups, handle._undo)
+            _shard_batch(module, config, groups, handle._undo, given)
         else:
             root, plan = (module, plan) if plan is not None else resolve_plan(module, config.plan)
             handle._region = ShardedRegion(root, plan, config, groups)
@@ -113,6 +123,7 @@ def hooked(
     except BaseException:
         handle.remove()
         raise
+    forget_compiled()
     return handle
 
 
@@ -142,52 +153,104 @@ def _check_fit(config: SequenceParallelConfig) -> None:
         )
 
 
+@dataclass
+class _Pass:
+    """One forward pass: where its tokens are, how many labels count on this rank, its seeds."""
+
+    layout: Layout | None = None
+    count: Tensor | None = None
+    visit: RegionVisit | None = None
+
+    @property
+    def seed(self) -> RegionSeed | None:
+        return None if self.visit is None else self.visit.seed
+
+
 def _shard_batch(
-    module: nn.Module, config: SequenceParallelConfig, groups: SequenceParallelGroups, undo: list[Callable[[], None]]
+    module: nn.Module,
+    config: SequenceParallelConfig,
+    groups: SequenceParallelGroups,
+    undo: list[Callable[[], None]],
+    given: nn.Module,
 ) -> None:
     sharder, attention = BatchSharder(module, config, groups.sp), attention_of(config, config.for_softmax)
     linear = attention_of(config) if METHODS[config.method].kind == "linear" else None
-    found = [matching_modules(module, pattern, "attention") for pattern in config.attention]
-    layout_now: Layout | None = None
-    count_now: Tensor | None = None
-    visit: RegionVisit | None = None
-    seed_now: RegionSeed | None = None
+    found = [_named(module, given, pattern) for pattern in config.attention]
+    passes: Running[_Pass] = Running()
+    kinds: set[str] = set()
 
-    def recall(layout: Layout | None, seed: RegionSeed | None) -> None:
-        nonlocal layout_now, seed_now
-        layout_now, seed_now = layout, seed
-
-    def leave() -> None:
-        nonlocal visit
-        entered, visit = visit, None
-        if entered is not None:
-            entered.leave()
-
+    @uncompiled
     def before(_: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-        nonlocal layout_now, count_now, visit, seed_now
-        args, kwargs, layout_now, count_now = sharder.shard(args, kwargs)
-        leave()
-        visit = RegionVisit(groups.sp) if module.training and groups.sp.size > 1 else None
-        seed_now = visit.seed if visit is not None else None
+        passes.begin(state := _Pass())
+        kind = f"forward of {_shapes(args, kwargs)}"
+        refusal: Refusal | None = None
+        try:
+            args, kwargs, state.layout, state.count = sharder.shard(args, kwargs)
+        except (SequenceParallelConfigError, UnsupportedError) as error:
+            refusal = error
+        if kind not in kinds:
+            go_on(kind, refusal, groups.sp)
+            kinds.add(kind)
+        elif refusal is not None:
+            raise refusal
+        state.visit = RegionVisit(groups.sp) if module.training and groups.sp.size > 1 else None
         return args, kwargs
 
+    @uncompiled
+    def leave(*_: object) -> None:
+        if passes.now is not None and passes.now.visit is not None:
+            passes.now.visit.leave()
+
+    @uncompiled
+    def end(*_: object) -> None:
+        passes.end()
+
+    @uncompiled
     def after(_: nn.Module, args: tuple, output: Any) -> Any:
-        leave()
-        assert layout_now is not None
+        state = passes.now
+        assert state is not None
+        assert state.layout is not None
         first, rebuild = first_tensor(output)
-        if count_now is not None:
-            whole = global_loss(first, count_now, groups)
+        if state.count is not None:
+            whole = global_loss(first, state.count, groups)
         else:
             assert config.gather_output is not None
-            whole = _global_output(first, config.gather_output, layout_now, config.method, groups)
-        when_backward_starts(whole, partial(recall, layout_now, seed_now))
+            whole = _global_output(first, config.gather_output, state.layout, config.method, groups)
+        passes.recall_by(whole, state)
         return rebuild(whole)
 
+    undo.append(enter_again())
     undo.append(module.register_forward_pre_hook(before, with_kwargs=True).remove)
+    # Before what follows, which all ranks do alike; also where the forward pass fails.
+    undo.append(module.register_forward_hook(leave, always_call=True).remove)
     undo.append(module.register_forward_hook(after).remove)
+    undo.append(module.register_forward_hook(end, always_call=True).remove)
     for name, part in outermost({name: part for modules in found for name, part in modules.items()}).items():
-        route = AttentionRoute(name, attention, groups, lambda: layout_now, lambda: seed_now, linear)
-        undo.append(route.install(part))
+        route = AttentionRoute(
+            name,
+            attention,
+            groups,
+            lambda: None if passes.now is None else passes.now.layout,
+            lambda: None if passes.now is None else passes.now.seed,
+            linear,
+        )
+        undo.append(route.install(unwrapped(part)))
+
+
+def _named(module: nn.Module, given: nn.Module, pattern: str) -> dict[str, nn.Module]:
+    """The modules that a glob names, by their names in the model or in what it is wrapped in."""
+    try:
+        return matching_modules(module, pattern, "attention")
+    except SequenceParallelConfigError:
+        if given is module:
+            raise
+        return matching_modules(given, pattern, "attention")
+
+
+def _shapes(args: tuple, kwargs: dict[str, Any]) -> str:
+    """What passes of one kind have in common."""
+    named = {**{str(place): value for place, value in enumerate(args)}, **kwargs}
+    return ", ".join(f"{name} {list(x.shape)}" for name, x in named.items() if isinstance(x, Tensor))
 
 
 def global_loss(local_mean: Tensor, count: Tensor, groups: SequenceParallelGroups) -> Tensor:

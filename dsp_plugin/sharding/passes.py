@@ -1,8 +1,9 @@
-"""From the sizes that one forward pass has to the planner's choice for it."""
+"""One forward pass through a region: its state, and from the sizes it has to the planner's choice for it."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from math import prod
 from typing import NamedTuple
 
@@ -10,14 +11,18 @@ from torch import Tensor, nn
 
 from dsp_plugin.config.schema import SequenceParallelConfig
 from dsp_plugin.errors import SequenceParallelConfigError
+from dsp_plugin.layout import Layout, shard_sizes
 from dsp_plugin.methods import METHODS
 from dsp_plugin.planner.moves import Activation, Border
-from dsp_plugin.planner.stages import AttentionShape, Inside, StagePlan, StageSpec, plan_stages
+from dsp_plugin.planner.stages import AttentionShape, Inside, StagePlan, StageRow, StageSpec, plan_stages
 from dsp_plugin.plans.pattern import Extra, Pattern, parse
 from dsp_plugin.plans.plan import Plan, matching_modules
 from dsp_plugin.plans.stage import Stage
 from dsp_plugin.sharding.arguments import Arguments
 from dsp_plugin.sharding.placed import Placed
+from dsp_plugin.sharding.random_layers import RandomLayer
+from dsp_plugin.sharding.token_moves import TokenMoves
+from dsp_plugin.training.randomness import RegionSeed, RegionVisit
 
 
 class PassSizes(NamedTuple):
@@ -36,6 +41,82 @@ class PassSizes(NamedTuple):
     shape: tuple[int, ...]
     element_size: int
     gradient: bool
+
+
+class Planned(NamedTuple):
+    """What passes of the same sizes have in common."""
+
+    stage_plan: StagePlan
+    rows: dict[int, StageRow]
+    layers: list[RandomLayer]
+
+
+@dataclass(frozen=True)
+class Entered:
+    """What is known once tokens are there: the sizes of dims, where they are sharded, the seeds, the kind of pass."""
+
+    sizes: dict[str, int]
+    stage_plan: StagePlan
+    rows: dict[int, StageRow]
+    moves: TokenMoves
+    seed: RegionSeed | None
+    kind: PassSizes
+
+
+@dataclass
+class RegionPass:
+    """One forward pass: of the root, or of the stages alone where somebody calls them behind the root's back.
+
+    Attributes:
+        running: the stages that run in it.
+        known: sizes that are known before tokens are there.
+        root: the module whose forward runs; None for stages alone.
+        last_run: the stage that began last.
+        at: the stage that runs.
+        inside: whether the plan's region runs.
+        entered: None before the first stage, or the region.
+        visit: to the region, in training, until it ends.
+    """
+
+    running: list[int]
+    known: dict[str, int]
+    root: nn.Module | None = None
+    last_run: int | None = None
+    at: int | None = None
+    inside: bool = False
+    entered: Entered | None = None
+    visit: RegionVisit | None = None
+
+
+def layout_inside(stage: Stage, row: StageRow, sizes: Mapping[str, int], size: int) -> Layout | None:
+    """How the tokens that a stage attends along lie on ``size`` ranks; None where each rank attends by itself."""
+    if row.inside == "local":
+        return None
+    if len(stage.computes_along) == 1:
+        return Layout("contiguous", sizes[row.sharded], size)
+    others = prod(sizes[dim] for dim in stage.computes_along if dim != row.sharded)
+    return Layout.of_sizes([others * local for local in shard_sizes(sizes[row.sharded], size)])
+
+
+def out_of_order(stage: str, due: str, order: str) -> SequenceParallelConfigError:
+    """Why a stage that is not due must not run."""
+    return SequenceParallelConfigError(
+        setting="plan.stages",
+        value=stage,
+        why=f"it ran where {due} was due; stages must run once each, in the order of plan.order={order!r}",
+        remedy='set order to "layers" if forward runs the stages of one layer after the other; else register '
+        "the modules in the order in which forward runs them, one for each run",
+    )
+
+
+def left_out(stage: str) -> SequenceParallelConfigError:
+    """Why forward must not end without a stage."""
+    return SequenceParallelConfigError(
+        setting="plan.stages",
+        value=stage,
+        why="forward ended without it, so the tokens were never made whole again",
+        remedy='plan only modules that every forward pass runs, or name the argument that skips them as "when"',
+    )
 
 
 def sizes_of_inputs(plan: Plan, arguments: Arguments) -> dict[str, int]:

@@ -3,52 +3,48 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import suppress
-from dataclasses import dataclass
-from functools import partial
+from contextlib import AbstractContextManager, nullcontext, suppress
 from math import prod
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
 from dsp_plugin.comm import meter
+from dsp_plugin.comm.consent import go_on
 from dsp_plugin.config.attention import attention_of
 from dsp_plugin.config.schema import SequenceParallelConfig
+from dsp_plugin.derivatives import refuse_transforms
 from dsp_plugin.errors import SequenceParallelConfigError
 from dsp_plugin.groups import SequenceParallelGroups
-from dsp_plugin.layout import Layout, shard_sizes
+from dsp_plugin.layout import Layout
+from dsp_plugin.patches.recompute import enter_again
 from dsp_plugin.planner.stages import StagePlan, StageRow
 from dsp_plugin.plans.pattern import Pattern, parse
 from dsp_plugin.plans.plan import Plan, matching_modules, outermost
 from dsp_plugin.sharding.arguments import Arguments
 from dsp_plugin.sharding.attributes import RegionAttributes
-from dsp_plugin.sharding.outputs import first_tensor, only_tensor, when_backward_starts
-from dsp_plugin.sharding.passes import PassSizes, border_module, inside_of, planned, sizes_of_inputs
+from dsp_plugin.sharding.outputs import first_tensor, only_tensor
+from dsp_plugin.sharding.passes import (
+    Entered,
+    PassSizes,
+    Planned,
+    RegionPass,
+    border_module,
+    inside_of,
+    layout_inside,
+    left_out,
+    out_of_order,
+    planned,
+    sizes_of_inputs,
+)
 from dsp_plugin.sharding.placed import placed_stages
-from dsp_plugin.sharding.random_layers import RandomLayer, check_random_layers, random_layers
+from dsp_plugin.sharding.random_layers import check_random_layers, random_layers
 from dsp_plugin.sharding.routing import AttentionRoute
 from dsp_plugin.sharding.token_moves import Place, TokenMoves
-from dsp_plugin.training.randomness import RegionSeed, RegionVisit
-
-
-class _Planned(NamedTuple):
-    """What passes of the same sizes have in common."""
-
-    stage_plan: StagePlan
-    rows: dict[int, StageRow]
-    layers: list[RandomLayer]
-
-
-@dataclass(frozen=True)
-class _Pass:
-    """One forward pass: the stages that run in it, the sizes of its dims, where they are sharded, and its seeds."""
-
-    sizes: dict[str, int]
-    stage_plan: StagePlan
-    rows: dict[int, StageRow]
-    moves: TokenMoves
-    seed: RegionSeed | None
+from dsp_plugin.sharding.wrappers import uncompiled, unwrapped
+from dsp_plugin.training.extents import Running, in_backward
+from dsp_plugin.training.randomness import RegionVisit
 
 
 class ShardedRegion:
@@ -66,12 +62,13 @@ class ShardedRegion:
         self._root = root
         self._border = border_module(root, plan)
         self._attributes = RegionAttributes(root, plan)
-        self._plans: dict[PassSizes, _Planned] = {}
-        self._running = list(range(len(self._placed)))
-        self._known = dict(plan.sizes)
-        self._last_run: int | None = None
-        self._pass: _Pass | None = None
-        self._visit: RegionVisit | None = None
+        self._plans: dict[PassSizes, Planned] = {}
+        # Kinds of passes in which all ranks came through all stages.
+        self._finished: set[PassSizes] = set()
+        self._passes: Running[RegionPass] = Running(self._overridden)
+        # Of stages that are called behind the root's back.
+        self._alone: RegionPass | None = None
+        self._stage_plan: StagePlan | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         # A copy of the model, such as one of averaged weights, is sharded by the same groups.
@@ -85,15 +82,31 @@ class ShardedRegion:
     @property
     def stage_plan(self) -> StagePlan | None:
         """The plan of the running forward pass, or the last; None before the first."""
-        return self._pass.stage_plan if self._pass is not None else None
+        return self._stage_plan
 
     @property
-    def _now(self) -> _Pass:
-        assert self._pass is not None
-        return self._pass
+    def _state(self) -> RegionPass | None:
+        """The running pass; a stage alone starts one, which stays for what its backward pass runs again."""
+        return self._passes.now or self._alone
+
+    @property
+    def _again(self) -> bool:
+        """Whether a part of the pass is run again: nothing is decided then, and stages come in any order."""
+        return self._passes.again or (self._passes.now is None and in_backward())
+
+    @property
+    def _now(self) -> RegionPass:
+        assert self._state is not None
+        return self._state
+
+    @property
+    def _entered(self) -> Entered:
+        assert self._now.entered is not None
+        return self._now.entered
 
     def install(self, undo: list[Callable[[], None]]) -> None:
         """Hook the stages, adding to ``undo`` what takes each hook off."""
+        undo.append(enter_again())
         undo.append(self._attributes.restore)
         undo.append(self._root.register_forward_pre_hook(self._before_all, with_kwargs=True).remove)
         if self._border is not None:
@@ -118,77 +131,88 @@ class ShardedRegion:
                 attention_of(self._config, inside_of(self._config).method),
                 self._groups,
                 self._layout_of(index),
-                lambda: self._now.seed,
+                lambda: self._entered.seed,
             )
-            undo.append(route.install(part))
+            undo.append(route.install(unwrapped(part)))
 
+    @uncompiled
     def _before_all(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        if _recomputing():
-            return
+        self._passes.begin(state := RegionPass(list(range(len(self._placed))), dict(self._plan.sizes), module))
         self._attributes.restore()
         self._attributes.bind(module)
-        self._last_run = None
         arguments = Arguments(type(module).__name__, module, args, kwargs)
-        self._running = [index for index, placed in enumerate(self._placed) if arguments.hold(placed.stage.when)]
-        if not self._running:
+        state.running = [index for index, placed in enumerate(self._placed) if arguments.hold(placed.stage.when)]
+        if not state.running:
             conditions = {getattr(placed.stage.when, "__name__", str(placed.stage.when)) for placed in self._placed}
             raise SequenceParallelConfigError(
                 setting="plan.stages",
                 why=f"none runs in this forward pass: {', '.join(sorted(conditions))} are false",
                 remedy="keep a stage without a condition",
             )
-        self._known = sizes_of_inputs(self._plan, arguments)
+        state.known = sizes_of_inputs(self._plan, arguments)
 
+    @uncompiled
     def _before_region(
         self, module: nn.Module, args: tuple, kwargs: dict[str, Any]
     ) -> tuple[tuple, dict[str, Any]] | None:
-        if _recomputing():
+        if self._passes.now is None:
             return None
         assert self._plan.region is not None
         region = self._plan.region
         arguments = Arguments(region.module, module, args, kwargs)
         x, pattern = arguments.tokens(region.tokens), parse(region.layout or self._plan.tokens)
         self._enter(x, pattern, module.training)
-        first = self._now.stage_plan.rows[0]
-        place = self._home() or self._place(self._running[0], first)
-        arguments.set(region.tokens, self._now.moves.move(x, pattern, None, place, f"plan.region {region.module}"))
-        self._attributes.override()
+        first = self._entered.stage_plan.rows[0]
+        place = self._home() or self._place(self._now.running[0], first)
+        arguments.set(region.tokens, self._entered.moves.move(x, pattern, None, place, f"plan.region {region.module}"))
+        if not self._again:
+            self._attributes.override()
         self._cut_buffers(place)
+        self._now.inside = True
         return arguments.args, arguments.kwargs
 
+    @uncompiled
     def _after_region(self, module: nn.Module, args: tuple, output: Any) -> Any:
-        if _recomputing():
+        if self._passes.now is None:
             return None
         assert self._plan.region is not None
+        self._now.inside = False
         self._leave()
         self._attributes.restore()
-        region, place = self._plan.region, self._leaves_at(self._running[-1])
+        region, place = self._plan.region, self._leaves_at(self._now.running[-1])
         x, rebuild = only_tensor(output, region.module)
         pattern = parse(region.leaves or region.layout or self._plan.tokens)
-        return rebuild(self._now.moves.move(x, pattern, place, None, f"plan.region {region.module} leaves"))
+        return rebuild(self._entered.moves.move(x, pattern, place, None, f"plan.region {region.module} leaves"))
 
     def _before(self, index: int) -> Callable[..., tuple[tuple, dict[str, Any]] | None]:
         placed = self._placed[index]
         pattern = self._plan.layout_taken(placed.stage)
         setting = f"plan layout of {placed.name}"
 
+        @uncompiled
         def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+            self._start_alone(index)
             if self._is_outside(index):
                 return None
             arguments = Arguments(placed.name, placed.module, args, kwargs)
-            self._check_order(index)
+            refusal = self._out_of_order(index)
+            if refusal is not None:
+                self._agree(placed.name, refusal)
             x = arguments.tokens(placed.stage.tokens)
-            if self._border is None and index == self._running[0]:
+            if self._border is None and index == self._now.running[0]:
                 self._enter(x, pattern, module.training)
-                if not _recomputing():
+                if not self._again:
                     self._attributes.override()
-            place = self._place(index, self._now.rows[index])
-            arguments.set(placed.stage.tokens, self._now.moves.move(x, pattern, self._found_at(index), place, setting))
+            self._agree(f"{placed.name}, of {self._entered.sizes}")
+            place = self._place(index, self._entered.rows[index])
+            moved = self._entered.moves.move(x, pattern, self._found_at(index), place, setting)
+            arguments.set(placed.stage.tokens, moved)
             for argument, text in placed.stage.follows.items():
                 value = arguments.get(argument)
                 if value is not None:
                     setting_of = f"plan follows of {placed.name}, {argument!r}"
                     arguments.set(argument, self._own_part(value, text, place, setting_of))
+            self._now.at = index
             return arguments.args, arguments.kwargs
 
         return hook
@@ -197,28 +221,41 @@ class ShardedRegion:
         placed = self._placed[index]
         pattern = self._plan.layout_given(placed.stage)
 
+        @uncompiled
         def hook(module: nn.Module, args: tuple, output: Any) -> Any:
             if self._is_outside(index):
                 return None
-            last = index == self._running[-1] and self._border is None
+            self._now.at = None
+            last = index == self._now.running[-1] and self._border is None
             target = None if last else self._leaves_at(index)
-            if last and not _recomputing():
+            if last and not self._again:
+                if self._now.root is None:
+                    self._finished.add(self._entered.kind)
                 self._leave()
                 self._attributes.restore()
             elif target is not None:
                 self._cut_buffers(target)
-            here = self._place(index, self._now.rows[index])
+            here = self._place(index, self._entered.rows[index])
             if target == here:
                 return None
             x, rebuild = first_tensor(output)
-            return rebuild(self._now.moves.move(x, pattern, here, target, f"plan layout of {placed.name}"))
+            return rebuild(self._entered.moves.move(x, pattern, here, target, f"plan layout of {placed.name}"))
 
         return hook
 
+    def _start_alone(self, index: int) -> None:
+        """A pass of the stages alone starts with the first, where nothing else is around them."""
+        ended = self._alone is None or self._alone.last_run in (None, self._alone.running[-1])
+        if self._passes.now is None and self._border is None and not in_backward() and (index == 0 or ended):
+            self._alone = RegionPass(list(range(len(self._placed))), dict(self._plan.sizes))
+
     def _is_outside(self, index: int) -> bool:
-        """Whether a stage is left out of this pass, and called all the same where tokens are whole."""
-        whole = self._border is None and self._last_run in (None, self._running[-1])
-        return index not in self._running and (whole or _recomputing())
+        """Whether a stage is called where tokens are whole: outside of the region, or left out of this pass."""
+        state = self._state
+        if state is None or (self._border is not None and not (state.inside or self._again)):
+            return True
+        whole = self._border is None and state.last_run in (None, state.running[-1])
+        return index not in state.running and (whole or self._again)
 
     def _home(self) -> Place | None:
         """Where tokens have to be outside of stages."""
@@ -230,110 +267,110 @@ class ShardedRegion:
 
     def _found_at(self, index: int) -> Place | None:
         """Where the tokens are when they reach a stage."""
-        at = self._running.index(index)
+        running, rows = self._now.running, self._entered.rows
+        at = running.index(index)
         if at == 0 and self._border is None:
             return None
         if self._home() is not None or at > 0:
-            return self._home() or self._place(self._running[at - 1], self._now.rows[self._running[at - 1]])
-        return self._place(index, self._now.rows[index])
+            return self._home() or self._place(running[at - 1], rows[running[at - 1]])
+        return self._place(index, rows[index])
 
     def _leaves_at(self, index: int) -> Place | None:
         """Where the tokens are behind a stage; None behind the last, if they are whole there."""
-        if index == self._running[-1] and self._border is None:
+        if index == self._now.running[-1] and self._border is None:
             return None
-        return self._home() or self._place(index, self._now.rows[index])
+        return self._home() or self._place(index, self._entered.rows[index])
 
     def _cut_buffers(self, place: Place) -> None:
         self._attributes.cut(lambda value, text, setting: self._own_part(value, text, place, setting))
 
-    def _check_order(self, index: int) -> None:
-        if _recomputing():
-            return  # In whatever order the backward pass needs.
-        at = -1 if self._last_run is None else self._running.index(self._last_run)
-        expected = self._running[at + 1] if at + 1 < len(self._running) else None
-        # A pass may begin anew where the last one was of a part that was called by itself, behind the root's back.
-        if index not in (self._running[0], expected):
-            names = [placed.name for placed in self._placed]
-            raise SequenceParallelConfigError(
-                setting="plan.stages",
-                value=names[index],
-                why=f"it ran where {names[expected] if expected is not None else 'no further stage'} was due; stages "
-                f"must run once each, in the order of plan.order={self._plan.order!r}",
-                remedy='set order to "layers" if forward runs the stages of one layer after the other; else register '
-                "the modules in the order in which forward runs them, one for each run",
-            )
-        self._last_run = index
+    def _out_of_order(self, index: int) -> SequenceParallelConfigError | None:
+        """Why a stage must not run now; None where it is due, which counts it as run."""
+        if self._again:
+            return None
+        state = self._now
+        at = -1 if state.last_run is None else state.running.index(state.last_run)
+        expected = state.running[at + 1] if at + 1 < len(state.running) else None
+        # A pass may begin anew where the last one was of a part that was called by itself.
+        if index in (state.running[0], expected):
+            state.last_run = index
+            return None
+        due = self._placed[expected].name if expected is not None else "no further stage"
+        return out_of_order(self._placed[index].name, due, self._plan.order)
 
+    def _agree(self, step: str, refusal: SequenceParallelConfigError | None = None) -> None:
+        """In the first pass of its kind ranks go on to each stage together: which comes next may hang on their data."""
+        state = self._now
+        if state.entered is None or state.entered.kind in self._finished or self._again:
+            if refusal is not None:
+                raise refusal
+            return
+        go_on(step, refusal, self._groups.sp)
+
+    @uncompiled
     def _after_all(self, module: nn.Module, args: tuple, output: Any) -> None:
-        if _recomputing():
+        state = self._now
+        if state.last_run is None:
             return
-        last, self._last_run = self._last_run, None
-        if last is None:
-            return
-        if last != self._running[-1]:
-            missing = self._running[self._running.index(last) + 1]
-            raise SequenceParallelConfigError(
-                setting="plan.stages",
-                value=self._placed[missing].name,
-                why="forward ended without it, so the tokens were never made whole again",
-                remedy='plan only modules that every forward pass runs, or name the argument that skips them as "when"',
-            )
+        if state.last_run != state.running[-1]:
+            missing = state.running[state.running.index(state.last_run) + 1]
+            self._agree("the end of forward", left_out(self._placed[missing].name))
+        assert state.entered is not None
+        self._finished.add(state.entered.kind)
         # Not at the last stage's output: inside a reentrant checkpoint that has no gradient yet.
         with suppress(SequenceParallelConfigError):
             leading, _ = first_tensor(output)
-            when_backward_starts(leading, partial(self._recall, self._now, module))
+            self._passes.recall_by(leading, state)
 
+    @uncompiled
     def _clean_up(self, module: nn.Module, args: tuple, output: Any) -> None:
         """Also when forward raised."""
-        if not _recomputing():
-            self._leave()
-            self._attributes.restore()
-            self._last_run = None
-            # A part of the root may be called by itself: its sizes are not those of the last call of the root.
-            self._known = dict(self._plan.sizes)
+        self._leave()
+        self._attributes.restore()
+        self._passes.end()
 
     def _enter(self, x: Tensor, pattern: Pattern, training: bool) -> None:
         """Take the sizes of whole tokens, and the plan for them: the same on every rank."""
-        if _recomputing():
-            if self._now.seed is not None:
-                self._now.seed.apply()
+        state = self._now
+        if self._again:
+            if self._entered.seed is not None:
+                self._entered.seed.apply()
             return
-        sizes = pattern.solve(x.shape, self._known, f"tokens of {self._placed[self._running[0]].name}")
+        refuse_transforms("a sharded model", x)
+        sizes = pattern.solve(x.shape, state.known, f"tokens of {self._placed[state.running[0]].name}")
         key = PassSizes(
             tuple(sorted(sizes.items())),
-            tuple(self._running),
+            tuple(state.running),
             tuple(x.shape),
             x.element_size(),
             x.requires_grad,
         )
         if key not in self._plans:
-            running = [self._placed[index] for index in self._running]
+            running = [self._placed[index] for index in state.running]
             stage_plan = planned(self._plan, self._config, self._groups.sp.size, running, key)
-            rows = dict(zip(self._running, stage_plan.rows, strict=True))
+            rows = dict(zip(state.running, stage_plan.rows, strict=True))
             layers = random_layers(self._root, self._plan, self._placed, rows)
-            self._plans[key] = _Planned(stage_plan, rows, layers)
-        stage_plan, rows, layers = self._plans[key]
+            self._plans[key] = Planned(stage_plan, rows, layers)
+        self._stage_plan, rows, layers = self._plans[key]
         self._leave()
         if training and self._groups.sp.size > 1:
             check_random_layers(layers)
-            self._visit = RegionVisit(self._groups.sp)
+            state.visit = RegionVisit(self._groups.sp)
         if torch.is_grad_enabled():
             meter.count(tokens=prod(sizes[dim] for dim in self._plan.dims))
-        seed = self._visit.seed if self._visit is not None else None
-        self._pass = _Pass(sizes, stage_plan, rows, TokenMoves(sizes, self._groups), seed)
+        seed = state.visit.seed if state.visit is not None else None
+        moves = TokenMoves(sizes, self._groups)
+        state.entered = Entered(sizes, self._stage_plan, rows, moves, seed, key)
 
     def _leave(self) -> None:
-        visit, self._visit = self._visit, None
-        if visit is not None:
+        state = self._state
+        if state is not None and state.visit is not None:
+            visit, state.visit = state.visit, None
             visit.leave()
 
-    def _recall(self, earlier: _Pass, root: nn.Module) -> None:
-        self._pass, self._running = earlier, list(earlier.rows)
-        if self._plan.overrides:
-            # What is recomputed in this backward pass needs them too.
-            self._attributes.bind(root)
-            self._attributes.override()
-            torch.autograd.Variable._execution_engine.queue_callback(self._attributes.restore)
+    def _overridden(self, state: RegionPass) -> AbstractContextManager[object]:
+        """What is run again needs the plan's overrides, too."""
+        return nullcontext() if state.root is None else self._attributes.overridden(state.root)
 
     def _own_part(self, value: Any, text: str, place: Place, setting: str) -> Any:
         if isinstance(value, tuple | list):
@@ -345,24 +382,16 @@ class ShardedRegion:
                 why=f"it is a {type(value).__name__}, not a tensor",
                 remedy="name tensors, or tuples of tensors",
             )
-        return self._now.moves.cut(value, text, place, setting)
+        return self._entered.moves.cut(value, text, place, setting)
 
     def _layout_of(self, index: int) -> Callable[[], Layout | None]:
         stage = self._placed[index].stage
 
         def layout_now() -> Layout | None:
-            row, sizes = self._now.rows[index], self._now.sizes
-            if row.inside == "local":
+            state = self._state
+            if state is None or state.entered is None or (state.at != index and not self._again):
                 return None
-            length, size = sizes[row.sharded], self._groups.sp.size
-            if len(stage.computes_along) == 1:
-                return Layout("contiguous", length, size)
-            others = prod(sizes[dim] for dim in stage.computes_along if dim != row.sharded)
-            return Layout.of_sizes([others * local for local in shard_sizes(length, size)])
+            row = state.entered.rows.get(index)
+            return None if row is None else layout_inside(stage, row, state.entered.sizes, self._groups.sp.size)
 
         return layout_now
-
-
-def _recomputing() -> bool:
-    """Whether a backward pass is running: what runs then is a checkpointed stretch, again."""
-    return bool(torch._C._current_graph_task_id() != -1)

@@ -7,14 +7,16 @@ The calls that are seen are torch's `scaled_dot_product_attention` and the libra
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import update_wrapper
+from functools import partial, update_wrapper
 from typing import Any, Self
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from dsp_plugin.errors import UnsupportedError
+from dsp_plugin.comm.consent import Refusal, go_on
+from dsp_plugin.errors import SequenceParallelConfigError, UnsupportedError
 from dsp_plugin.groups import SequenceParallelGroups
 from dsp_plugin.kernels.convolution import short_convolution
 from dsp_plugin.kernels.linear import linear_attention
@@ -23,6 +25,9 @@ from dsp_plugin.kernels.spec import AttentionSpec
 from dsp_plugin.layout import Layout
 from dsp_plugin.mask import MaskSpec
 from dsp_plugin.methods import Where, halo
+from dsp_plugin.methods.inputs import check_length, check_shards
+from dsp_plugin.sharding.wrappers import uncompiled
+from dsp_plugin.training.extents import extent, in_first_run
 from dsp_plugin.training.randomness import RegionSeed
 
 LayoutNow = Callable[[], Layout | None]
@@ -34,7 +39,8 @@ class AttentionRoute:
     Args:
         name: of the module, for errors.
         attention: softmax attention, from `dsp_plugin.config.attention.attention_of`.
-        layout_now: the placement of the sequence in the running forward pass; None while it is whole.
+        layout_now: the placement of the sequence in the running forward pass; None while it is whole, and outside of
+            passes.
         seed_now: the seeds of that pass; None outside training.
         linear: linear attention, likewise; None where the method serves none.
     """
@@ -50,6 +56,13 @@ class AttentionRoute:
     ) -> None:
         self._name, self._attention, self._linear, self._groups = name, attention, linear, groups
         self._layout_now, self._seed_now = layout_now, seed_now
+        self._served: dict[Callable[..., Any], Callable[..., Any]] = {
+            F.scaled_dot_product_attention: self._softmax,
+            linear_attention: self._linear_attention,
+            short_convolution: self._convolution,
+        }
+        # Calls that ranks once went on with: the same call of another pass is of the same kind.
+        self._agreed: set[int] = set()
 
     def install(self, module: nn.Module) -> Callable[[], None]:
         """Route the calls made inside ``module.forward``; returns what undoes it."""
@@ -73,7 +86,7 @@ class AttentionRoute:
         layout = self._layout_now()
         if layout is None:
             return forward(*args, **kwargs)
-        with _Intercept(self, layout) as intercept:
+        with extent(partial(_Intercept, self, layout, torch.is_grad_enabled())) as intercept:
             output = forward(*args, **kwargs)
         if not intercept.routed:
             raise UnsupportedError(
@@ -88,7 +101,35 @@ class AttentionRoute:
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         return self
 
-    def attend(
+    def serves(self, call: Callable[..., Any]) -> bool:
+        """Whether ``call`` is attention, or what goes with it."""
+        return call in self._served
+
+    def serve(self, number: int, call: Callable[..., Any], layout: Layout, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """What ``call`` is to return of this rank's tokens. Collective.
+
+        Where ranks hold unequally many tokens, a check may fail on one rank alone; so the first time a call is made
+        with such tokens, ranks agree that all go on with it.
+
+        Args:
+            number: of the call within its module's run, from 1.
+
+        Raises:
+            UnsupportedError, SequenceParallelConfigError: the method cannot serve it; on every rank.
+        """
+        refusal: Refusal | None = None
+        try:
+            ready = self._served[call](layout, *args, **kwargs)
+        except (UnsupportedError, SequenceParallelConfigError) as error:
+            refusal = error
+        if number not in self._agreed and len(set(layout.sizes)) > 1:
+            go_on(f"{call.__name__} of {self._name}", refusal, self._groups.sp)
+            self._agreed.add(number)
+        elif refusal is not None:
+            raise refusal
+        return ready()
+
+    def _softmax(
         self,
         layout: Layout,
         query: Tensor,
@@ -99,12 +140,8 @@ class AttentionRoute:
         is_causal: bool = False,
         scale: float | None = None,
         enable_gqa: bool = False,
-    ) -> Tensor:
-        """`scaled_dot_product_attention` on sharded ``[B, H, n, D]`` tensors, with its arguments.
-
-        Raises:
-            UnsupportedError: a dense mask, or inputs that are not self-attention over the shard.
-        """
+    ) -> Callable[[], Tensor]:
+        """`scaled_dot_product_attention` on sharded ``[B, H, n, D]`` tensors, with its arguments, checked."""
         shapes = f"query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}"
         if attn_mask is not None:
             raise UnsupportedError(
@@ -129,47 +166,38 @@ class AttentionRoute:
                 why="heads of query and key differ and enable_gqa is not set",
                 remedy="pass enable_gqa=True, as torch itself demands",
             )
-        q, k, v = (x.transpose(1, 2) for x in (query, key, value))
-        out = self._attention(
-            q,
-            k,
-            v,
-            what=AttentionSpec(
-                MaskSpec(causal=is_causal), scale, dropout_p, self._dropout_seed() if dropout_p else None
-            ),
-            where=Where(self._groups, layout),
-        )
-        return out.transpose(1, 2)
+        q, k, v = (autocast(x).transpose(1, 2) for x in (query, key, value))
+        check_shards(q, k, v, layout, self._groups.sp)
+        what = AttentionSpec(MaskSpec(causal=is_causal), scale, dropout_p, self._dropout_seed() if dropout_p else None)
+        where = Where(self._groups, layout)
+        return lambda: self._attention(q, k, v, what=what, where=where).transpose(1, 2)
 
-    def attend_linearly(
+    def _linear_attention(
         self, layout: Layout, q: Tensor, k: Tensor, v: Tensor, *gates: Tensor | None, **settings: Any
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        """`dsp_plugin.kernels.linear.linear_attention` on sharded ``[B, n, H, D]`` tensors, with its arguments.
+    ) -> Callable[[], Tensor | tuple[Tensor, Tensor]]:
+        """`dsp_plugin.kernels.linear.linear_attention` on sharded ``[B, n, H, D]`` tensors, checked.
 
         Under autocast q, k and v are taken in its dtype. Decays add up, so gates stay in theirs.
-
-        Raises:
-            UnsupportedError: the method serves no linear attention.
         """
-        if self._linear is None:
+        linear = self._linear
+        if linear is None:
             raise UnsupportedError(
                 setting=f"linear_attention of {self._name}",
                 why="the method in use serves softmax attention, and every shard would start from a state of zeros",
                 remedy='set "method" to "lasp", and "softmax_method" to what is to serve the softmax layers, if any',
             )
-        q, k, v = (autocast(x) for x in (q, k, v))
-        return self._linear(q, k, v, *gates, where=Where(self._groups, layout), **settings)
+        for name, x in (("q", q), ("k", k), ("v", v)):
+            check_length(x, f"{name} {tuple(x.shape)}", layout, self._groups.sp)
+        inputs, where = [autocast(x) for x in (q, k, v)], Where(self._groups, layout)
+        return lambda: linear(*inputs, *gates, where=where, **settings)
 
-    def convolve(
+    def _convolution(
         self, layout: Layout, x: Tensor, weight: Tensor, bias: Tensor | None = None, **settings: Any
-    ) -> Tensor:
-        """`dsp_plugin.kernels.convolution.short_convolution` on a sharded ``[B, n, C]`` tensor, with its arguments.
-
-        Raises:
-            UnsupportedError: the shard's tokens are not in global order.
-        """
+    ) -> Callable[[], Tensor]:
+        """`dsp_plugin.kernels.convolution.short_convolution` on a sharded ``[B, n, C]`` tensor, checked."""
         self._check_order(layout, f"short_convolution of {self._name}", "leave it out")
-        return halo.convolve(x, weight, bias, groups=self._groups, layout=layout, **settings)
+        check_length(x, f"x {tuple(x.shape)}", layout, self._groups.sp)
+        return lambda: halo.convolve(x, weight, bias, groups=self._groups, layout=layout, **settings)
 
     def _check_order(self, layout: Layout, setting: str, otherwise: str) -> None:
         if layout.explicit_sizes is not None:
@@ -178,6 +206,20 @@ class AttentionRoute:
                 why="the stage computes along several dims of which one is sharded: its tokens are not in global order",
                 remedy=f"shard a dim that the stage does not compute along, or {otherwise}",
             )
+
+    def refuse_unrecorded(self, call: Callable[..., Any]) -> None:
+        """Where autograd records the module but not a call in it, it is run again later, where nobody would route it.
+
+        Raises:
+            UnsupportedError: always.
+        """
+        raise UnsupportedError(
+            setting=f"{call.__name__} of {self._name}",
+            why="it was called with gradients off inside a forward with gradients on, as by a checkpoint of a kind we "
+            "do not know: what that runs again in the backward pass would attend within the shard only",
+            remedy="checkpoint with torch.utils.checkpoint or deepspeed.checkpointing, or the whole module from "
+            "outside; put torch.no_grad() around the whole module",
+        )
 
     def _dropout_seed(self) -> int:
         seed = self._seed_now()
@@ -197,24 +239,31 @@ class _RoutedForward:
         self._original, self._route = original, route
         update_wrapper(self, original)
 
+    @uncompiled
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._route.run(self._original, args, kwargs)
 
 
 class _Intercept(TorchFunctionMode):
-    def __init__(self, route: AttentionRoute, layout: Layout) -> None:
+    """Sees the calls of one run of a module's forward, or of a part of it that a checkpoint runs again.
+
+    Args:
+        grad: whether autograd recorded that run when it started.
+    """
+
+    def __init__(self, route: AttentionRoute, layout: Layout, grad: bool) -> None:
         super().__init__()
-        self._route, self._layout, self.routed = route, layout, False
+        self._route, self._layout, self._grad, self.routed = route, layout, grad, False
+        self._calls = 0
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func is F.scaled_dot_product_attention:
-            self.routed = True
-            return self._route.attend(self._layout, *args, **kwargs)
-        if func is linear_attention:
-            self.routed = True
-            return self._route.attend_linearly(self._layout, *args, **kwargs)
-        if func is short_convolution:
-            # Not what makes a module mix tokens: one that does nothing else we see attends out of our sight.
-            return self._route.convolve(self._layout, *args, **kwargs)
-        return func(*args, **kwargs)
+        if not self._route.serves(func):
+            return func(*args, **kwargs)
+        if self._grad and not torch.is_grad_enabled() and not in_first_run():
+            self._route.refuse_unrecorded(func)
+        # A convolution is not what makes a module mix tokens: one that does nothing else we see attends out of our
+        # sight.
+        self.routed = self.routed or func is not short_convolution
+        self._calls += 1
+        return self._route.serve(self._calls, func, self._layout, args, kwargs)

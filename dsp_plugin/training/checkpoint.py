@@ -8,8 +8,6 @@ follow, such as another number of data-parallel ranks, the framework's patch nam
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
@@ -17,7 +15,8 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from dsp_plugin.errors import SequenceParallelConfigError, UnsupportedError
+from dsp_plugin.errors import DamagedCheckpointError, SequenceParallelConfigError, UnsupportedError
+from dsp_plugin.training import durable
 
 FILE = "sequence_parallel.json"
 FORMAT = 1
@@ -50,19 +49,7 @@ def write(folder: Path, record: Mapping[str, Any]) -> None:
 
     A reader, or a run that is killed meanwhile, leaves either the file that was there before or the whole new one.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=folder, prefix=f".{FILE}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            json.dump(record, file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
-        # mkstemp makes files for their owner alone; checkpoints are shared like the files beside them.
-        os.chmod(name, 0o666 & ~_umask())
-        os.replace(name, folder / FILE)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+    durable.write_text(folder / FILE, json.dumps(record, indent=1))
 
 
 def read(folder: Path) -> dict[str, Any] | None:
@@ -70,7 +57,7 @@ def read(folder: Path) -> dict[str, Any] | None:
 
     Raises:
         UnsupportedError: a format that this version does not know.
-        SequenceParallelConfigError: the file is not a record.
+        DamagedCheckpointError: the file is not a record.
     """
     path = folder / FILE
     try:
@@ -177,14 +164,8 @@ def _wrong_fields(found: Mapping[str, Any]) -> Iterator[str]:
         yield "its sizes are not counts of ranks by name"
 
 
-def _malformed(path: Path, why: str) -> SequenceParallelConfigError:
-    return SequenceParallelConfigError(
+def _malformed(path: Path, why: str) -> DamagedCheckpointError:
+    return DamagedCheckpointError(
         f"{path} is not a record of a checkpoint: {why}. Restore the file, or remove it to load without this check: "
         "weights do not depend on it."
     )
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -20,6 +20,7 @@ from torch.utils.data import Dataset, IterableDataset, Sampler, get_worker_info
 
 from dsp_plugin.errors import SequenceParallelConfigError
 from dsp_plugin.groups import SequenceParallelGroups
+from dsp_plugin.integers import MOST, integer
 
 IGNORED = -100
 """The label of a token that counts for nothing."""
@@ -44,8 +45,10 @@ class _Share:
         return cls(global_batch_size, micro_batch_size, replicas, replica)
 
     def __post_init__(self) -> None:
+        for name in ("global_batch_size", "micro_batch_size"):
+            object.__setattr__(self, name, integer(getattr(self, name), name, least=1, remedy="count samples"))
         unit = self.micro_batch_size * self.replicas
-        if self.micro_batch_size < 1 or self.global_batch_size < 1 or self.global_batch_size % unit:
+        if self.global_batch_size % unit:
             raise SequenceParallelConfigError(
                 setting="global_batch_size",
                 value=self.global_batch_size,
@@ -60,7 +63,8 @@ class _Share:
         Raises:
             SequenceParallelConfigError: they are not whole optimizer steps.
         """
-        if trained < 0 or trained % self.global_batch_size:
+        trained = integer(trained, "trained", remedy="count the samples of the finished steps")
+        if trained % self.global_batch_size:
             raise SequenceParallelConfigError(
                 setting="trained",
                 value=trained,
@@ -92,7 +96,8 @@ class SequenceParallelBatchSampler(Sampler[list[int]]):
         trained: samples that the run has trained on before, such as ``engine.global_samples`` after a checkpoint.
 
     Raises:
-        SequenceParallelConfigError: the sizes do not multiply, or with `drop_last` the dataset fills no step.
+        SequenceParallelConfigError: a number is no integer, the sizes do not multiply, or with `drop_last` the dataset
+            fills no step.
     """
 
     def __init__(
@@ -108,7 +113,9 @@ class SequenceParallelBatchSampler(Sampler[list[int]]):
         trained: int = 0,
     ) -> None:
         self._share = _Share.of(global_batch_size, micro_batch_size, groups)
-        self._samples, self._seed, self._shuffle = samples, seed, shuffle
+        # A seed of another kind, such as text, hashes to another number in every process.
+        self._seed = integer(seed, "seed", least=-MOST, remedy="give an integer, the same on every rank")
+        self._samples, self._shuffle = integer(samples, "samples", remedy="give the dataset's length"), shuffle
         self._epoch_length = samples - samples % global_batch_size if drop_last else samples
         if self._epoch_length < 1:
             raise SequenceParallelConfigError(
@@ -216,11 +223,12 @@ class PackedDocuments(Dataset[dict[str, Tensor]]):
         length: tokens of a row.
 
     Raises:
-        SequenceParallelConfigError: the documents fill no row.
+        SequenceParallelConfigError: the documents fill no row; of a row, that its tokens are no integers.
     """
 
     def __init__(self, documents: Sequence[Sequence[int] | Tensor], length: int) -> None:
-        self._documents, self._length = documents, length
+        self._length = length = integer(length, "length", least=1, remedy="count the tokens of a row")
+        self._documents = documents
         self._ends = list(accumulate(len(document) for document in documents))
         if not self._ends or self._ends[-1] < length:
             raise SequenceParallelConfigError(
@@ -242,7 +250,7 @@ class PackedDocuments(Dataset[dict[str, Tensor]]):
         begin, end = index * self._length, (index + 1) * self._length
         number = bisect_right(self._ends, begin)
         while begin < end:
-            document = torch.as_tensor(self._documents[number], dtype=torch.int64)
+            document = _tokens(self._documents[number], number)
             first = begin - (self._ends[number] - len(document))
             part = document[first : first + end - begin]
             after = document[first + 1 : first + 1 + len(part)]
@@ -252,3 +260,16 @@ class PackedDocuments(Dataset[dict[str, Tensor]]):
             begin += len(part)
             number += 1
         return {"input_ids": torch.cat(tokens), "labels": torch.cat(labels), "position_ids": torch.cat(positions)}
+
+
+def _tokens(document: Sequence[int] | Tensor, number: int) -> Tensor:
+    tokens = torch.as_tensor(document)
+    # Of nothing torch makes floats.
+    if tokens.numel() and (tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool):
+        raise SequenceParallelConfigError(
+            setting=f"documents[{number}]",
+            value=tokens.dtype,
+            why="token ids are integers, and would be cut to them",
+            remedy="give the tokenizer's ids",
+        )
+    return tokens.to(torch.int64)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 import importlib.util
 from collections.abc import Callable
+from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 from dsp_plugin.errors import SequenceParallelConfigError
@@ -57,10 +59,22 @@ def tensorboard(folder: str) -> Writer:
     """Writes event files to a folder.
 
     Raises:
-        SequenceParallelConfigError: TensorBoard is not installed.
+        SequenceParallelConfigError: TensorBoard is not installed, or cannot write there.
     """
     _need("tensorboard", "log_tensorboard", folder)
-    summary: Any = importlib.import_module("torch.utils.tensorboard").SummaryWriter(folder)
+    try:
+        # The writer itself finds out in a thread of its own, later. Of a URL it alone knows.
+        if "://" not in folder:
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            TemporaryFile(dir=folder).close()
+        summary: Any = importlib.import_module("torch.utils.tensorboard").SummaryWriter(folder)
+    except OSError as error:
+        raise SequenceParallelConfigError(
+            setting="log_tensorboard",
+            value=folder,
+            why=f"no event file can be written there: {error.strerror or error}",
+            remedy="name a folder that every rank may write to, or drop the setting",
+        ) from error
 
     def write(record: StepRecord) -> None:
         for name, value in scalars(record).items():
@@ -94,7 +108,7 @@ def writers(folder: str | None, project: str | None) -> list[Writer]:
         folder: for TensorBoard. project: for W&B.
 
     Raises:
-        SequenceParallelConfigError: the package of one is not installed.
+        SequenceParallelConfigError: the package of one is not installed, or the folder cannot be written to.
     """
     found: list[Writer] = [console]
     if folder is not None:

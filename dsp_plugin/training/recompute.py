@@ -38,8 +38,9 @@ from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.autograd.graph import GradientEdge, get_gradient_edge, saved_tensors_hooks
+
+from dsp_plugin.derivatives import once_differentiable, refuse_transforms
 
 Attention = Callable[..., Tensor | tuple[Tensor, ...]]
 Inputs = Sequence[Tensor | None]
@@ -102,6 +103,7 @@ def on_tape(attention: Callable[..., Answer]) -> Callable[..., Answer]:
 
     @wraps(attention)
     def aware(*args: Tensor | None, **kwargs: Any) -> Any:
+        refuse_transforms("attention", *args, *(kwargs.get(name) for name in signature.parameters))
         mode = _mode()
         if mode is None:
             return attention(*args, **kwargs)

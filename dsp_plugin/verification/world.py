@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from dsp_plugin.config.schema import SequenceParallelConfig
+from dsp_plugin.integers import integer_of
 from dsp_plugin.spawn import spawn
 from dsp_plugin.verification.cases import Case
 from dsp_plugin.verification.engine import run_cases
@@ -35,7 +36,7 @@ def speaks() -> bool:
 
 def device_kind(size: int) -> str:
     """``cuda`` where there is a device for each rank on this machine, else ``cpu``."""
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", size)) if launched() else size
+    here = integer_of("LOCAL_WORLD_SIZE", size) if launched() else size
     return "cuda" if torch.cuda.is_available() and torch.cuda.device_count() >= here else "cpu"
 
 
@@ -46,7 +47,7 @@ def check_world(config: SequenceParallelConfig) -> None:
         SequenceParallelConfigError: it does not divide it.
     """
     if launched():
-        config.check_world(int(os.environ["WORLD_SIZE"]))
+        config.check_world(integer_of("WORLD_SIZE", 1))
 
 
 def verify_cases(cases: Sequence[Case], timeout: float) -> list[CaseResult]:
@@ -69,7 +70,7 @@ def verify_cases(cases: Sequence[Case], timeout: float) -> list[CaseResult]:
 def _in_launched_world(cases: Sequence[Case], timeout: float, advance: Callable[[], None]) -> list[CaseResult]:
     on_cuda = device_kind(cases[0].size) == "cuda"
     if on_cuda:
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(integer_of("LOCAL_RANK", 0, least=0))
     dist.init_process_group("nccl" if on_cuda else "gloo", timeout=timedelta(seconds=timeout))
     results = run_cases(cases, advance)
     dist.destroy_process_group()

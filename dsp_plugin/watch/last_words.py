@@ -5,14 +5,17 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import signal
 import socket
 import sys
 import threading
 import time
 import traceback
 from dataclasses import dataclass
+from pathlib import Path
 from typing import cast
 
+from dsp_plugin.comm.agreement import hint
 from dsp_plugin.comm.ledger import Ledger, Phase
 
 STATUS = 75
@@ -24,7 +27,12 @@ _CONNECTION_LOST = re.compile(
     "ncclRemoteError|ncclSystemError|unhandled system error|recvValue failed|sendBytes failed|failed to recv",
     re.IGNORECASE,
 )
-_LOST_SECONDS = 10.0
+_WITHOUT_A_WORD = "its process ended without a word"
+_ZOMBIE_SECONDS = 0.1
+_REASONS: dict[int, str] = {
+    signal.SIGKILL: ", by somebody's hand or because memory ran out",
+    signal.SIGABRT: ", as gloo and NCCL do when ranks send each other what does not fit",
+}
 _TIMED_OUT = re.compile("timed out waiting|application timeout|collective operation timeout", re.IGNORECASE)
 
 
@@ -77,7 +85,48 @@ def report(rank: int, gone: Gone, latest: Latest, error: BaseException | None) -
         frame = sys._current_frames().get(cast(int, threading.main_thread().ident))
         trace = [] if frame is None else _of_script(traceback.extract_stack(frame))
     lines += [f"    {line}" for block in trace for line in block.rstrip().splitlines()]
+    if hint() and _of_a_collective(gone.how) and not any(hint() in line for line in lines):
+        lines.append(f"  {hint()}")
     return "\n".join(lines) + "\n"
+
+
+def _of_a_collective(how: str) -> bool:
+    """Whether an end may have come of ranks that did not fit together."""
+    unknown = _WITHOUT_A_WORD in how and not how.endswith(_REASONS[signal.SIGKILL])
+    return unknown or bool(_CONNECTION_LOST.search(how) or _TIMED_OUT.search(how))
+
+
+def without_a_word(pid: int, here: bool) -> str:
+    """How a process ended whose connections were closed and that has not said why, as far as can be known.
+
+    Args:
+        pid: of the process.
+        here: whether this machine's kernel is the one that knows.
+    """
+    status = _status(pid) if here else None
+    if status is None:
+        return f"{_WITHOUT_A_WORD}, killed (SIGKILL, out of memory), crashed or aborted: its own output may say more"
+    if os.WIFSIGNALED(status):
+        number = os.WTERMSIG(status)
+        names = {int(known): known.name for known in signal.Signals}
+        return f"{_WITHOUT_A_WORD}: {names.get(number, f'signal {number}')}{_REASONS.get(number, '')}"
+    return f"{_WITHOUT_A_WORD}, with exit status {os.WEXITSTATUS(status)}"
+
+
+def _status(pid: int) -> int | None:
+    """The status of a process that has ended and that its parent has not asked for yet, as `os.waitpid` gives it."""
+    deadline = time.monotonic() + _ZOMBIE_SECONDS
+    while time.monotonic() < deadline:
+        try:
+            # Its name, in parentheses, may hold anything.
+            fields = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
+            if fields[0] == "Z":
+                return int(fields[-1])
+        except (OSError, IndexError, ValueError):
+            return None
+        # The kernel closes a process's connections shortly before that.
+        time.sleep(0.005)
+    return None
 
 
 def _of_script(stack: list[traceback.FrameSummary]) -> list[str]:
@@ -86,23 +135,25 @@ def _of_script(stack: list[traceback.FrameSummary]) -> list[str]:
     return traceback.format_list(stack[starts[-1] + 1 :] if starts else stack)
 
 
-def patience(error: BaseException, timeout: float) -> float:
-    """Seconds to wait for word of a dead rank before an error is taken for this rank's own; 0 for most errors.
+def lost(error: BaseException) -> bool:
+    """Whether an error is the mark of a connection that another rank has closed: word of that one may follow."""
+    return _matches(_CONNECTION_LOST, error)
 
-    Args:
-        error: what has left the script; its causes count as well.
-        timeout: seconds of silence after which a rank is taken for dead.
-    """
+
+def timed_out(error: BaseException) -> bool:
+    """Whether a collective gave up on other ranks, of which none need be dead."""
+    return _matches(_TIMED_OUT, error)
+
+
+def _matches(pattern: re.Pattern[str], error: BaseException) -> bool:
+    """Whether it is in the words of an error or of its causes."""
     texts: list[str] = []
     link: BaseException | None = error
     while link is not None and len(texts) < 20:
         if isinstance(link, (RuntimeError, OSError)):
             texts.append(str(link))
         link = link.__cause__ or link.__context__
-    if any(map(_CONNECTION_LOST.search, texts)):
-        return min(timeout, _LOST_SECONDS)
-    # A collective gave up on a rank whose silence is not yet as long as the watch allows.
-    return timeout if any(map(_TIMED_OUT.search, texts)) else 0.0
+    return any(map(pattern.search, texts))
 
 
 def one_line(error: BaseException) -> str:

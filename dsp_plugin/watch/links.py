@@ -8,27 +8,30 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
-import secrets
 import socket
-import time
-from dataclasses import asdict, dataclass
-from typing import Any
-
-from torch.distributed import Store
+from dataclasses import fields
+from typing import Any, TypeVar
 
 Message = dict[str, Any]
+Words = TypeVar("Words")
 
 _LONGEST = 1 << 16
-"""Bytes of the longest message; who sends more is not one of us."""
+"""Bytes of the longest message; of a longer one nothing is kept."""
+_LONGEST_WORD = 2000
+_KINDS = {"int": int, "str": str}
 
 
 class Link:
-    """One end of a connection to a rank. No call blocks, and none raises because the other end is gone."""
+    """One end of a connection to a rank. No call blocks, and none raises because of what the other end does.
+
+    Attributes:
+        received: bytes that have arrived.
+    """
 
     def __init__(self, connection: socket.socket) -> None:
         connection.setblocking(False)
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.received = 0
         self._connection = connection
         self._unread = b""
 
@@ -42,24 +45,30 @@ class Link:
             self._connection.send(json.dumps(message).encode() + b"\n")
 
     def receive(self) -> tuple[list[Message], bool]:
-        """The messages that have arrived whole, and whether the other end has closed the connection."""
+        """The messages that have arrived whole, and whether the other end has closed the connection.
+
+        What is no message is left out: it is not for one line to end a run.
+        """
         closed = False
         try:
             while not closed and len(self._unread) <= _LONGEST:
                 arrived = self._connection.recv(_LONGEST)
                 closed = not arrived
+                self.received += len(arrived)
                 self._unread += arrived
         except BlockingIOError:
             pass
         except OSError:
             closed = True
         *lines, self._unread = self._unread.split(b"\n")
-        try:
-            messages = [json.loads(line) for line in lines]
-        except ValueError:
-            return [], True
-        strange = len(self._unread) > _LONGEST or not all(isinstance(message, dict) for message in messages)
-        return ([], True) if strange else (messages, closed)
+        if len(self._unread) > _LONGEST:
+            self._unread = b""
+        messages = []
+        for line in lines:
+            # Nested too deeply it is a RecursionError.
+            with contextlib.suppress(ValueError, RecursionError):
+                messages.append(json.loads(line))
+        return [message for message in messages if isinstance(message, dict)], closed
 
     def finish(self) -> None:
         """Says that nothing more will be sent. To close instead would discard what the other end has yet to read."""
@@ -71,58 +80,15 @@ class Link:
         self._connection.close()
 
 
-@dataclass(frozen=True)
-class Hub:
-    """Where rank 0 waits for the other ranks, as it tells them through the store.
-
-    Attributes:
-        host: its name.
-        pid: of its process.
-        port: TCP.
-        token: what shows that a connection comes from a rank of the same run.
-    """
-
-    host: str
-    pid: int
-    port: int
-    token: str
-
-    @staticmethod
-    def listen() -> tuple[Hub, socket.socket]:
-        """A socket on a free port of all interfaces, and how to find it."""
-        both = socket.has_dualstack_ipv6()
-        family = socket.AF_INET6 if both else socket.AF_INET
-        listener = socket.create_server(("", 0), family=family, backlog=1024, dualstack_ipv6=both)
-        listener.setblocking(False)
-        return Hub(socket.gethostname(), os.getpid(), listener.getsockname()[1], secrets.token_hex(16)), listener
-
-    def publish(self, store: Store, key: str) -> None:
-        """Tells the other ranks."""
-        store.set(key, json.dumps(asdict(self)))
-
-    @staticmethod
-    def find(store: Store, key: str) -> Hub:
-        """What rank 0 has published, waited for if need be."""
-        return Hub(**json.loads(store.get(key)))
-
-    def connect(self, rank: int, seconds: float) -> Link:
-        """A line to rank 0, on which this rank has introduced itself.
-
-        The address is MASTER_ADDR where the environment has it: every rank is known to reach rank 0 there.
-
-        Raises:
-            OSError: nobody could be reached there within so many seconds.
-        """
-        address = os.environ.get("MASTER_ADDR") or self.host
-        deadline = time.monotonic() + seconds
-        while True:
-            try:
-                connection = socket.create_connection((address, self.port), timeout=seconds)
-                break
-            except OSError:
-                if time.monotonic() > deadline:
-                    raise
-                time.sleep(0.2)
-        link = Link(connection)
-        link.send({"rank": rank, "host": socket.gethostname(), "pid": os.getpid(), "token": self.token})
-        return link
+def words(kind: type[Words], message: object) -> Words | None:
+    """A dataclass of numbers from 0 and texts, of a message that says just these; None of any other."""
+    named = fields(kind)  # type: ignore[arg-type]
+    if not isinstance(message, dict) or message.keys() != {field.name for field in named}:
+        return None
+    for field in named:
+        value = message[field.name]
+        if type(value) is not _KINDS[str(field.type)]:
+            return None
+        if not (0 <= value < 1 << 63 if isinstance(value, int) else len(str(value)) <= _LONGEST_WORD):
+            return None
+    return kind(**message)

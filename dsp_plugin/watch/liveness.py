@@ -19,30 +19,41 @@ import socket
 import sys
 import threading
 import time
-from dataclasses import asdict, dataclass
-from datetime import timedelta
+from dataclasses import asdict
 from types import FrameType
 from typing import cast
 
 from torch import distributed as dist
 
+from dsp_plugin.comm.agreement import hint
 from dsp_plugin.errors import SequenceParallelConfigError
-from dsp_plugin.watch.last_words import STATUS, Gone, Latest, one_line, patience, report, say
-from dsp_plugin.watch.links import Hub, Link, Message
+from dsp_plugin.watch import last_words
+from dsp_plugin.watch.address import meeting_point
+from dsp_plugin.watch.company import Company, Peer
+from dsp_plugin.watch.door import machine
+from dsp_plugin.watch.last_words import STATUS, Gone, Latest, one_line, report, say
+from dsp_plugin.watch.links import Message, words
+from dsp_plugin.watch.secret import TOKEN
 
 TIMEOUT = "DSP_PLUGIN_TIMEOUT"
 """Environment variable: seconds of silence after which a rank is taken for dead; 0 watches nobody."""
 
 DEFAULT_TIMEOUT = 300.0
-_KEY = "dsp_plugin/liveness"
+LONGEST_TIMEOUT = 30 * 86400.0
 _FAREWELL_SECONDS = 2.0
 _AGENT_SECONDS = 2.0
 _CONNECT_SECONDS = 10.0
 _TERMINATED_SECONDS = 1.0
+_LOST_SECONDS = 10.0
+_DOUBT_SECONDS = 10.0
+"""How long a rank may be silent that is asked whether it is there, for a collective of another's has timed out."""
+_UNSURE_SECONDS = 0.2
+"""Between two looks at what is to be looked at soon."""
 
 _ALIKE_SECONDS = 1.0
 _SIGTERM = "it was terminated (SIGTERM)"
 _SCRIPT_ENDED = "its script ended by "
+_LONGEST_REASON = 1000
 
 
 def seconds(flag: str | None) -> float:
@@ -58,29 +69,15 @@ def seconds(flag: str | None) -> float:
         value = float(cast(str, text))
     except ValueError:
         value = math.nan
-    if not 0 <= value < math.inf:
+    if not 0 <= value <= LONGEST_TIMEOUT:
         raise SequenceParallelConfigError(
             setting=TIMEOUT if flag is None else "--timeout",
             value=text,
-            why="it is not a number of seconds",
+            why=f"it is not a number of seconds from 0 to {LONGEST_TIMEOUT:.0f} (30 days)",
             remedy=f"give the seconds of silence after which a rank is taken for dead, such as {DEFAULT_TIMEOUT:g}; "
             "0 watches nobody",
         )
     return value
-
-
-@dataclass
-class _Peer:
-    """A rank that is watched. Its name is rank 0's guess until it has introduced itself."""
-
-    rank: int
-    heard: float
-    host: str = "unknown"
-    pid: int = 0
-    link: Link | None = None
-
-    def gone(self, how: str) -> Gone:
-        return Gone(self.rank, self.host, self.pid, how)
 
 
 class Watch:
@@ -90,17 +87,17 @@ class Watch:
         timeout: seconds of silence after which a rank is taken for dead.
     """
 
-    def __init__(self, rank: int, timeout: float, peers: dict[int, _Peer], store: dist.Store, latest: Latest) -> None:
+    def __init__(self, rank: int, size: int, timeout: float, store: dist.Store, latest: Latest) -> None:
         self.timeout = timeout
         self._rank = rank
-        self._peers = peers
-        self._store = store
         self._latest = latest
         self._pid = os.getpid()
         self._beat = min(timeout / 5, 5.0)
-        self._selector = selectors.DefaultSelector()
-        self._listener: socket.socket | None = None
-        self._token = ""
+        self._company = Company(rank, size, store, self._heed, self._unknown, self._lose)
+        self._asked: float | None = None
+        self._answered = False
+        self._left = 0.0
+        self._settled = threading.Event()
         self._farewell: Message | None = None
         self._error: BaseException | None = None
         self._terminated: float | None = None
@@ -124,34 +121,38 @@ class Watch:
         """
         # A connection of its own: the main thread holds the script's for as long as it waits in it.
         own = store.clone() if hasattr(store, "clone") else store
+        watch = cls(rank, size, timeout, own, latest)
+        meeting = meeting_point(store)
         if rank == 0:
-            hub, listener = Hub.listen()
-            watch = cls(rank, timeout, {peer: _Peer(peer, time.monotonic()) for peer in range(1, size)}, own, latest)
-            watch._listener, watch._token = listener, hub.token
-            watch._selector.register(listener, selectors.EVENT_READ, watch._accept)
-            hub.publish(own, _KEY)
-        else:
-            own.wait([_KEY], timedelta(seconds=timeout))
-            hub = Hub.find(own, _KEY)
-            try:
-                link = hub.connect(rank, min(timeout, _CONNECT_SECONDS))
-            except OSError as error:
-                own.set(_unreachable(rank), str(error))
+            if (why := watch._company.open(meeting)) is not None:
                 say(
-                    f"dsp_plugin: rank {rank} is not watched: it cannot reach rank 0 at port {hub.port} of "
-                    f"{os.environ.get('MASTER_ADDR') or hub.host} ({error}). {TIMEOUT}=0 watches nobody.\n"
+                    f"dsp_plugin: rank 0 waits for the ranks to be watched on all interfaces, for {why}. It hears none "
+                    f"but ranks of this run. To have it on one, set MASTER_ADDR to an address of this machine by which "
+                    f"the others reach it; {TIMEOUT}=0 watches nobody.\n"
                 )
-                return None
-            peer = _Peer(0, time.monotonic(), hub.host, hub.pid, link)
-            watch = cls(rank, timeout, {0: peer}, own, latest)
-            watch._selector.register(link, selectors.EVENT_READ, lambda: watch._read(peer))
+        elif (why := watch._company.knock(meeting, timeout, min(timeout, _CONNECT_SECONDS))) is not None:
+            watch._give_up(why)
+            return None
         watch._start()
         return watch
+
+    def _give_up(self, why: str) -> None:
+        with contextlib.suppress(RuntimeError):
+            self._company.give_up(why)
+        say(f"dsp_plugin: rank {self._rank} is not watched: {why}. {TIMEOUT}=0 watches nobody.\n")
+        self._over = True
+        self._company.close()
+
+    def _unknown(self) -> None:
+        self._give_up(f"rank 0 and it have no secret in common. Set {TOKEN} to the same on every rank, or on none")
+
+    def _lose(self, peer: Peer) -> None:
+        self._end(peer.gone(self._without_a_word(peer)))
 
     def _start(self) -> None:
         self._inbox.setblocking(False)
         self._outbox.setblocking(False)
-        self._selector.register(self._inbox, selectors.EVENT_READ, self._woken)
+        self._company.selector.register(self._inbox, selectors.EVENT_READ, self._woken)
         os.register_at_fork(after_in_child=self._forked)
         self._handles_sigterm = False
         if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
@@ -171,19 +172,38 @@ class Watch:
             return
         if error is not None:
             self._error = error
-            self._thread.join(patience(error, self.timeout))
-            if self._thread.is_alive() and patience(error, self.timeout):
-                error.add_note(
-                    "dsp_plugin: no rank is known to have died. The connection was closed by a rank that had finished, "
-                    "or by the network."
-                )
+            self._await_word(error)
         ended = None if error is None else f"{_SCRIPT_ENDED}{one_line(error)}"
+        self._left = time.monotonic()
         self._farewell = {"left": True} if ended is None else {"ended": ended}
         self._wake()
         self._thread.join()
         if self._handles_sigterm and signal.getsignal(signal.SIGTERM) is _terminated:
             signal.set_wakeup_fd(-1)
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+    def _await_word(self, error: BaseException) -> None:
+        """Lets the watch name a rank that may be behind an error of this one, and end this one; returns if none is."""
+        known = "No rank is known to have died."
+        if last_words.lost(error):
+            deadline = time.monotonic() + min(self.timeout, _LOST_SECONDS)
+            # Of those who have said farewell nothing more is to be heard.
+            while self._thread.is_alive() and self._company.peers and time.monotonic() < deadline:
+                self._thread.join(_UNSURE_SECONDS)
+            known += " A rank that had finished has closed the connection, or the network has."
+        elif last_words.timed_out(error):
+            self._settled.clear()
+            self._asked = -1.0
+            self._wake()
+            # Rank 0 takes one such time to find who does not answer, and this rank to find that it is rank 0.
+            self._settled.wait(min(self.timeout, 2.5 * _DOUBT_SECONDS))
+            if self._settled.is_set():
+                known += " All that were asked have answered."
+        else:
+            return
+        if hint() and not any(hint() in note for note in getattr(error, "__notes__", ())):
+            known += f" {hint()}"
+        error.add_note(f"dsp_plugin: {known}")
 
     def _wake(self) -> None:
         with contextlib.suppress(OSError):
@@ -192,100 +212,89 @@ class Watch:
     def _run(self) -> None:
         awake = time.monotonic()
         beaten = 0.0
-        while not (self._farewell and (self._all_here() or "ended" in self._farewell)):
-            ready = self._selector.select(self._beat)
+        while not self._finished():
+            unsure = self._asked is not None or self._company.unsettled
+            ready = self._company.selector.select(min(self._beat, _UNSURE_SECONDS) if unsure else self._beat)
             now = time.monotonic()
             # What this process slept (stopped, or a compiler that kept the interpreter) counts for nobody.
             overslept = now - awake - 2 * self._beat
             if overslept > 0:
-                for peer in self._peers.values():
+                for peer in self._company.peers.values():
                     peer.heard += overslept
             awake = now
             for key, _ in ready:
-                key.data()
+                if key.fileobj.fileno() >= 0:  # type: ignore[union-attr]
+                    key.data()
+            self._company.tend(now)
+            if self._asked is not None:
+                self._doubt(now)
             if now - beaten >= self._beat:
                 beaten = now
-                self._tell({"alive": True})
+                self._company.tell({"alive": True})
             self._judge(now)
             if self._terminated is not None and now > self._terminated:
-                self._tell({"ended": _SIGTERM})
-                self._drain(_FAREWELL_SECONDS)
+                self._company.tell({"ended": _SIGTERM})
+                self._company.drain(_FAREWELL_SECONDS)
                 os._exit(128 + signal.SIGTERM)
-        self._tell(self._farewell)
-        self._drain(_FAREWELL_SECONDS)
-        self._close()
+        if self._farewell is not None:
+            self._company.tell(self._farewell)
+        self._company.drain(_FAREWELL_SECONDS)
+        self._company.close()
+        self._settled.set()
 
-    def _all_here(self) -> bool:
-        return all(peer.link is not None for peer in self._peers.values())
+    def _finished(self) -> bool:
+        """Whether this rank's part is over: it has said so to all, or nobody hears it."""
+        if self._farewell is None:
+            return self._over and not self._company.peers
+        # An error is not kept from those who are here for the sake of one who may never come.
+        late = "ended" in self._farewell and time.monotonic() > self._left + _FAREWELL_SECONDS
+        return late or self._over or self._company.complete
 
-    def _tell(self, message: Message) -> None:
-        for peer in self._peers.values():
-            if peer.link is not None:
-                peer.link.send(message)
+    def _doubt(self, now: float) -> None:
+        """Asks all ranks whether they are there; once they have answered, none is behind what has timed out."""
+        assert self._asked is not None
+        here = [peer for peer in self._company.peers.values() if peer.link is not None]
+        if self._asked < 0:
+            self._asked, self._answered = now, False
+            self._company.tell({"asked": True})
+        elif all(peer.heard > self._asked for peer in here) and (self._rank == 0 or self._answered):
+            self._company.tell({"nobody": True})
+            self._asked = None
+            self._settled.set()
 
-    def _accept(self) -> None:
-        assert self._listener is not None
-        with contextlib.suppress(OSError):
-            link = Link(self._listener.accept()[0])
-            self._selector.register(link, selectors.EVENT_READ, lambda: self._greet(link))
-
-    def _greet(self, link: Link) -> None:
-        """Reads who a new connection is."""
-        messages, closed = link.receive()
-        if not messages and not closed:
-            return
-        self._selector.unregister(link)
-        peer = self._peers.get(messages[0].get("rank", 0)) if messages else None
-        if peer is None or peer.link is not None or messages[0].get("token") != self._token:
-            link.close()
-            return
-        peer.link, peer.heard = link, time.monotonic()
-        peer.host, peer.pid = str(messages[0]["host"]), int(messages[0]["pid"])
-        self._selector.register(link, selectors.EVENT_READ, lambda: self._read(peer))
-        self._heed(peer, messages[1:], closed)
-
-    def _read(self, peer: _Peer) -> None:
-        assert peer.link is not None
-        messages, closed = peer.link.receive()
-        peer.heard = time.monotonic()
-        self._heed(peer, messages, closed)
-
-    def _heed(self, peer: _Peer, messages: list[Message], closed: bool) -> None:
+    def _heed(self, peer: Peer, messages: list[Message], closed: bool) -> None:
         for message in messages:
             if "left" in message:
-                self._forget(peer)
+                self._company.forget(peer)
                 return
             if "ended" in message:
-                self._end(peer.gone(message["ended"]))
-            if "gone" in message:
-                self._end(Gone(**message["gone"]))
+                self._end(peer.gone(str(message["ended"])[:_LONGEST_REASON]))
+            if (gone := words(Gone, message.get("gone"))) is not None:
+                self._end(gone)
+            if "nobody" in message:
+                self._answered = True
+            if "asked" in message and peer.link is not None:
+                peer.link.send({"alive": True})
+                if self._rank == 0 and self._asked is None:
+                    self._asked = -1.0
         if closed:
-            self._end(peer.gone("its process ended without a word: it was killed (SIGKILL, out of memory) or crashed"))
+            self._end(peer.gone(self._without_a_word(peer)))
 
-    def _forget(self, peer: _Peer) -> None:
-        del self._peers[peer.rank]
-        if peer.link is not None:
-            self._selector.unregister(peer.link)
-            peer.link.close()
+    def _without_a_word(self, peer: Peer) -> str:
+        return last_words.without_a_word(peer.pid, here=bool(peer.machine) and peer.machine == machine())
 
     def _judge(self, now: float) -> None:
         """Accuses the rank that has been silent for too long."""
-        for peer in list(self._peers.values()):
+        for peer in list(self._company.peers.values()):
             silent = now - peer.heard
-            if silent <= self.timeout:
+            doubted = self._asked is not None and peer.heard < self._asked < now - _DOUBT_SECONDS
+            if silent <= self.timeout and not (doubted and peer.link is not None):
                 continue
-            if peer.link is None and self._excused(peer):
-                self._forget(peer)
+            if peer.link is None and self._company.excused(peer):
+                self._company.forget(peer)
                 continue
             how = "it never reported" if peer.link is None else f"it has been silent for {silent:.1f} s"
             self._end(peer.gone(f"{how}: its process is stopped or stuck, or its host or network is down"))
-
-    def _excused(self, peer: _Peer) -> bool:
-        """Whether a rank that never reported could not, and has said so."""
-        try:
-            return self._store.check([_unreachable(peer.rank)])
-        except RuntimeError:
-            return False
 
     def _woken(self) -> None:
         """Wakes up for a farewell, or for the signals that Python's handler has no turn to see in a collective."""
@@ -300,19 +309,19 @@ class Watch:
         if self._over:
             return
         self._over = True
-        self._tell({"gone": asdict(gone)})
-        for peer in self._peers.values():
-            if peer.link is not None:
-                peer.link.finish()
+        self._company.tell({"gone": asdict(gone)})
+        self._company.finish()
         if self._terminated is not None and gone.how == _SIGTERM:
             os._exit(128 + signal.SIGTERM)
-        if gone.how.startswith(_SCRIPT_ENDED) and self._fails_alike():
+        # A rank that fails as it starts may be gone before it has heard of this one.
+        early = self._company.meeting
+        if (early or gone.how.startswith(_SCRIPT_ENDED)) and self._fails_alike():
             return
         say(report(self._rank, gone, self._latest, self._error))
         flush = threading.Thread(target=sys.stdout.flush, daemon=True)
         flush.start()
         flush.join(1.0)
-        self._drain(_FAREWELL_SECONDS)
+        self._company.drain(_FAREWELL_SECONDS)
         if "TORCHELASTIC_RUN_ID" in os.environ:
             self._await_agent()
         os._exit(STATUS)
@@ -331,34 +340,12 @@ class Watch:
             if signal.SIGTERM in self._inbox.recv(64):
                 return
 
-    def _drain(self, limit: float) -> None:
-        """Lets the others read what was sent to them: a connection closed on unread messages takes that along."""
-        links = [peer.link for peer in self._peers.values() if peer.link is not None]
-        for link in links:
-            link.finish()
-        deadline = time.monotonic() + limit
-        while links and time.monotonic() < deadline:
-            links = [link for link in links if not link.receive()[1]]
-            time.sleep(0.01)
-
-    def _close(self) -> None:
-        for peer in self._peers.values():
-            if peer.link is not None:
-                peer.link.close()
-        self._peers.clear()
-        if self._listener is not None:
-            self._listener.close()
-
     def _forked(self) -> None:
         """A forked child that kept the connections would keep a dead rank alive in the eyes of the others."""
-        self._close()
+        self._company.close()
         if signal.getsignal(signal.SIGTERM) is _terminated:
             signal.set_wakeup_fd(-1)
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-
-def _unreachable(rank: int) -> str:
-    return f"{_KEY}/unreachable/{rank}"
 
 
 def _terminated(number: int, frame: FrameType | None) -> None:

@@ -3,9 +3,9 @@
 Sequence parallelism is folded into DeepSpeed's data parallelism: DeepSpeed averages gradients over the whole world,
 which is what the gradient contract of the library asks for, and never learns that some of its data-parallel ranks hold
 parts of one sample. What folding would otherwise get wrong is put right here, one module per seam: `batch` (what the
-batch sizes mean), `refusals` (what cannot be combined), `engine` (groups, hooks and data loading), `checkpoint`,
-`step_log`, `same_sample` and `random_state` (what sequence peers share). `shared_memory` lets runs on CPU be started
-again.
+batch sizes mean), `refusals` (what cannot be combined), `engine` (groups, hooks and data loading), `checkpoint`
+and `saving`, `step_log`, `same_sample` and `random_state` (what sequence peers share). `shared_memory` lets runs on CPU
+be started again.
 
 Without the section no call behaves differently.
 """
@@ -13,7 +13,9 @@ Without the section no call behaves differently.
 from __future__ import annotations
 
 import functools
+import warnings
 
+from dsp_plugin.errors import PatchError
 from dsp_plugin.patches.deepspeed import (
     batch,
     checkpoint,
@@ -21,8 +23,10 @@ from dsp_plugin.patches.deepspeed import (
     initialize,
     pipeline,
     recompute,
+    saving,
     shared_memory,
     step_log,
+    unserved,
 )
 from dsp_plugin.patches.deepspeed.versions import DISTRIBUTION, SUPPORTED
 from dsp_plugin.patches.patch import Patch, PatchSet, applied_in_words
@@ -109,12 +113,20 @@ PATCHES = PatchSet(
             parameters=("self", "micro_batch_size"),
         ),
         Patch(
-            name="record in checkpoints how they were made",
+            name="save checkpoints that may be cut anywhere, with a record of how they were made",
             target="deepspeed.runtime.engine:DeepSpeedEngine.save_checkpoint",
             distribution=DISTRIBUTION,
             supported=SUPPORTED,
-            make=checkpoint.recording,
-            parameters=("self", "save_dir", "tag"),
+            make=saving.saving,
+            parameters=("self", "save_dir", "tag", "save_latest"),
+        ),
+        Patch(
+            name="end decoupled saves on all ranks before one is named",
+            target="deepspeed.runtime.engine:DeepSpeedEngine._commit_decoupled_checkpoint",
+            distribution=DISTRIBUTION,
+            supported=SUPPORTED,
+            make=saving.committing,
+            parameters=("self",),
         ),
         Patch(
             name="check checkpoints, and run nothing that is in them",
@@ -157,8 +169,25 @@ def install() -> None:
         PatchError: this DeepSpeed is not one that the patches fit; it is left as it was.
     """
     PATCHES.apply()
+    unserved.refusal().revert()
+
+
+def install_where_it_fits() -> None:
+    """`install` on a DeepSpeed that the patches fit; on any other nothing changes but that our section is refused."""
+    try:
+        install()
+    except PatchError as error:
+        try:
+            unserved.refusal(error).apply()
+        except PatchError:
+            warnings.warn(f'a "sequence_parallel" section would be passed over: {error}', RuntimeWarning, stacklevel=2)
 
 
 def uninstall() -> None:
-    """Puts DeepSpeed back as it was."""
+    """Puts DeepSpeed back as it was.
+
+    Raises:
+        PatchError: something else has wrapped what was patched; nothing is undone then.
+    """
     PATCHES.revert()
+    unserved.refusal().revert()

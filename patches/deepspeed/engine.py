@@ -68,8 +68,7 @@ def parallelizing(upstream: Callable[..., None], patched: Callable[[], str]) -> 
         setattr(self, CONFIG, section)
         setattr(self, GROUPS, groups)
         try:
-            if section.recompute == "keep_attention":
-                undo.append(recompute.keep_for(self, module))
+            undo.append(recompute.hold_for(self, module, keep=section.recompute == "keep_attention"))
             handle = hook(module, config=section, groups=groups)
             undo.append(handle.remove)
             upstream(self, *args, **kwargs)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -28,11 +29,12 @@ from dsp_plugin.groups import SequenceParallelGroups
 from dsp_plugin.layout import Layout
 from dsp_plugin.methods import METHODS
 from dsp_plugin.patches.deepspeed.same_sample import SameSampleCheck
+from dsp_plugin.patches.recompute import enter_again
 from dsp_plugin.plans.plan import matching_modules, outermost
 from dsp_plugin.sharding.batch import BatchSharder
-from dsp_plugin.sharding.outputs import when_backward_starts
 from dsp_plugin.sharding.parallelize import global_loss
 from dsp_plugin.sharding.routing import AttentionRoute
+from dsp_plugin.training.extents import Running
 from dsp_plugin.training.randomness import RegionSeed, RegionVisit
 
 INPUTS, LABELS = "inputs", "labels"
@@ -129,6 +131,14 @@ def _named(section: SequenceParallelConfig, what: str) -> dict[str, int]:
     return {name: dim for name, dim in section.batch.items() if name.split(".")[0] == what}
 
 
+@dataclass
+class StagePass:
+    """One forward pass of a stage: where its tokens are, and its seeds in training."""
+
+    layout: Layout
+    seed: RegionSeed | None
+
+
 class PipelineStage:
     """What is in place on this rank's stage; `remove` takes it off.
 
@@ -154,13 +164,15 @@ class PipelineStage:
         self._inputs = BatchSharder(_Named(), config.model_copy(update={"batch": inputs, "loss": None}), groups.sp)
         self._labels = BatchSharder(_Named(), config.model_copy(update={"batch": labels, "positions": None}), groups.sp)
         self._layout: Layout | None = None
+        self._passes: Running[StagePass] = Running()
         self._visit: RegionVisit | None = None
-        self._seed: RegionSeed | None = None
         with ExitStack() as undo:
+            undo.callback(enter_again())
             self._route(module, device(), undo)
             undo.callback(module.register_forward_pre_hook(self._before).remove)
             undo.callback(module.register_forward_hook(self._leave, always_call=True).remove)
             undo.callback(module.register_forward_hook(self._after).remove)
+            undo.callback(module.register_forward_hook(self._end, always_call=True).remove)
             if module.stage_id == module.num_stages - 1:
                 undo.callback(setattr, module, "loss_fn", module.loss_fn)
                 module.loss_fn = partial(self._loss, module, module.loss_fn)
@@ -176,7 +188,7 @@ class PipelineStage:
         linear = attention_of(config) if METHODS[config.method].kind == "linear" else None
         found = _attention_modules(module, config.attention, device)
         for name, part in found.items():
-            route = AttentionRoute(name, attention, self._groups, lambda: self._layout, lambda: self._seed, linear)
+            route = AttentionRoute(name, attention, self._groups, self._layout_now, self._seed_now, linear)
             undo.callback(route.install(part))
 
     def _before(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -189,8 +201,17 @@ class PipelineStage:
         else:
             self._layout = self._layout_of(inputs)
         self._visit = RegionVisit(self._groups.sp) if module.training and self._groups.sp.size > 1 else None
-        self._seed = self._visit.seed if self._visit is not None else None
+        self._passes.begin(StagePass(self._layout, None if self._visit is None else self._visit.seed))
         return (inputs,)
+
+    def _layout_now(self) -> Layout | None:
+        return None if self._passes.now is None else self._passes.now.layout
+
+    def _seed_now(self) -> RegionSeed | None:
+        return None if self._passes.now is None else self._passes.now.seed
+
+    def _end(self, *_: object) -> None:
+        self._passes.end()
 
     def _leave(self, *_: object) -> None:
         if self._visit is not None:
@@ -198,12 +219,10 @@ class PipelineStage:
             self._visit = None
 
     def _after(self, module: nn.Module, args: object, output: Any) -> None:
+        assert self._passes.now is not None
         for tensor in output if isinstance(output, tuple) else (output,):
             if isinstance(tensor, Tensor):
-                when_backward_starts(tensor, partial(self._recall, self._layout, self._seed))
-
-    def _recall(self, layout: Layout | None, seed: RegionSeed | None) -> None:
-        self._layout, self._seed = layout, seed
+                self._passes.recall_by(tensor, self._passes.now)
 
     def _layout_of(self, inputs: Any) -> Layout:
         """The placement of the tokens that the stage before sent: of the whole, a rank gets to see only its part."""

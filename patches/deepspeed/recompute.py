@@ -1,4 +1,4 @@
-"""``recompute: "keep_attention"`` in DeepSpeed's activation checkpointing, and in torch's, which models come with."""
+"""What DeepSpeed's activation checkpointing runs again, and torch's, which models come with."""
 
 from __future__ import annotations
 
@@ -13,18 +13,23 @@ from torch import nn
 from dsp_plugin.patches import recompute
 from dsp_plugin.patches.deepspeed.versions import DISTRIBUTION, SUPPORTED
 from dsp_plugin.patches.patch import Patch, PatchSet
+from dsp_plugin.training.extents import entering_again
 from dsp_plugin.training.recompute import keeping_attention
 
 _RELEASE = "_sequence_parallel_recompute"
 _MODULE = "deepspeed.runtime.activation_checkpointing.checkpointing"
 
 
-def _keeping(upstream: Callable[..., Any]) -> Callable[..., Any]:
+def _function(upstream: Callable[..., Any]) -> Callable[..., Any]:
     """Replaces the non-reentrant implementation, which calls its function once forward and once backward."""
 
     @functools.wraps(upstream)
     def non_reentrant_checkpoint(function: Callable[..., Any], *args: Any) -> Any:
-        return upstream(keeping_attention(function) if torch.is_grad_enabled() else function, *args)
+        if torch.is_grad_enabled():
+            if recompute.kept():
+                function = keeping_attention(function)
+            function = entering_again(function, runs_first=True)
+        return upstream(function, *args)
 
     return non_reentrant_checkpoint
 
@@ -43,16 +48,16 @@ def _releasing(upstream: Callable[..., None]) -> Callable[..., None]:
 
 
 PATCHES = PatchSet(
-    "keep attention in DeepSpeed",
+    "what DeepSpeed runs again",
     (
         *recompute.TORCH,
         recompute.checkpoint_function(_MODULE, DISTRIBUTION, SUPPORTED),
         Patch(
-            f"keep attention in {_MODULE}, non-reentrant",
+            f"what {_MODULE} runs again, non-reentrant",
             f"{_MODULE}:non_reentrant_checkpoint",
             DISTRIBUTION,
             SUPPORTED,
-            _keeping,
+            _function,
             ("function",),
         ),
         Patch(
@@ -67,16 +72,20 @@ PATCHES = PatchSet(
 )
 
 
-def keep_for(engine: Any, module: nn.Module) -> Callable[[], object]:
-    """Keeps attention until the engine is destroyed or its module is gone.
+def hold_for(engine: Any, module: nn.Module, *, keep: bool) -> Callable[[], object]:
+    """Patches until the engine is destroyed or its module is gone.
+
+    Args:
+        keep: whether attention is kept.
 
     Returns:
         What ends it earlier.
 
     Raises:
-        PatchError: torch or DeepSpeed is not one that the patches fit.
+        PatchError: torch or DeepSpeed is not one that the patches fit, and attention is to be kept.
     """
-    release = weakref.finalize(module, recompute.hold(PATCHES))
+    held = recompute.hold(PATCHES, keep=True) if keep else recompute.enter_again(PATCHES)
+    release = weakref.finalize(module, held)
     # An engine that is only dropped stays, and its module with it: DeepSpeed's hooks form cycles through autograd.
     setattr(engine, _RELEASE, release)
     return release

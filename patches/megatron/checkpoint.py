@@ -105,7 +105,7 @@ def _running_no_code() -> Iterator[None]:
                 raise failure from None
             # What it meets while reading metadata, it quotes in an error of its own.
             _, quoted, refusal = str(failure).partition("metadata read failed: ")
-            if quoted and safe_load.TRUST in refusal:
+            if quoted and refusal.startswith("checkpoint="):
                 raise UnsupportedError(refusal) from None
         raise
 

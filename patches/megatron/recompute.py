@@ -15,4 +15,4 @@ def patches(state: MegatronState) -> tuple[Patch, ...]:
     """One where the user asked for it, else none."""
     if state.settings.recompute != "keep_attention":
         return ()
-    return (checkpoint_function("megatron.core.tensor_parallel.random", DISTRIBUTION, SUPPORTED),)
+    return (checkpoint_function("megatron.core.tensor_parallel.random", DISTRIBUTION, SUPPORTED, lambda: True),)

@@ -13,8 +13,9 @@ from dsp_plugin.groups import SequenceParallelGroups
 from dsp_plugin.kernels.spec import AttentionSpec
 from dsp_plugin.mask import MaskSpec
 from dsp_plugin.methods import Where
-from dsp_plugin.patches.transformers.inputs import Placement
 from dsp_plugin.patches.transformers.mask import SequenceMask
+from dsp_plugin.patches.transformers.passes import ModelPass
+from dsp_plugin.training.extents import Running
 from dsp_plugin.training.randomness import RegionSeed
 
 # What some families pass to attention beyond q, k and v, and what it would change.
@@ -31,15 +32,15 @@ class SequenceAttention:
 
     Attributes:
         calls: how many attention layers ran in the running forward pass.
-        placement: how the tokens of that forward pass lie on the ranks.
-        seed: the seeds of that forward pass; None outside training.
+
+    Args:
+        passes: the model's.
     """
 
-    placement: Placement
-    seed: RegionSeed | None
-
-    def __init__(self, config: SequenceParallelConfig, groups: SequenceParallelGroups) -> None:
-        self._attention, self._groups = attention_of(config), groups
+    def __init__(
+        self, config: SequenceParallelConfig, groups: SequenceParallelGroups, passes: Running[ModelPass]
+    ) -> None:
+        self._attention, self._groups, self._passes = attention_of(config), groups, passes
         self.calls = 0
 
     def __call__(
@@ -68,12 +69,20 @@ class SequenceAttention:
             ``[B, n, H, Dv]``, and no weights.
 
         Raises:
-            UnsupportedError: a mask, or something else that changes the scores in a way that no method knows.
+            UnsupportedError: a mask, or something else that changes the scores in a way that no method knows; or no
+                forward pass of the model runs.
         """
         self.calls += 1
         _refuse_altered_scores(module, attention_mask, is_causal, kwargs)
+        running = self._passes.now
+        if running is None:
+            raise UnsupportedError(
+                setting=f"{type(module).__name__} with sequence_parallel",
+                why="it was called outside of the model's forward, where nothing says which tokens this rank holds",
+                remedy="call the model itself, not a part of it: without labels it returns whole logits",
+            )
         assert isinstance(attention_mask, SequenceMask)
-        placement, window = self.placement, attention_mask.window
+        placement, window = running.placement, attention_mask.window
         out = self._attention(
             *(x.transpose(1, 2) for x in (query, key, value)),
             what=AttentionSpec(
@@ -84,15 +93,16 @@ class SequenceAttention:
                 ),
                 scaling,
                 dropout,
-                self._dropout_seed(module) if dropout else None,
+                _dropout_seed(running.seed, module) if dropout else None,
             ),
             where=Where(self._groups, placement.layout),
         )
         return out, None
 
-    def _dropout_seed(self, module: nn.Module) -> int:
-        assert self.seed is not None, "Transformers' layers drop in training only"
-        return self.seed.of_attention(f"layer {getattr(module, 'layer_idx', None)}")
+
+def _dropout_seed(seed: RegionSeed | None, module: nn.Module) -> int:
+    assert seed is not None, "Transformers' layers drop in training only"
+    return seed.of_attention(f"layer {getattr(module, 'layer_idx', None)}")
 
 
 def _refuse_altered_scores(

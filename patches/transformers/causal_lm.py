@@ -6,7 +6,6 @@ import weakref
 from collections.abc import Callable
 from contextlib import ExitStack
 from copy import deepcopy
-from functools import partial
 from itertools import count
 from typing import TYPE_CHECKING, Any, Self
 
@@ -16,14 +15,17 @@ from dsp_plugin.comm.collectives import gather
 from dsp_plugin.config.schema import SequenceParallelConfig
 from dsp_plugin.errors import UnsupportedError
 from dsp_plugin.groups import SequenceParallelGroups
+from dsp_plugin.patches.recompute import enter_again
 from dsp_plugin.patches.transformers.attention import SequenceAttention
-from dsp_plugin.patches.transformers.inputs import SEQUENCE_DIM, InputSharder, Placement
+from dsp_plugin.patches.transformers.inputs import SEQUENCE_DIM, InputSharder
 from dsp_plugin.patches.transformers.loss import SequenceLoss
 from dsp_plugin.patches.transformers.mask import MaskReader
 from dsp_plugin.patches.transformers.noise import scale_noise
+from dsp_plugin.patches.transformers.passes import ModelPass
 from dsp_plugin.patches.transformers.seams import DISTRIBUTION, SEAMS
-from dsp_plugin.sharding.outputs import first_tensor, when_backward_starts
-from dsp_plugin.training.randomness import RegionSeed, RegionVisit
+from dsp_plugin.sharding.outputs import first_tensor
+from dsp_plugin.training.extents import Running
+from dsp_plugin.training.randomness import RegionVisit
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -46,17 +48,20 @@ class ShardedCausalLM:
         self._layers, self._name = declared.num_hidden_layers, type(model).__name__
         self.may_drop = getattr(declared, "attention_dropout", None) != 0
         self._inputs = InputSharder(config, groups.sp)
-        self._attention, self._mask = SequenceAttention(config, groups), MaskReader()
+        self._passes: Running[ModelPass] = Running()
+        self._attention, self._mask = SequenceAttention(config, groups, self._passes), MaskReader(self._passes)
         self._loss = SequenceLoss(model.loss_function, groups.sp)
         self._visit: RegionVisit | None = None
         self._unscale: Callable[[], None] = _nothing
         with ExitStack() as undo:
             _select_attention(model, f"sequence_parallel_{config.method}", self._attention, self._mask, undo)
             _set_loss(model, self._loss, undo)
+            undo.callback(enter_again())
             undo.callback(model.register_forward_pre_hook(self._before, with_kwargs=True).remove)
             # Before what follows, which all ranks do alike; also where the forward pass fails.
             undo.callback(model.register_forward_hook(self._leave, always_call=True).remove)
             undo.callback(model.register_forward_hook(self._after).remove)
+            undo.callback(model.register_forward_hook(self._end, always_call=True).remove)
             self._undo = undo.pop_all()
 
     def __str__(self) -> str:
@@ -70,10 +75,9 @@ class ShardedCausalLM:
     def _before(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         self._attention.calls = self._loss.calls = 0
         kwargs, placement = self._inputs.shard(model, args, kwargs)
-        self._attention.placement = self._mask.placement = placement
         self._unscale = scale_noise(model, placement.layout, self._groups.sp.rank)
         self._visit = RegionVisit(self._groups.sp) if model.training else None
-        self._attention.seed = self._visit.seed if self._visit is not None else None
+        self._passes.begin(ModelPass(placement, self._visit.seed if self._visit is not None else None))
         return (), kwargs
 
     def _leave(self, *_: object) -> None:
@@ -83,8 +87,13 @@ class ShardedCausalLM:
             self._visit.leave()
             self._visit = None
 
+    def _end(self, *_: object) -> None:
+        self._passes.end()
+
     def _after(self, model: nn.Module, args: object, output: Any) -> Any:
-        placement, seed = self._attention.placement, self._attention.seed
+        running = self._passes.now
+        assert running is not None
+        placement = running.placement
         for what, calls, expected in (
             ("attention interface", self._attention.calls, self._layers),
             ("loss function", self._loss.calls, int(placement.labelled)),
@@ -101,11 +110,8 @@ class ShardedCausalLM:
         if not placement.labelled:
             layout, method = placement.layout, self._config.method
             first = gather(first, SEQUENCE_DIM, layout, axis=self._groups.sp, method=method)
-        when_backward_starts(first, partial(self._recall, placement, seed))
+        self._passes.recall_by(first, running)
         return rebuild(first)
-
-    def _recall(self, placement: Placement, seed: RegionSeed | None) -> None:
-        self._attention.placement, self._attention.seed = placement, seed
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         return self

@@ -83,8 +83,7 @@ class InputSharder:
             _check_shape("position_ids", positions, (1, batch), length)
         mask = values.pop("attention_mask", None)
         _check_padding(mask, labels, batch, length)
-        # Transformers itself takes a jump in the positions for a new document only where there is no mask.
-        documents = _documents(positions) if mask is None and positions is not None else None
+        documents = _documents(positions, mask)
         kind = self._config.layout_for()
         # Zigzag inside each document, so that ranks have alike much to attend to in every one.
         layout = Layout(kind, length, self._sp.size, documents=documents if kind == "zigzag" else None)
@@ -213,22 +212,56 @@ def _check_padding(mask: Tensor | None, labels: Tensor | None, batch: int, lengt
         )
 
 
-def _documents(positions: Tensor) -> tuple[int, ...] | None:
-    """The borders between documents, which are where positions do not go on by one.
+def _documents(positions: Tensor | None, mask: Tensor | None) -> tuple[int, ...] | None:
+    """The borders between documents: where positions do not go on by one, or where the number in the mask changes.
 
-    As always in Transformers' flash attention, and in its eager and sdpa attention where they are told to keep
-    no cache.
+    Positions do so as always in Transformers' flash attention, and in its eager and sdpa attention where they are told
+    to keep no cache and get no mask. Collators for packed rows write either, or both; a mask of ones says nothing of
+    documents, and positions that go on say nothing against them.
+
+    Args:
+        positions: ``[1 or B, L]``.
+        mask: ``[B, L]``, 0 for padding behind the last token, else 1, or the number of the token's document.
+
+    Raises:
+        SequenceParallelConfigError: the two contradict each other, rows differ, or a document comes in parts.
     """
-    jumps = positions[:, 1:] != positions[:, :-1] + 1
-    if not jumps.any():
+    real = None if mask is None else (mask[:, 1:] != 0)
+    by_positions = None if positions is None else _within(positions[:, 1:] != positions[:, :-1] + 1, real)
+    by_mask = None
+    if mask is not None and mask.dtype != torch.bool:
+        by_mask = _within(mask[:, 1:] != mask[:, :-1], real)
+        if ((mask[:, 1:] < mask[:, :-1]) & by_mask).any():
+            raise SequenceParallelConfigError(
+                setting="attention_mask",
+                value=tuple(mask.shape),
+                why="the numbers of documents in it go down, so one document would lie in several parts",
+                remedy="number the documents of a row in their order, as in 1 1 1 2 2, with 0 for padding behind them",
+            )
+        if by_positions is not None and by_mask.any() and (by_positions & ~by_mask).any():
+            raise SequenceParallelConfigError(
+                setting="position_ids and attention_mask",
+                value=(tuple(by_positions.shape), tuple(mask.shape)),
+                why="positions start again in the middle of what the mask numbers as one document",
+                remedy="pass one of them, or let positions start again where the mask's number changes",
+            )
+    jumps = by_mask if by_mask is not None and by_mask.any() else by_positions
+    if jumps is None or not jumps.any():
         return None
-    if (jumps != jumps[:1]).any():
+    first = jumps.any(0)
+    agree = jumps == first if real is None else (jumps == first) | ~real
+    if not agree.all():
         raise SequenceParallelConfigError(
-            setting="position_ids",
-            value=tuple(positions.shape),
-            why="they start again at other places in one row of the batch than in another, but here the rows of a "
+            setting="position_ids" if jumps is by_positions else "attention_mask",
+            value=(jumps.shape[0], jumps.shape[1] + 1),
+            why="documents start at other places in one row of the batch than in another, but here the rows of a "
             "batch share their document borders",
-            remedy="pack into one row (batch size 1), or give all rows the same positions",
+            remedy="pack into one row (batch size 1), or give all rows the same borders",
         )
-    borders = (jumps[0].nonzero().flatten() + 1).tolist()
-    return (0, *borders, positions.shape[1])
+    borders = (first.nonzero().flatten() + 1).tolist()
+    return (0, *borders, jumps.shape[1] + 1)
+
+
+def _within(jumps: Tensor, real: Tensor | None) -> Tensor:
+    """Without those to padding, which nothing is learned from."""
+    return jumps if real is None else jumps & real

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from dsp_plugin.errors import UnsupportedError
-from dsp_plugin.patches.transformers.inputs import Placement
+from dsp_plugin.patches.transformers.passes import ModelPass
+from dsp_plugin.training.extents import Running
 
 MaskFunction = Callable[..., Tensor]
 
@@ -48,11 +49,12 @@ class SequenceMask:
 class MaskReader:
     """What Transformers calls for a mask of one model.
 
-    Attributes:
-        placement: how the tokens of the running forward pass lie on the ranks.
+    Args:
+        passes: the model's.
     """
 
-    placement: Placement
+    def __init__(self, passes: Running[ModelPass]) -> None:
+        self._passes = passes
 
     def __call__(
         self,
@@ -70,10 +72,17 @@ class MaskReader:
             local_size: the size of a window, or of a chunk.
 
         Raises:
-            UnsupportedError: it is no causal mask or causal window, or does not keep documents apart although the
-                positions start again.
+            UnsupportedError: it is no causal mask or causal window, it does not keep documents apart although the batch
+                has several in a row, or no forward pass of the model runs.
         """
-        length = self.placement.layout.length
+        running = self._passes.now
+        if running is None:
+            raise UnsupportedError(
+                setting="mask of the model with sequence_parallel",
+                why="it was asked for outside of the model's forward, where nothing says which tokens this rank holds",
+                remedy="call the model itself, not a part of it: without labels it returns whole logits",
+            )
+        length, documents = running.placement.layout.length, running.placement.documents
         if not allow_is_causal_skip or not _agrees(mask_function, local_size, length):
             raise UnsupportedError(
                 setting="mask of the model with sequence_parallel",
@@ -82,10 +91,10 @@ class MaskReader:
                 "the methods know of",
                 remedy="use a model with causal attention in full or in sliding windows, or remove the section",
             )
-        if self.placement.documents is not None and _caller().get("position_ids") is None:
+        if documents is not None and _caller().get("position_ids") is None:
             raise UnsupportedError(
                 setting="position_ids with sequence_parallel",
-                value=f"documents at {self.placement.documents}",
+                value=f"documents at {documents}",
                 why="the masks of this model are made without a look at positions: unsharded, the tokens of a document "
                 "attend to the documents before it, here they would not",
                 remedy="give every document a row of its own, padded behind its tokens with labels of -100",

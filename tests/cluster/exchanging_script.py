@@ -4,7 +4,8 @@
 
 Every rank writes its pid to FOLDER/R.pid once it is under way, and stops when there is FOLDER/stop. RANK ends after a
 few rounds in a WAY of its own: it raises, exits with a status, returns, or makes a child process that outlives it.
-With "raise together" all raise; with "threads" all end, and say what threads they have.
+With "raise together" all raise; with "threads" all end, and say what threads they have. COLLECTIVE_SECONDS in the
+environment is how long a collective may take.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import os
 import sys
 import threading
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -29,7 +31,8 @@ def main() -> None:
     """Exchanges until told otherwise."""
     folder, *rest = sys.argv[1:]
     rank, way = (int(rest[0]), rest[1]) if rest else (-1, "")
-    dist.init_process_group("gloo")
+    limit = os.environ.get("COLLECTIVE_SECONDS")
+    dist.init_process_group("gloo", timeout=None if limit is None else timedelta(seconds=float(limit)))
     size = dist.get_world_size()
     axis = SequenceParallelGroups.build(SequenceParallelConfig(method="ulysses", size=size)).sp
     sender = Sender(axis, "ulysses", "forward")

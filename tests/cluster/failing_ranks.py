@@ -62,18 +62,21 @@ class Ranks:
 
 
 @contextmanager
-def ranks(folder: Path, size: int, *argv: str, timeout: float) -> Iterator[Ranks]:
+def ranks(
+    folder: Path, size: int, *argv: str, timeout: float, script: Path = SCRIPT, **environment: str
+) -> Iterator[Ranks]:
     """Starts the script on so many ranks; kills what is left of them at the end.
 
     Args:
         folder: for output; the script's first argument.
         argv: its others.
         timeout: the launcher's.
+        environment: what the ranks find in theirs.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch", "dsp_plugin", "dsp_plugin.launch.__main__"])
-    place = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    arguments = ["--timeout", str(timeout), str(SCRIPT), str(folder), *argv]
+    place = {**environment, "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    arguments = ["--timeout", str(timeout), str(script), str(folder), *argv]
     started: list[BaseProcess] = []
     try:
         for rank in range(size):

@@ -13,7 +13,7 @@ import pytest
 from failing_ranks import Ranks, ranks
 
 from dsp_plugin.errors import SequenceParallelConfigError
-from dsp_plugin.watch.last_words import STATUS, patience
+from dsp_plugin.watch.last_words import STATUS, lost, timed_out
 from dsp_plugin.watch.liveness import DEFAULT_TIMEOUT, TIMEOUT, seconds
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(200)]
@@ -153,22 +153,25 @@ def test_the_timeout_is_the_flag_or_the_environment_or_five_minutes(monkeypatch:
 
 
 @pytest.mark.parametrize(
-    ("text", "waits"),
+    ("text", "marks"),
     [
-        ("[pair.cc:537] Read error [127.0.0.1]:17793: Connection reset by peer.", 10.0),
-        ("[pair.cc:534] Connection closed by peer [127.0.0.1]:2", 10.0),
-        ("NCCL Error 6: remote process exited or there was a network error", 10.0),
-        ("[unbound_buffer.cc:81] Timed out waiting 1800000ms for recv operation to complete", 60.0),
-        ("CUDA out of memory", 0.0),
-        ("", 0.0),
+        ("[pair.cc:537] Read error [127.0.0.1]:17793: Connection reset by peer.", (True, False)),
+        ("[pair.cc:534] Connection closed by peer [127.0.0.1]:2", (True, False)),
+        ("NCCL Error 6: remote process exited or there was a network error", (True, False)),
+        ("[unbound_buffer.cc:81] Timed out waiting 1800000ms for recv operation to complete", (False, True)),
+        ("CUDA out of memory", (False, False)),
+        ("", (False, False)),
     ],
 )
-def test_an_error_that_another_rank_caused_waits_for_word_of_it(text: str, waits: float) -> None:
-    assert patience(RuntimeError(text), 60.0) == waits
+def test_an_error_that_another_rank_caused_is_known_by_its_words(text: str, marks: tuple[bool, bool]) -> None:
+    def of(error: Exception) -> tuple[bool, bool]:
+        return lost(error), timed_out(error)
+
+    assert of(RuntimeError(text)) == marks
     wrapped = ValueError("step 3 failed")
     wrapped.__cause__ = RuntimeError(text)
-    assert patience(wrapped, 60.0) == waits
-    assert patience(ValueError(text), 60.0) == 0.0, "not an error of a collective"
+    assert of(wrapped) == marks
+    assert of(ValueError(text)) == (False, False), "not an error of a collective"
 
 
 @pytest.mark.parametrize(("size", "timeout"), [(1, 200.0), (2, 0.0)])
@@ -179,16 +182,18 @@ def test_nobody_is_watched_alone_or_on_request(size: int, timeout: float, tmp_pa
 
 
 NOBODY_THERE = """
+import socket
 import time
 import torch.distributed as dist
+from dsp_plugin.watch.door import Hub
 from dsp_plugin.watch.last_words import Latest
-from dsp_plugin.watch.links import Hub
 from dsp_plugin.watch.liveness import Watch
+from dsp_plugin.watch.secret import Half
 
 store = dist.HashStore()
-hub, listener = Hub.listen()
-listener.close()
-hub.publish(store, "dsp_plugin/liveness")
+with socket.create_server(("127.0.0.1", 0)) as listener:
+    port = listener.getsockname()[1]
+Hub("host", 1, "", "127.0.0.1", port, Half().public).publish(store, "dsp_plugin/liveness")
 assert Watch.join(store, 1, 2, 0.5, Latest()) is None
 watch = Watch.join(store, 0, 2, 0.5, Latest())
 time.sleep(1.5)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from dsp_plugin import Axis, SequenceParallelConfig, SequenceParallelConfigError, SequenceParallelGroups
 from dsp_plugin.spawn import spawn
@@ -123,6 +124,28 @@ def _check_existing() -> None:
 
 def test_groups_over_existing_process_groups_and_refusals():
     spawn(_check_existing, WORLD)
+
+
+def _timeouts() -> list[float]:
+    groups = SequenceParallelGroups.build(grid_config(2, 2, "adjacent"))
+    made = [axis.group for axis in groups if axis.group is not None]
+    return [group._get_backend(torch.device("cpu")).options._timeout.total_seconds() for group in made]
+
+
+def test_groups_wait_as_long_as_the_script_lets_the_world_wait():
+    """`spawn` gives the world 30 s more than itself; torch gives new groups half an hour."""
+    for timeouts in spawn(_timeouts, WORLD, timeout=25.0):
+        assert timeouts == [55.0] * 5
+
+
+def test_groups_of_a_world_on_paper_need_no_timeout():
+    """As in a dry run, whose backend has no options to read one from."""
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=4)
+    try:
+        groups = SequenceParallelGroups.build(grid_config(2, 2, "adjacent"))
+    finally:
+        dist.destroy_process_group()
+    assert groups.sp.ranks == (0, 1, 2, 3)
 
 
 def test_debug_by_environment(monkeypatch):

@@ -87,7 +87,7 @@ def train(method: str, groups: SequenceParallelGroups, way: tuple[Through, Throu
 
     with ExitStack() as stack_of_patches:
         if patched:
-            stack_of_patches.callback(patches.hold(patches.TORCH))
+            stack_of_patches.callback(patches.hold(patches.TORCH, keep=True))
         inputs = [layout.shard(x, 1, groups.sp.rank).clone().requires_grad_() for x in batches]
         with ledger() as sent, calls() as made:
             losses = [around_all(stack, x).square().sum() for x in inputs]

@@ -107,7 +107,7 @@ def train(case: Case, groups: SequenceParallelGroups, through: Any, patched: boo
     x.requires_grad_()
     with ExitStack() as stack:
         if patched:
-            stack.callback(patches.hold(patches.TORCH))
+            stack.callback(patches.hold(patches.TORCH, keep=True))
         with ledger() as sent, calls() as made:
             y = x
             for layer in layers:

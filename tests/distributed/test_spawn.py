@@ -45,6 +45,8 @@ def _raise_on(rank: int, kind: str) -> Callable[[], None] | None:
             raise _NeedsTwo(1, 2)
         if kind == "died":
             os._exit(3)
+        if kind == "aborted":
+            os.abort()
         if kind == "unpicklable result":
             return lambda: None
     return None
@@ -55,7 +57,8 @@ def _raise_on(rank: int, kind: str) -> Callable[[], None] | None:
     [
         ("config", SequenceParallelConfigError, "size=3: it is odd. Make it even."),
         ("unloadable", RuntimeError, "_NeedsTwo: 1 and 2"),
-        ("died", RuntimeError, "died without a word"),
+        ("died", RuntimeError, "rank 1 died without a word, with exit status 3"),
+        ("aborted", RuntimeError, "rank 1 died without a word, by SIGABRT\nIf ranks may have taken different paths"),
         ("unpicklable result", RuntimeError, "cannot be pickled"),
     ],
 )

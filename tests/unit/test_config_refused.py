@@ -194,6 +194,29 @@ WRONG_CONFIGS: dict[str, tuple[Callable[[], Any], list[str]]] = {
         lambda: deepspeed({"method": "ulysses", "sise": 4}),
         ["DeepSpeed config \"sequence_parallel\": unknown key 'sise'", "mean 'size'?"],
     ),
+    "count of steps as text": (lambda: ulysses(log_every="10"), ["log_every='10'", "integer", "such as 10"]),
+    "endless throughput": (
+        lambda: ulysses(log_every=1, peak_tflops=float("inf")),
+        ["peak_tflops=inf", "finite", "such as 989"],
+    ),
+    "throughput as text": (
+        lambda: ulysses(log_every=1, peak_tflops="989"),
+        ["peak_tflops='989'", "number, not str", "such as 989"],
+    ),
+    "folder without a name": (
+        lambda: ulysses(log_every=1, log_tensorboard=""),
+        ["log_tensorboard=''", "text that can be printed", "path of a folder"],
+    ),
+    "plan without a package": (lambda: dsp(plan=".a:b"), ["plan='.a:b'", "joined by dots", "package.module:name"]),
+    "attention as set": (lambda: ulysses(attention={"attn"}), ["attention={'attn'}", "list or tuple, not set"]),
+    "batch of no argument": (
+        lambda: ulysses(batch={"input ids": 1}, attention=["attn"]),
+        ["batch.input ids", "name of an argument", "sequence dims"],
+    ),
+    "dim that no tensor has": (
+        lambda: ulysses(batch={"input_ids": 64}, attention=["attn"]),
+        ["batch.input_ids=64", "63"],
+    ),
     "misspelt section": (
         lambda: Config.from_deepspeed({"sequence-parallel": {"method": "ulysses", "size": 2}}),
         ["DeepSpeed config 'sequence-parallel'={'method'", "nobody reads", 'Call it "sequence_parallel"'],

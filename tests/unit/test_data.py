@@ -6,6 +6,7 @@ from dataclasses import replace
 from itertools import chain, islice
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -169,3 +170,41 @@ def test_packed_rows_hold_every_token_with_its_own_documents_next(lengths: list[
         starts = (row["position_ids"] == 0).nonzero().flatten().tolist()
         ranges = MaskSpec(cu_seqlens=(*starts, length)).documents(length)
         assert row["position_ids"].tolist() == [place for document in ranges for place in range(len(document))]
+
+
+@pytest.mark.parametrize("seed", ["run-7", 1.5, True, None, b"7", (1, 2), torch.tensor(True), 2**63])
+def test_a_seed_that_is_no_integer_is_refused(seed: Any) -> None:
+    """Text hashes to another number in every process, so every rank would shuffle by itself."""
+    with pytest.raises(SequenceParallelConfigError, match=r"seed.*the same on every rank"):
+        SequenceParallelBatchSampler(9, global_batch_size=3, micro_batch_size=1, seed=seed)
+
+
+def test_a_seed_is_the_same_of_every_kind() -> None:
+    orders = [
+        list(SequenceParallelBatchSampler(9, global_batch_size=3, micro_batch_size=1, seed=seed))
+        for seed in (7, np.int16(7), torch.tensor(7))
+    ]
+    assert orders[0] == orders[1] == orders[2]
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"samples": 9.0}, {"global_batch_size": "3"}, {"micro_batch_size": True}, {"trained": 3.0}, {"trained": -3}],
+)
+def test_counts_that_are_none_are_refused(wrong: dict[str, Any]) -> None:
+    ((name, value),) = wrong.items()
+    sizes = {"samples": 9, "global_batch_size": 3, "micro_batch_size": 1, **wrong}
+    with pytest.raises(SequenceParallelConfigError, match=f"{name}={value!r}"):
+        SequenceParallelBatchSampler(**sizes)
+    if name != "samples":
+        sizes.pop("samples")
+        with pytest.raises(SequenceParallelConfigError, match=f"{name}={value!r}"):
+            SequenceParallelStream(range(9), **sizes)
+
+
+def test_tokens_are_not_cut_to_integers() -> None:
+    with pytest.raises(SequenceParallelConfigError, match="token ids are integers"):
+        PackedDocuments([[1, 2], [3.7, 4.0]], 2)[1]
+    with pytest.raises(SequenceParallelConfigError, match=r"length=2\.5"):
+        PackedDocuments([[1, 2]], 2.5)
+    assert PackedDocuments([[], [1, 2]], 2)[0]["input_ids"].tolist() == [1, 2]

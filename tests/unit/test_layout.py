@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -92,9 +93,13 @@ def test_a_layout_is_a_value():
         (lambda: Layout("zig", 8, 2), ["layout='zig'", "contiguous, zigzag, striped"]),
         (lambda: Layout("zigzag", 8, 0), ["length=8, size=0", "size >= 1"]),
         (lambda: Layout("zigzag", -1, 2), ["length=-1", "length >= 0"]),
+        (lambda: Layout("zigzag", 2.5, 2), ["layout length=2.5", "integer"]),
+        (lambda: Layout("zigzag", 8, True), ["layout size=True", "integer"]),
+        (lambda: Layout("zigzag", 8, 2**30), ["size=1073741824", "ranks"]),
+        (lambda: Layout("zigzag", 8, 2, documents=(0, 3.7, 8)), ["documents=3.7", "integer", "float"]),
         (lambda: Layout("contiguous", 8, 2, (3, 4)), ["explicit_sizes=(3, 4)", "8 tokens", "7 tokens", "of_sizes"]),
         (lambda: Layout("contiguous", 8, 2, (3, 3, 2)), ["2 contiguous runs", "these are 3"]),
-        (lambda: Layout("contiguous", 2, 2, (3, -1)), ["explicit_sizes=(3, -1)"]),
+        (lambda: Layout("contiguous", 2, 2, (3, -1)), ["explicit_sizes=-1", "between 0 and"]),
         (lambda: Layout("zigzag", 8, 2, (4, 4)), ["zigzag(", "contiguous runs"]),
         (
             lambda: Layout("contiguous", 8, 2).shard(torch.zeros(2, 7), 1, 0),
@@ -107,3 +112,9 @@ def test_impossible_layouts_are_refused(make, parts):
         make()
     for part in parts:
         assert part in str(refused.value)
+
+
+def test_counts_may_be_numpys_or_tensors():
+    layout = Layout("zigzag", torch.tensor(8), np.int64(2), documents=torch.tensor([0, 3, 8]))
+    assert layout == Layout("zigzag", 8, 2, documents=(0, 3, 8))
+    assert all(type(border) is int for border in layout.documents)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import sys
 from importlib import metadata
 from types import ModuleType
@@ -183,3 +184,92 @@ def test_set_applies_and_reverts_as_one(upstream: ModuleType) -> None:
         assert (upstream.double(3), upstream.fresh) == (7, 5)
     assert not both.applied
     assert upstream.double(3) == 6
+
+
+def by_closure(f: Any) -> Any:
+    return lambda x, times=2: 100 + f(x, times)
+
+
+def by_wraps(f: Any) -> Any:
+    @functools.wraps(f)
+    def wrapper(*args: Any) -> Any:
+        return 100 + wrapper.__wrapped__(*args)  # type: ignore[attr-defined]
+
+    return wrapper
+
+
+class ByObject:
+    def __init__(self, f: Any) -> None:
+        self.kept = {"f": [f]}
+
+    def __call__(self, *args: Any) -> Any:
+        return 100 + self.kept["f"][0](*args)
+
+
+def by_default(f: Any) -> Any:
+    return lambda x, f=f: 100 + f(x)
+
+
+def by_global(f: Any) -> Any:
+    space = {"original": f}
+    exec("def wrapper(x):\n    return 100 + original(x)", space)
+    return space["wrapper"]
+
+
+WRAPPERS = [by_closure, by_wraps, ByObject, by_default, by_global, lambda f: functools.partial(by_closure(f), times=2)]
+
+
+@pytest.mark.parametrize("wrap", WRAPPERS)
+def test_a_patch_inside_a_foreign_wrapper_still_stands_and_is_not_made_twice(upstream: ModuleType, wrap: Any) -> None:
+    change = patch()
+    change.apply()
+    upstream.double = wrap(upstream.double)
+    assert change.applied
+    change.apply()
+    assert upstream.double(3) == 107
+    with pytest.raises(PatchError, match="replaced again by something else"):
+        change.revert()
+    assert change.applied
+
+
+def test_a_patch_that_a_reload_has_undone_is_not_applied_and_can_be_made_again(upstream: ModuleType) -> None:
+    def fresh(x: int, times: int = 2) -> int:
+        return x * times
+
+    change, other = patch(), patch(name="other", make=lambda f: lambda x, times=2: 10 * f(x, times))
+    change.apply()
+    other.apply()
+    upstream.double = fresh
+    assert not change.applied
+    assert not other.applied
+    other.revert()
+    assert upstream.double is fresh
+    PatchSet("both", (change, other)).apply()
+    assert upstream.double(3) == 70
+    PatchSet("both", (change, other)).revert()
+    assert upstream.double is fresh
+
+
+def test_set_reverts_nothing_where_one_patch_cannot_be(upstream: ModuleType) -> None:
+    both = PatchSet(
+        "both",
+        (
+            patch(),
+            patch("Base.greet", lambda f: lambda self, name: "", name="inner"),
+            patch("Base.greet", lambda f: lambda self, name: f(self, name) + ".", name="outer"),
+            patch("fresh", lambda nothing: 5, creates=True),
+        ),
+    )
+    both.apply()
+    patched = upstream.double
+    upstream.double = by_closure(patched)
+    with pytest.raises(PatchError, match=r"'test double' cannot be reverted.*nothing of 'both' was.*Revert the later"):
+        both.revert()
+    assert both.applied
+    assert upstream.fresh == 5
+    assert upstream.Base().greet("you") == "."
+    upstream.double = patched
+    both.revert()
+    assert not any(change.applied for change in both)
+    assert upstream.Base().greet("you") == "hello you"
+    assert not hasattr(upstream, "fresh")

@@ -65,6 +65,10 @@ def test_splits_the_command_line(
         (["SCRIPT", "--sp_method", "ulysses"], ["--sp_method", "did you mean --sp-method?"]),
         (["SCRIPT", "--sp-size", "2"], ["--sp-size", "did you mean --sp-", "Known flags"]),
         (["SCRIPT", "--sp-ulysses-size", "two"], ["--sp-ulysses-size", "two"]),
+        (["--timeout", "1e300", "SCRIPT"], ["--timeout='1e300'", "30 days"]),
+        (["--report", "SCRIPT", "SCRIPT"], ["--report=", "nothing can be written there", "every rank"]),
+        (["--report", "/proc/no/such", "SCRIPT"], ["--report='/proc/no/such'", "nothing can be written there"]),
+        (["--report"], ["--report", "no folder is named"]),
         (["SCRIPT", "--sp-method"], ["--sp-method", "expected one argument"]),
     ],
 )

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsp_plugin import SequenceParallelConfigError
-from dsp_plugin.plans.pattern import Extra, alternative, parse
+from dsp_plugin.plans.pattern import Extra, Group, alternative, parse, unambiguous
 
 
 def test_names_extras_and_numbers_are_read():
@@ -19,6 +19,34 @@ def test_names_extras_and_numbers_are_read():
     assert pattern.extra_place == 2
     assert [(group.before, group.behind) for group in pattern.groups] == [(None, None), ("k", "2"), (None, None)]
     assert parse("1 l 6 c").names == ("1", "l", "6", "c")
+
+
+def test_a_number_is_how_many_further_tokens_there_are_on_either_side():
+    assert parse("b s+3 c").groups[1] == parse("b (s)+3 c").groups[1] == Group(("s",), None, "3")
+    assert parse("b 3+s c").groups[1] == Group(("s",), "3", None)
+    assert parse("b s+3 c").solve((2, 9, 4), {}, "here") == {"b": 2, "s": 6, "c": 4}
+    x = torch.randn(2, 9, 4)
+    parts = parse("b s+3 c").take_apart(x, {"b": 2, "s": 6, "c": 4})
+    assert torch.equal(parts.main, x[:, :6])
+    assert torch.equal(parts.behind, x[:, 6:])
+    assert parts.before is None
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        ("b s+k c", "b (s)+k c"),
+        ("(b t) s+k c", "(b t) (s)+k c"),
+        ("b s+3 c", "b (s)+3 c"),
+        *(
+            (text, text)
+            for text in ("b k+s c", "1+s", "b k+s+j c", "b (s)+k c", "b (s t)+k c", "b k+(s t) c", "b n+k c")
+        ),
+        ("b s+k c | s+k c", "b (s)+k c | (s)+k c"),
+    ],
+)
+def test_of_two_names_the_further_tokens_are_those_that_the_plan_does_not_name(text, wanted):
+    assert unambiguous(text, ("b", "t", "s", "c")) == wanted
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from torch import nn
 
-from dsp_plugin import Plan, SequenceParallelConfigError, Stage
+from dsp_plugin import Plan, Region, SequenceParallelConfigError, Stage
 from dsp_plugin.models.video_dit import VideoDiT
 from dsp_plugin.plans.plan import matching_modules, outermost, resolve_plan
 from dsp_plugin.sharding.region import placed_stages
@@ -120,8 +120,39 @@ def test_the_plan_of_a_known_model_is_found_inside_a_wrapper():
 for_reference = Plan("b t s c", (SPACE, TIME))
 
 
+def leaving(module: nn.Module) -> Plan:
+    raise SystemExit(3)
+
+
+def failing(module: nn.Module) -> Plan:
+    raise KeyError("depth")
+
+
+def impossible(module: nn.Module) -> Plan:
+    return Plan("b t", ())
+
+
 def plan_of(module: nn.Module) -> Plan:
     return Plan("b t s c", (SPACE,)) if isinstance(module, Model) else for_reference
+
+
+def test_further_tokens_may_stand_behind_by_name():
+    """As docs/configuration.md shows it: the k are those that are not among the plan's tokens."""
+
+    def plan(further: str) -> Plan:
+        stage = Stage("space", ("s",), layout=f"(b t) {further} c", follows={"rope": f"{further} d"})
+        region = Region("space", layout=f"(b t) {further} c")
+        return Plan(
+            "b t s c", (stage,), inputs={"x": f"b t {further} _"}, buffers={"pos": f"1 {further} c"}, region=region
+        )
+
+    assert plan("s+k") == plan("(s)+k") != plan("k+s")
+    assert plan("s+3") == plan("(s)+3")
+    named = plan("s+k")
+    layout = named.layout_of(named.stages[0])
+    assert layout.names == ("b", "t", "s", "c")
+    assert [(group.before, group.behind) for group in layout.groups] == [(None, None), (None, "k"), (None, None)]
+    assert layout.solve((6, 9, 4), {"b": 2, "s": 7}, "here") == {"b": 2, "s": 7, "t": 3, "k": 2, "c": 4}
 
 
 def test_references_lead_to_plans_and_to_functions_that_make_them():
@@ -135,11 +166,21 @@ def test_references_lead_to_plans_and_to_functions_that_make_them():
     [
         ("no_such_package.plans:mine", ["plan='no_such_package.plans:mine'", "No module named", "package.module:name"]),
         (f"{__name__}:missing", ["cannot be imported", "missing"]),
+        (f"{__name__}:leaving", [f"plan='{__name__}:leaving'", "called with the model (Model)", "SystemExit: 3"]),
+        (f"{__name__}:failing", ["called with the model (Model)", "KeyError: 'depth'", "returns one"]),
+        (f"{__name__}:impossible", ["plan.tokens='b t'", "features last"]),
+        ("builtins:exit", ["plan='builtins:exit'", "called with the model (Model)", "SystemExit"]),
+        ("builtins:len", ["plan='builtins:len'", "TypeError", "returns one"]),
+        ("leaving_plans:plan", ["importing leaving_plans failed with SystemExit: 5", "Correct that module"]),
+        ("broken_plans:plan", ["importing broken_plans failed with SyntaxError", "broken_plans.py"]),
         (f"{__name__}:SPACE", ["is a Stage, not a dsp_plugin.Plan", "Name a Plan"]),
         (None, ["no plan is known for", "Model", "VideoDiT", "Write a Plan"]),
     ],
 )
-def test_references_that_lead_nowhere_are_refused(reference, parts):
+def test_references_that_lead_nowhere_are_refused(reference, parts, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "leaving_plans.py").write_text("import sys\nsys.exit(5)\n")
+    (tmp_path / "broken_plans.py").write_text("plan = Plan(\n")
     with pytest.raises(SequenceParallelConfigError) as refused:
         resolve_plan(Model(), reference)
     for part in parts:

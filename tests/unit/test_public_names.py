@@ -31,6 +31,7 @@ ERRORS = {
     "UnsupportedError": RuntimeError,
     "PatchError": RuntimeError,
     "CollectiveMismatchError": RuntimeError,
+    "DamagedCheckpointError": ValueError,
 }
 METHODS = ("dsp", "ulysses", "ring", "usp", "lightseq", "lasp")
 

@@ -54,7 +54,7 @@ def gradient(function: Callable[[Tensor], Tensor]) -> Tensor:
 @pytest.fixture
 def patched() -> Iterator[None]:
     """torch's checkpointing keeps attention."""
-    release = patches.hold(patches.TORCH)
+    release = patches.hold(patches.TORCH, keep=True)
     yield
     release()
 
@@ -174,7 +174,7 @@ def test_torch_is_as_it_was_when_the_last_owner_releases_it() -> None:
         return torch_checkpoint.CheckpointFunction.forward, torch_checkpoint._checkpoint_without_reentrant_generator
 
     before = upstream()
-    first, second = patches.hold(patches.TORCH), patches.hold(patches.TORCH)
+    first, second = patches.hold(patches.TORCH, keep=True), patches.hold(patches.TORCH, keep=True)
     assert all(ours is not theirs for ours, theirs in zip(upstream(), before, strict=True))
     first()
     first()

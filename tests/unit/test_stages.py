@@ -169,13 +169,19 @@ def test_a_dim_shorter_than_the_group_is_avoided_even_where_it_costs_fewer_bytes
 
 
 @pytest.mark.parametrize(
-    ("stage", "parts", "reason"),
+    ("stage", "parts", "reason", "remedy"),
     [
-        (StageSpec("joint", ("t", "s")), 2, "names no attention"),
-        (StageSpec("joint", ("t", "s"), AttentionShape(2, 2, 8)), 4, "heads=2 < ulysses_size=4"),
+        (StageSpec("joint", ("t", "s")), 2, "names no attention", "Name the stage's attention modules"),
+        (StageSpec("joint", ("t", "s"), AttentionShape(2, 2, 8)), 4, "heads=2 < ulysses_size=4", "Choose a size that"),
+        (
+            StageSpec("joint", ("t", "s"), AttentionShape(2, 2, 8), (Extra(("b", "c"), 3),)),
+            2,
+            "attend to them P times",
+            "Let one name stand for all tokens",
+        ),
     ],
 )
-def test_no_free_dim_is_refused_with_the_reason_for_every_dim(stage, parts, reason):
+def test_no_free_dim_is_refused_with_the_reason_for_every_dim(stage, parts, reason, remedy):
     act = Activation({"b": 1, "t": 8, "s": 8}, features=16, element_size=4)
     with pytest.raises(SequenceParallelConfigError, match="no dim can be sharded") as refused:
         plan_stages(act, [SPACE, stage], parts)
@@ -185,7 +191,7 @@ def test_no_free_dim_is_refused_with_the_reason_for_every_dim(stage, parts, reas
     assert "t: " in message
     assert "s: " in message
     assert message.count(reason) == 2
-    assert "Name the stage's attention modules" in message
+    assert remedy in message
 
 
 def test_no_single_dim_for_all_stages_says_who_blocks_which():

@@ -61,6 +61,13 @@ def test_tensorboard_gets_every_number(tmp_path: Any) -> None:
     assert "sequence_parallel/peak_memory_bytes/rank_2" in events.Tags()["scalars"]
 
 
+@pytest.mark.parametrize("folder", ["occupied", "occupied/runs", "/proc/no/such"])
+def test_a_folder_that_cannot_be_written_to_is_refused(folder: str, tmp_path: Any) -> None:
+    (tmp_path / "occupied").touch()
+    with pytest.raises(SequenceParallelConfigError, match=r"log_tensorboard=.*no event file can be written there: \w+"):
+        writers(str(tmp_path / folder), None)
+
+
 def test_wandb_logs_to_the_scripts_own_run_or_to_a_new_one(monkeypatch: pytest.MonkeyPatch) -> None:
     logged: list[dict] = []
     started: list[str] = []

@@ -18,6 +18,7 @@ from deepspeed_cases import Case, parameters_optimizer
 
 import dsp_plugin  # noqa: F401 - one import makes DeepSpeed honour the section.
 from dsp_plugin.errors import UnsupportedError
+from dsp_plugin.training.manifest import FILE
 
 
 class Attack:
@@ -40,6 +41,8 @@ def main() -> None:
     )
     engine.save_checkpoint(str(folder), tag="saved")
     assert engine.load_checkpoint(str(folder))[0] is not None
+    # A file that is not the one that was saved is refused before it is read.
+    (folder / "saved" / FILE).unlink()
     errors = []
     for path in sorted((folder / "saved").glob("*.pt")):
         good = path.read_bytes()

@@ -6,9 +6,7 @@ reference is one rank of stock Megatron that trains all five steps.
 
 from __future__ import annotations
 
-import io
 import json
-import pickle
 import shutil
 from collections.abc import Callable
 from functools import cache
@@ -16,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from cores import EVERY, NEWEST, OLDEST
 from megatron_runs import CP2, CP4, PP2, TP2, VPP2, Run, model_arguments, train, worlds
 
@@ -216,43 +213,3 @@ def test_a_save_that_was_cut_off_is_not_the_last_one(
 def test_loading_runs_no_code_and_refuses_what_cannot_be_loaded(tmp_path: Path) -> None:
     argv = [str(tmp_path), "--context-parallel-size", "2", "--sp-method", "ulysses"]
     worlds().run(2, WORKER, argv, 300)
-
-
-# Protocol 4: pushes a module and a name, resolves them, calls the result with one string.
-@pytest.mark.parametrize(
-    ("module", "name"),
-    [
-        ("os", "system"),
-        ("builtins", "eval"),
-        ("torch.distributed.checkpoint.filesystem", "os.system"),
-        ("torch.distributed.checkpoint.filesystem", "FileSystemWriter"),
-        ("torch", "load"),
-    ],
-)
-def test_metadata_names_nothing_that_could_run(module: str, name: str, tmp_path: Path) -> None:
-    from dsp_plugin.errors import UnsupportedError
-    from dsp_plugin.patches.megatron import safe_metadata
-
-    def text(value: str) -> bytes:
-        return b"\x8c" + bytes([len(value)]) + value.encode()
-
-    file = io.BytesIO(b"\x80\x04" + text(module) + text(name) + b"\x93" + text(f"touch {tmp_path}/x") + b"\x85R.")
-    with pytest.raises(UnsupportedError, match=f"names {module}.{name}"):
-        safe_metadata.load(file)
-    assert not list(tmp_path.iterdir())
-
-
-def test_metadata_changes_no_class_of_others() -> None:
-    """A pickle can set attributes of what it names."""
-    from dsp_plugin.patches.megatron import safe_metadata
-
-    before = Path.exists
-    # The class, then the state (None, {"exists": the class}), of which the second part is set as attributes.
-    named = b"cpathlib\nPath\n"
-    try:
-        safe_metadata.load(io.BytesIO(b"\x80\x02" + named + b"N}X\x06\x00\x00\x00exists" + named + b"s\x86b."))
-        assert Path.exists is before
-    finally:
-        Path.exists = before
-    file = io.BytesIO(pickle.dumps({"place": Path("/a/b"), "layout": torch.strided, "size": torch.Size([2])}))
-    assert safe_metadata.load(file) == {"place": Path("/a/b"), "layout": torch.strided, "size": torch.Size([2])}

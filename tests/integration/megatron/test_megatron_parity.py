@@ -10,8 +10,22 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from cores import EVERY, OLDEST, until
-from megatron_runs import CP2, CP4, PP2, TP2, VPP2, Run, assert_parity, assert_within_noise, model_arguments, train
+from cores import EVERY, OLDEST, installed, until
+from megatron_runs import (
+    CP2,
+    CP4,
+    PP2,
+    TP2,
+    VPP2,
+    Run,
+    assert_parity,
+    assert_refused,
+    assert_within_noise,
+    model_arguments,
+    train,
+)
+
+from dsp_plugin.patches.megatron.multi_token import EXACT_BEFORE
 
 RING, LIGHTSEQ = "--sp-method ring", "--sp-method lightseq"
 
@@ -90,6 +104,19 @@ def test_trains_like_one_process_of_stock_megatron(
 ) -> None:
     argv = arguments.split()
     assert_parity(train(tmp_path, ranks, *argv), reference(*model_arguments(argv)))
+
+
+@pytest.mark.timeout(400)
+def test_multi_token_prediction_is_refused_where_it_is_not_exact(tmp_path: Path) -> None:
+    here = installed()
+    assert here is not None
+    exact_per_token = here < EXACT_BEFORE
+    assert_refused(
+        tmp_path,
+        ["--mtp-num-layers=1", "own count of tokens", "or add --calculate" if exact_per_token else "layers out."],
+        *("--context-parallel-size", "2", "--sp-method", "ring", "--mtp-num-layers", "1"),
+        *(() if exact_per_token else ("--calculate-per-token-loss",)),
+    )
 
 
 @pytest.mark.timeout(400)

@@ -58,3 +58,12 @@ def test_resumes(optimizer: str, ranks: int, after: str, stock: list[float], tmp
     assert losses == pytest.approx([stock[2], (stock[2] + stock[3]) / 2, stock[4]], rel=1e-6)
     if "sp-method" in after:
         assert "sequence_parallel.method ulysses -> ring" in output
+
+
+def test_resumes_where_a_kill_left_the_last_iteration_unwritten(stock: list[float], tmp_path: Path) -> None:
+    saved = save(tmp_path / "saved")
+    (saved / "latest_checkpointed_iteration.txt").write_text("")
+    (saved / "iter_0000005" / "metadata.json").unlink()
+    losses, output = run(2, *CP2.split(), "--load", str(saved), *TORCH_DIST)
+    assert "It is now 4, the last whole checkpoint" in output
+    assert losses == pytest.approx(stock[4:], rel=1e-6)

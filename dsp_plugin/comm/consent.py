@@ -1,0 +1,65 @@
+"""Ranks tell each other that they go on, before they enter what one of them may have to refuse.
+
+A check on what only this rank sees (its number of tokens, the way that its data takes through a model) would raise on
+one rank and leave the others waiting in the next collective. `go_on` raises on all of them, or on none.
+"""
+
+from __future__ import annotations
+
+from zlib import crc32
+
+import torch
+import torch.distributed as dist
+
+from dsp_plugin.comm.axis import Axis
+from dsp_plugin.comm.ledger import AGREEMENT
+from dsp_plugin.comm.wire import Sender, poll
+from dsp_plugin.errors import CollectiveMismatchError, SequenceParallelConfigError, UnsupportedError
+
+Refusal = SequenceParallelConfigError | UnsupportedError
+_KINDS: tuple[type[Refusal], ...] = (SequenceParallelConfigError, UnsupportedError)
+
+
+def go_on(step: str, refusal: Refusal | None, axis: Axis) -> None:
+    """Return on every rank of ``axis``, or raise the same error on every one. Collective.
+
+    Sends 24 bytes to every other rank, and where a rank refuses, or comes to another step, the words of each. The
+    answers are read on the host, which waits for the device where the axis has no backend for the host: for passes of
+    a new kind, not for all.
+
+    Args:
+        step: what this rank is about to do; ranks must come to the same.
+        refusal: why it cannot.
+
+    Raises:
+        SequenceParallelConfigError, UnsupportedError: the refusal of the first rank that has one.
+        CollectiveMismatchError: ranks came to different steps.
+    """
+    if axis.size == 1 or dist.get_backend(axis.group) == "fake":
+        if refusal is not None:
+            raise refusal
+        return
+    sender = Sender(axis, AGREEMENT, "forward")
+    words = (step if refusal is None else str(refusal)).encode()
+    kind = 0 if refusal is None else 1 + _KINDS.index(type(refusal))
+    device = _device(axis)
+    heads = poll([crc32(step.encode()), kind, len(words)], device, sender)
+    if not any(kind for _, kind, _ in heads) and len({head[0] for head in heads}) == 1:
+        return
+    longest = max(length for *_, length in heads)
+    texts = [bytes(row) for row in poll([*words.ljust(longest, b" ")], device, sender)]
+    said = [text[:length].decode() for text, (*_, length) in zip(texts, heads, strict=True)]
+    for rank, (_, kind, _), text in zip(axis.ranks, heads, said, strict=True):
+        if kind:
+            raise _KINDS[kind - 1](f"{text} (Said by rank {rank} of the sequence's ranks {list(axis.ranks)}.)")
+    ways = "; ".join(f"rank {rank}: {text}" for rank, text in zip(axis.ranks, said, strict=True))
+    raise CollectiveMismatchError(
+        f"the ranks of one sequence are about to do different things. {ways}. Give them the same batch, and let no "
+        f"branch depend on the rank or on the part of the data that it holds."
+    )
+
+
+def _device(axis: Axis) -> torch.device:
+    assert axis.group is not None
+    on_host = any(device.type == "cpu" for device in axis.group._device_types)
+    return torch.device("cpu") if on_host else torch.device("cuda", torch.cuda.current_device())

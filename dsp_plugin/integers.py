@@ -1,0 +1,77 @@
+"""Whole numbers that are given from outside: taken as they are, never rounded, and never a truth value."""
+
+from __future__ import annotations
+
+import operator
+import os
+from collections.abc import Iterable
+
+from torch import Tensor
+
+from dsp_plugin.errors import SequenceParallelConfigError
+
+MOST = 2**63 - 1
+"""What a tensor of positions can hold."""
+
+
+def integer(value: object, setting: str, *, least: int = 0, remedy: str = "write a whole number such as 2") -> int:
+    """``value`` as an int: Python's, numpy's or a tensor's, from ``least`` to what 64 bits hold.
+
+    Raises:
+        SequenceParallelConfigError: it is of another kind (a fraction, a truth value, text) or too small or large.
+    """
+    try:
+        # A tensor of one truth value has an index, unlike numpy's.
+        if isinstance(value, bool) or (isinstance(value, Tensor) and "bool" in str(value.dtype)):
+            raise TypeError
+        found = operator.index(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError, RuntimeError):
+        wanted = f"an integer of {least} or more" if least >= 0 else "an integer"
+        raise SequenceParallelConfigError(
+            setting=setting,
+            value=value,
+            why=f"{wanted} is needed, not {type(value).__name__} {value!r}",
+            remedy=remedy,
+        ) from None
+    if not least <= found <= MOST:
+        raise SequenceParallelConfigError(
+            setting=setting, value=found, why=f"it does not lie between {least} and {MOST}", remedy=remedy
+        )
+    return found
+
+
+def integers(values: object, setting: str, *, remedy: str) -> tuple[int, ...]:
+    """Each of ``values``, a sequence or a tensor, as `integer` takes it.
+
+    Raises:
+        SequenceParallelConfigError: there is no sequence, or one of them is no integer of 0 or more.
+    """
+    if isinstance(values, Tensor):
+        values = values.tolist()
+    if isinstance(values, str | bytes) or not isinstance(values, Iterable):
+        raise SequenceParallelConfigError(
+            setting=setting,
+            value=values,
+            why=f"a sequence of integers is needed, not {type(values).__name__}",
+            remedy=remedy,
+        )
+    return tuple(integer(value, setting, remedy=remedy) for value in values)
+
+
+def integer_of(variable: str, default: int, *, least: int = 1) -> int:
+    """The integer that an environment variable holds; ``default`` where it is not set.
+
+    Raises:
+        SequenceParallelConfigError: it is set to something else, an empty text too.
+    """
+    text = os.environ.get(variable)
+    if text is None:
+        return default
+    if not (text.isascii() and text.isdecimal()) or not least <= int(text) <= MOST:
+        raise SequenceParallelConfigError(
+            setting=f"environment variable {variable}",
+            value=text,
+            why=f"it is no integer of {least} or more",
+            remedy=f"unset it, or set it as torchrun does, to a number such as {max(least, 1)}",
+        )
+    return int(text)

@@ -1,0 +1,168 @@
+"""What holds for a stretch of a forward pass, and has to hold again where a checkpoint runs part of that stretch again.
+
+Activation checkpointing runs a function again in the backward pass, after every hook and context around its first run
+has ended. So what gives calls their meaning for a while (which pass this is, where its tokens lie, which module's
+attention is routed) is an *extent*: a checkpoint made inside takes along the extents in force, and enters them anew
+whenever it runs its function again. `dsp_plugin.patches.recompute` puts `entering_again` into the checkpoints we know.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import wraps
+from typing import Generic, ParamSpec, TypeVar
+
+import torch
+from torch import Tensor
+
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
+State = TypeVar("State")
+Value = TypeVar("Value")
+Enter = Callable[[], AbstractContextManager[Value]]
+
+
+class _Local(threading.local):
+    """Of each thread: on CUDA, backward passes run in threads of their own."""
+
+    def __init__(self) -> None:
+        self.extents: list[Enter[object]] = []
+        self.first_runs = 0
+
+
+_local = _Local()
+
+
+@contextmanager
+def extent(enter: Enter[Value]) -> Iterator[Value]:
+    """Enter what ``enter`` makes, and have checkpoints that are made inside enter what it makes again."""
+    with enter() as value:
+        _local.extents.append(enter)
+        try:
+            yield value
+        finally:
+            # The last of its kind, not the last of all: hooks of nested modules may end in any order.
+            _local.extents.reverse()
+            _local.extents.remove(enter)
+            _local.extents.reverse()
+
+
+def entering_again(function: Callable[Arguments, Result], *, runs_first: bool) -> Callable[Arguments, Result]:
+    """``function`` that enters the extents in force now, for who runs it again when they have ended.
+
+    Args:
+        runs_first: whether its first call is made where the extents are in force still.
+    """
+    held = tuple(_local.extents)
+    if not held:
+        return function
+    first = runs_first
+
+    @wraps(function)
+    def run(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+        nonlocal first
+        if first:
+            first = False
+            _local.first_runs += 1
+            try:
+                return function(*args, **kwargs)
+            finally:
+                _local.first_runs -= 1
+        with ExitStack() as stack:
+            for enter in held:
+                stack.enter_context(extent(enter))
+            return function(*args, **kwargs)
+
+    return run
+
+
+def in_first_run() -> bool:
+    """Whether a checkpoint that will enter the extents again runs its function for the first time."""
+    return _local.first_runs > 0
+
+
+def in_backward() -> bool:
+    """Whether this thread is in a backward pass: a forward that runs now is run again, as a rule."""
+    return bool(torch._C._current_graph_task_id() != -1)
+
+
+class Running(Generic[State]):
+    """The state of the forward pass that runs, for what is called inside of it; none outside of passes.
+
+    It is in force from `begin` to `end`, and again while a checkpoint made in between is run again. For checkpoints of
+    kinds that we do not know, `recall_by` brings it back when the backward pass of the forward pass's output starts,
+    until that ends.
+
+    Args:
+        again: made and entered around whatever is run again, of the state.
+    """
+
+    def __init__(self, again: Callable[[State], AbstractContextManager[object]] | None = None) -> None:
+        self._again = again
+        self._in_force: list[tuple[State, bool]] = []
+        self._begun: list[ExitStack] = []
+        self._recalled: State | None = None
+        self._around_recalled = ExitStack()
+
+    @property
+    def now(self) -> State | None:
+        """The state; None outside of passes."""
+        if self._in_force:
+            return self._in_force[-1][0]
+        return self._recalled if in_backward() else None
+
+    @property
+    def again(self) -> bool:
+        """Whether a part of the pass is run again."""
+        return self._in_force[-1][1] if self._in_force else self.now is not None
+
+    def begin(self, state: State) -> None:
+        """A forward pass starts."""
+        stack = ExitStack()
+        stack.enter_context(extent(_First(self, state)))
+        self._begun.append(stack)
+
+    def end(self) -> None:
+        """It is over, or was never begun."""
+        if self._begun:
+            self._begun.pop().close()
+
+    def recall_by(self, output: Tensor, state: State) -> None:
+        """Bring ``state`` back while the backward pass of ``output`` runs."""
+
+        def forget() -> None:
+            self._recalled = None
+            self._around_recalled.close()
+
+        def recall(_: Tensor) -> None:
+            forget()
+            self._recalled = state
+            if self._again is not None:
+                self._around_recalled.enter_context(self._again(state))
+            torch.autograd.Variable._execution_engine.queue_callback(forget)
+
+        if output.requires_grad:
+            output.register_hook(recall)
+
+    @contextmanager
+    def hold(self, state: State, again: bool) -> Iterator[None]:
+        """The state in force inside."""
+        with ExitStack() as stack:
+            self._in_force.append((state, again))
+            stack.callback(self._in_force.pop)
+            if again and self._again is not None:
+                stack.enter_context(self._again(state))
+            yield
+
+
+class _First(Generic[State]):
+    """Enters a state: the first time as that of a pass that begins, later as that of one whose parts run again."""
+
+    def __init__(self, running: Running[State], state: State) -> None:
+        self._running, self._state, self._entered = running, state, False
+
+    def __call__(self) -> AbstractContextManager[None]:
+        again, self._entered = self._entered, True
+        return self._running.hold(self._state, again)

@@ -1,0 +1,163 @@
+"""Packed rows as collators write them: documents by positions, by a mask that numbers them, or by both."""
+
+from __future__ import annotations
+
+from itertools import accumulate, pairwise
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from hf_models import LENGTH, VOCABULARY, build_model
+from torch import Tensor
+
+from dsp_plugin import SequenceParallelConfig, SequenceParallelConfigError, SequenceParallelGroups
+from dsp_plugin.patches.transformers import ShardedCausalLM, checked_section
+from dsp_plugin.spawn import spawn
+
+pytestmark = [pytest.mark.distributed, pytest.mark.timeout(180)]
+
+DOCUMENTS = (6, 1, LENGTH - 9)
+PADDING = LENGTH - sum(DOCUMENTS)
+ROWS = 2
+
+
+def restarting(documents: tuple[int, ...], padding: int = 0) -> Tensor:
+    """Positions; those of padding are as collators fill them."""
+    row = torch.cat([*(torch.arange(n) for n in documents), torch.ones(padding, dtype=torch.int64)])
+    return row.expand(ROWS, -1)
+
+
+def numbered(documents: tuple[int, ...], padding: int = 0) -> Tensor:
+    numbers = [number for number, n in enumerate(documents, 1) for _ in range(n)]
+    return torch.tensor([numbers + [0] * padding]).expand(ROWS, -1)
+
+
+def ones(padding: int = 0) -> Tensor:
+    return numbered((LENGTH - padding,), padding)
+
+
+def unlike(padding: int) -> Tensor:
+    """Ones, with padding in the second row alone."""
+    mask = torch.ones(ROWS, LENGTH, dtype=torch.int64)
+    mask[1, LENGTH - padding :] = 0
+    return mask
+
+
+FULL = (*DOCUMENTS[:-1], LENGTH - sum(DOCUMENTS[:-1]))
+# Name -> how documents are told, and how many tokens at the end are padding, in which rows.
+TOLD: dict[str, tuple[dict[str, Tensor], int]] = {
+    "positions": ({"position_ids": restarting(FULL)}, 0),
+    "positions, mask of ones": ({"position_ids": restarting(FULL), "attention_mask": ones()}, 0),
+    "positions, mask of truth values": ({"position_ids": restarting(FULL), "attention_mask": ones().bool()}, 0),
+    "mask numbers": ({"attention_mask": numbered(FULL)}, 0),
+    "mask numbers, positions go on": ({"position_ids": restarting((LENGTH,)), "attention_mask": numbered(FULL)}, 0),
+    "both": ({"position_ids": restarting(FULL), "attention_mask": numbered(FULL)}, 0),
+    "both, padded": (
+        {"position_ids": restarting(DOCUMENTS, PADDING), "attention_mask": numbered(DOCUMENTS, PADDING)},
+        PADDING,
+    ),
+    "positions, rows padded unlike": ({"position_ids": restarting(FULL), "attention_mask": unlike(PADDING)}, PADDING),
+}
+
+
+def _batch(padding: int) -> dict[str, Tensor]:
+    tokens = torch.randint(VOCABULARY, (ROWS, LENGTH), generator=torch.Generator().manual_seed(3))
+    labels = tokens.clone()
+    labels[0, :4] = -100
+    if padding:
+        labels[:, -padding:] = -100
+    return {"input_ids": tokens, "labels": labels}
+
+
+def _model() -> Any:
+    torch.manual_seed(0)
+    return build_model("mistral", sliding_window=4).double()
+
+
+def _mine(method: str) -> Any:
+    model = _model()
+    section = {"method": method, "size": dist.get_world_size() if dist.is_initialized() else 1}
+    config: SequenceParallelConfig = checked_section(model, section)
+    groups = SequenceParallelGroups.build(config) if dist.is_initialized() else SequenceParallelGroups.single()
+    ShardedCausalLM(model, config, groups)
+    return model
+
+
+def _gradients(model: Any, **call: Any) -> tuple[float, list[Tensor]]:
+    loss = model(**call).loss
+    loss.backward()
+    return loss.item(), [parameter.grad for parameter in model.parameters()]
+
+
+def _errors(method: str) -> dict[str, float]:
+    """The worst of the loss and of each gradient, against every document in a row of its own batch position."""
+    found = {}
+    for name, (told, padding) in TOLD.items():
+        # Transformers' eager attention keeps documents apart by positions, where nothing else is passed.
+        expected, wanted = _gradients(_model(), **_batch(padding), position_ids=restarting(FULL), use_cache=False)
+        if "go on" in name or name == "mask numbers":
+            expected, wanted = _apart(padding)
+        loss, gradients = _gradients(_mine(method), **_batch(padding), **told)
+        for gradient in gradients:
+            dist.all_reduce(gradient)
+            gradient /= dist.get_world_size()
+        scale = max(gradient.abs().max().item() for gradient in wanted)
+        worst = max((a - b).abs().max().item() for a, b in zip(gradients, wanted, strict=True)) / scale
+        found[name] = max(worst, abs(loss - expected))
+    return found
+
+
+def _apart(padding: int) -> tuple[float, list[Tensor]]:
+    """Every document by itself, at positions that go on, its loss weighed by its labels."""
+    model, batch = _model(), _batch(padding)
+    borders = [0, *accumulate(FULL)]
+    shifted = torch.nn.functional.pad(batch["labels"], (0, 1), value=-100)[:, 1:]
+    total = torch.zeros((), dtype=torch.float64)
+    for start, stop in pairwise(borders):
+        logits = model(
+            input_ids=batch["input_ids"][:, start:stop],
+            position_ids=torch.arange(start, stop).expand(ROWS, -1),
+            attention_mask=torch.ones(ROWS, stop - start, dtype=torch.int64),
+        ).logits
+        target = shifted[:, start:stop].flatten()
+        total = total + torch.nn.functional.cross_entropy(
+            logits.flatten(0, 1), target, ignore_index=-100, reduction="sum"
+        )
+    loss = total / (shifted != -100).sum()
+    loss.backward()
+    return loss.item(), [parameter.grad for parameter in model.parameters()]
+
+
+def _every_method() -> dict[str, dict[str, float]]:
+    return {method: _errors(method) for method in ("ulysses", "ring", "lightseq")}
+
+
+def test_documents_are_read_from_what_says_more() -> None:
+    for found in spawn(_every_method, 2, timeout=150):
+        for method, errors in found.items():
+            # Transformers takes the loss of fp64 logits in fp32.
+            assert max(errors.values()) < 1e-6, (method, errors)
+
+
+@pytest.mark.parametrize(
+    ("told", "words"),
+    [
+        (
+            {"position_ids": restarting((5, LENGTH - 5)), "attention_mask": numbered((6, LENGTH - 6))},
+            "start again in the middle of what the mask numbers as one document",
+        ),
+        ({"attention_mask": torch.tensor([[1, 1, 2, 2] + [1] * (LENGTH - 4)]).expand(ROWS, -1)}, "go down"),
+        ({"attention_mask": torch.cat([numbered((6, LENGTH - 6))[:1], numbered((5, LENGTH - 5))[:1]])}, "share their"),
+        (
+            {
+                "position_ids": torch.cat([restarting((6, LENGTH - 6))[:1], restarting((5, LENGTH - 5))[:1]]),
+                "attention_mask": ones(),
+            },
+            "batch size 1",
+        ),
+    ],
+)
+def test_contradictions_are_refused(told: dict[str, Tensor], words: str) -> None:
+    with pytest.raises(SequenceParallelConfigError, match=words):
+        _mine("ring")(**_batch(0), **told)
