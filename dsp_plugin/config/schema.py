@@ -40,6 +40,7 @@ _MEGATRON_FLAGS = {
 _EXAMPLES = {
     "debug": "write true or false",
     "quiet": "write true or false",
+    "unverified_model": "write true or false",
     "plan": 'name a Plan as "package.module:name"',
     "attention": 'write a list of module-name globs, such as ["layers.*.attn"]',
     "batch": 'map forward arguments to their sequence dims, as in {"input_ids": 1, "labels": 1}',

@@ -108,6 +108,7 @@ class Settings(BaseModel):
         peak_tflops: of a device, which the log takes model FLOP utilization of; None where its name says enough.
         debug: ranks compare op, shapes and dtypes before each collective; also ``DSP_PLUGIN_DEBUG=1``.
         quiet: no line at the start of a run, see `start_line`.
+        unverified_model: take a causal language model of Transformers although no page of families calls it exact.
         plan: ``package.module:name`` of a `Plan` for the model; needed where the model is not one we know.
         attention: globs over module names: the modules whose `scaled_dot_product_attention` or `linear_attention`
             spans the sequence.
@@ -139,6 +140,7 @@ class Settings(BaseModel):
     log_tensorboard: Text | None = None
     log_wandb: Text | None = None
     peak_tflops: Annotated[float, Field(gt=0, allow_inf_nan=False), BeforeValidator(_number)] | None = None
+    unverified_model: StrictBool = False
     plan: Reference | None = None
     attention: Annotated[tuple[Text, ...], BeforeValidator(_listed)] = ()
     batch: dict[Argument, Dim] = Field(default_factory=dict)

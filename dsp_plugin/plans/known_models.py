@@ -64,7 +64,8 @@ def complete(module: nn.Module, config: SequenceParallelConfig) -> tuple[nn.Modu
             why=f"it shards the batch, which the config does not describe, and {_name(type(module))} is not a model "
             f"that we know; known are {', '.join(KNOWN_MODELS)}",
             remedy='describe the model, as in "batch": {"input_ids": 1, "labels": 1}, "attention": ["layers.*.attn"], '
-            '"loss": {"labels": "labels"}' + (f" or {_NAME_A_PLAN}" if config.method in PLANNED else ""),
+            '"loss": {"labels": "labels"}; where it shifts its labels itself, "gather_output": 1 in place of the loss, '
+            "which the script takes from whole outputs" + (f"; or {_NAME_A_PLAN}" if config.method in PLANNED else ""),
         )
     return module, config
 

@@ -20,7 +20,7 @@ from dsp_plugin.groups import SequenceParallelGroups
 from dsp_plugin.patches.deepspeed import pipeline, random_state, recompute, step_log, tensor_parallel
 from dsp_plugin.patches.deepspeed.refusals import refuse_conflicts
 from dsp_plugin.patches.deepspeed.same_sample import SameSampleCheck
-from dsp_plugin.patches.transformers import ShardedCausalLM, checked_section, serves
+from dsp_plugin.patches.transformers import ShardedCausalLM, check_described, checked_section, serves
 from dsp_plugin.plans.known_models import softmax_heads
 from dsp_plugin.sharding.parallelize import Parallelized, hooked
 
@@ -130,6 +130,7 @@ def _route(
     if serves(module, section):
         size = tensor_parallel.size_of(param_dict)
         return ShardedCausalLM, checked_section(module, param_dict[DEEPSPEED_SECTION], tensor_parallel_size=size)
+    check_described(module, section)
     heads = None if section.batch else softmax_heads(module)
     if heads is not None:
         known = SequenceParallelConfig.from_deepspeed(

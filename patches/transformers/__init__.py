@@ -21,9 +21,9 @@ from torch import nn
 from dsp_plugin.config.schema import SequenceParallelConfig
 from dsp_plugin.methods import METHODS
 from dsp_plugin.patches.transformers.causal_lm import ShardedCausalLM
-from dsp_plugin.patches.transformers.checks import checked_section
+from dsp_plugin.patches.transformers.checks import check_described, checked_section
 
-__all__ = ["ShardedCausalLM", "checked_section", "serves"]
+__all__ = ["ShardedCausalLM", "check_described", "checked_section", "serves"]
 
 
 def serves(module: nn.Module, config: SequenceParallelConfig) -> bool:

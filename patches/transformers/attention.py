@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
@@ -14,7 +13,8 @@ from dsp_plugin.groups import SequenceParallelGroups
 from dsp_plugin.kernels.spec import AttentionSpec
 from dsp_plugin.mask import MaskSpec
 from dsp_plugin.methods import Where
-from dsp_plugin.patches.transformers.inputs import Placement
+from dsp_plugin.patches.transformers.mask import SequenceMask
+from dsp_plugin.patches.transformers.passes import ModelPass
 from dsp_plugin.training.extents import Running
 from dsp_plugin.training.randomness import RegionSeed
 
@@ -25,19 +25,6 @@ ALTERING = {
     "position_bias": "it is added to the scores",
     "head_mask": "it weighs heads",
 }
-
-
-@dataclass
-class ModelPass:
-    """One forward pass of a model.
-
-    Attributes:
-        placement: how its tokens lie on the ranks.
-        seed: None outside training.
-    """
-
-    placement: Placement
-    seed: RegionSeed | None
 
 
 class SequenceAttention:
@@ -62,10 +49,9 @@ class SequenceAttention:
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        attention_mask: Tensor | None,
+        attention_mask: SequenceMask | Tensor | None,
         scaling: float | None = None,
         dropout: float = 0.0,
-        sliding_window: int | None = None,
         is_causal: bool | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
@@ -76,7 +62,8 @@ class SequenceAttention:
             query: ``[B, H, n, D]`` of this rank's tokens, rotated by their global positions.
             key: ``[B, K, n, D]``.
             value: ``[B, K, n, Dv]``.
-            sliding_window: W: a query sees itself and the W - 1 keys before it.
+            attention_mask: what this layer got of the model's mask code. It decides about the window, as it does in
+                Transformers' eager and sdpa attention, whatever `sliding_window` among ``kwargs`` says.
 
         Returns:
             ``[B, n, H, Dv]``, and no weights.
@@ -94,13 +81,14 @@ class SequenceAttention:
                 why="it was called outside of the model's forward, where nothing says which tokens this rank holds",
                 remedy="call the model itself, not a part of it: without labels it returns whole logits",
             )
-        placement = running.placement
+        assert isinstance(attention_mask, SequenceMask)
+        placement, window = running.placement, attention_mask.window
         out = self._attention(
             *(x.transpose(1, 2) for x in (query, key, value)),
             what=AttentionSpec(
                 MaskSpec(
                     causal=True,
-                    window=None if sliding_window is None else (sliding_window - 1, 0),
+                    window=None if window is None else (window - 1, 0),
                     cu_seqlens=placement.documents,
                 ),
                 scaling,
@@ -121,8 +109,9 @@ def _refuse_altered_scores(
     module: nn.Module, attention_mask: object, is_causal: bool | None, kwargs: dict[str, Any]
 ) -> None:
     found = [(name, why) for name, why in ALTERING.items() if kwargs.get(name) is not None]
-    if attention_mask is not None:
-        found.append(("attention_mask", "the model made a mask of its own"))
+    if not isinstance(attention_mask, SequenceMask):
+        made = "none" if attention_mask is None else "one of its own"
+        found.append(("attention_mask", f"the model asked Transformers for no mask, it made {made}"))
     if is_causal is False or getattr(module, "is_causal", True) is False:
         found.append(("is_causal=False", "tokens would see their labels"))
     for name, why in found:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from contextlib import ExitStack
 from copy import deepcopy
 from itertools import count
@@ -15,9 +16,12 @@ from dsp_plugin.config.schema import SequenceParallelConfig
 from dsp_plugin.errors import UnsupportedError
 from dsp_plugin.groups import SequenceParallelGroups
 from dsp_plugin.patches.recompute import enter_again
-from dsp_plugin.patches.transformers.attention import ModelPass, SequenceAttention
+from dsp_plugin.patches.transformers.attention import SequenceAttention
 from dsp_plugin.patches.transformers.inputs import SEQUENCE_DIM, InputSharder
 from dsp_plugin.patches.transformers.loss import SequenceLoss
+from dsp_plugin.patches.transformers.mask import MaskReader
+from dsp_plugin.patches.transformers.noise import scale_noise
+from dsp_plugin.patches.transformers.passes import ModelPass
 from dsp_plugin.patches.transformers.seams import DISTRIBUTION, SEAMS
 from dsp_plugin.sharding.outputs import first_tensor
 from dsp_plugin.training.extents import Running
@@ -45,11 +49,12 @@ class ShardedCausalLM:
         self.may_drop = getattr(declared, "attention_dropout", None) != 0
         self._inputs = InputSharder(config, groups.sp)
         self._passes: Running[ModelPass] = Running()
-        self._attention = SequenceAttention(config, groups, self._passes)
+        self._attention, self._mask = SequenceAttention(config, groups, self._passes), MaskReader(self._passes)
         self._loss = SequenceLoss(model.loss_function, groups.sp)
         self._visit: RegionVisit | None = None
+        self._unscale: Callable[[], None] = _nothing
         with ExitStack() as undo:
-            _select_attention(model, f"sequence_parallel_{config.method}", self._attention, undo)
+            _select_attention(model, f"sequence_parallel_{config.method}", self._attention, self._mask, undo)
             _set_loss(model, self._loss, undo)
             undo.callback(enter_again())
             undo.callback(model.register_forward_pre_hook(self._before, with_kwargs=True).remove)
@@ -70,11 +75,14 @@ class ShardedCausalLM:
     def _before(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         self._attention.calls = self._loss.calls = 0
         kwargs, placement = self._inputs.shard(model, args, kwargs)
+        self._unscale = scale_noise(model, placement.layout, self._groups.sp.rank)
         self._visit = RegionVisit(self._groups.sp) if model.training else None
         self._passes.begin(ModelPass(placement, self._visit.seed if self._visit is not None else None))
         return (), kwargs
 
     def _leave(self, *_: object) -> None:
+        unscale, self._unscale = self._unscale, _nothing
+        unscale()
         if self._visit is not None:
             self._visit.leave()
             self._visit = None
@@ -109,11 +117,18 @@ class ShardedCausalLM:
         return self
 
 
-def _select_attention(model: PreTrainedModel, name: str, attention: SequenceAttention, undo: ExitStack) -> None:
-    """Register ``attention`` and make it that of this model, which from now on has a config of its own.
+def _nothing() -> None:
+    """Where a forward pass changed nothing that has to be put back."""
+
+
+def _select_attention(
+    model: PreTrainedModel, name: str, attention: SequenceAttention, mask: MaskReader, undo: ExitStack
+) -> None:
+    """Register ``attention`` and ``mask`` and make them this model's, which from now on has a config of its own.
 
     A config may be shared with another model, and the interface looks the name up in it.
     """
+    from transformers.masking_utils import AttentionMaskInterface
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
     name = next(free for number in count() if (free := f"{name}_{number}") not in ALL_ATTENTION_FUNCTIONS)
@@ -122,9 +137,10 @@ def _select_attention(model: PreTrainedModel, name: str, attention: SequenceAtte
     for module in model.modules():
         if vars(module).get("config") is shared:
             vars(module)["config"] = own
-    AttentionInterface.register(name, attention)
-    # The table outlives the model.
-    undo.callback(weakref.finalize(model, AttentionInterface._global_mapping.pop, name))
+    for interface, ours in ((AttentionInterface, attention), (AttentionMaskInterface, mask)):
+        interface.register(name, ours)
+        # The table outlives the model.
+        undo.callback(weakref.finalize(model, interface._global_mapping.pop, name))
     own._attn_implementation = name
     undo.callback(setattr, own, "_attn_implementation", before)
 

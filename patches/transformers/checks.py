@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dsp_plugin.config.schema import DEEPSPEED_SECTION, SequenceParallelConfig
 from dsp_plugin.errors import SequenceParallelConfigError, UnsupportedError
 from dsp_plugin.patches.transformers.seams import SEAMS
+from dsp_plugin.patches.transformers.verified import SETTING, unverified
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -17,7 +19,12 @@ if TYPE_CHECKING:
 ATTENTION_LAYERS = ("full_attention", "sliding_attention")
 # Rotary embeddings whose frequencies follow from the largest position that a rank happens to see.
 LENGTH_DEPENDENT = ("dynamic", "longrope")
-DESCRIBE = 'describe it in the section ("batch" and "attention", or "plan"), or remove the section'
+# Not by its loss: a model that shifts labels itself would shift them within the shard.
+DESCRIBE = (
+    'if its attention calls scaled_dot_product_attention, describe it in the section ("batch": {"input_ids": 1}, '
+    '"attention": names of the modules that do, "gather_output": 1), pass no labels and take the loss from the whole '
+    "logits in the script; else remove the section"
+)
 
 
 class Heads(NamedTuple):
@@ -41,7 +48,8 @@ def checked_section(
 
     Raises:
         PatchError: this Transformers is not one that we fit.
-        UnsupportedError: the model does not go through the interfaces that we use, or computes over whole sequences.
+        UnsupportedError: the model does not go through the interfaces that we use, computes over whole sequences, or is
+            of a family that no page calls exact, and the section does not take it unverified.
         SequenceParallelConfigError: the method cannot serve its head counts.
     """
     for seam in SEAMS:
@@ -49,6 +57,13 @@ def checked_section(
     for what, value, why, remedy in _obstacles(model):
         raise UnsupportedError(
             setting=f"{what} of {type(model).__name__} with sequence_parallel", value=value, why=why, remedy=remedy
+        )
+    unknown = None if section.get(SETTING) else unverified(model)
+    if unknown is not None:
+        raise UnsupportedError(
+            setting=f"{type(model).__name__} with sequence_parallel",
+            why=unknown,
+            remedy=f'compare it by dsp-plugin verify-model, and if it is exact say "{SETTING}": true in the section',
         )
     heads = heads_of(model)
     if heads.kv % tensor_parallel_size:
@@ -64,6 +79,28 @@ def checked_section(
     assert config is not None
     config.check_model(heads=heads.query, kv_heads=heads.kv, tensor_parallel_size=tensor_parallel_size)
     return config
+
+
+def check_described(module: Any, config: SequenceParallelConfig) -> None:
+    """Check a section that describes a model by ``batch``, where the model is one of Transformers'.
+
+    Raises:
+        SequenceParallelConfigError: it takes the loss for one over the labels as given, and the model shifts them.
+    """
+    modeling = sys.modules.get("transformers.modeling_utils")
+    # PEFT's wrappers pass labels on.
+    model = module.get_base_model() if hasattr(module, "get_base_model") else module
+    if config.loss is None or modeling is None or not isinstance(model, modeling.PreTrainedModel):
+        return
+    if config.loss.labels == "labels" and _is_causal_lm(model):
+        raise SequenceParallelConfigError(
+            setting="loss.labels",
+            value=config.loss.labels,
+            why=f"{type(model).__name__} shifts its labels itself, and would do so within each shard: the label of the "
+            "last token of every run is lost",
+            remedy='set "gather_output": 1 in place of "loss" and "labels" in "batch", pass no labels, and take the '
+            "loss from the whole logits in the script",
+        )
 
 
 def _obstacles(model: PreTrainedModel) -> Iterator[tuple[str, Any, str, str]]:
@@ -97,7 +134,7 @@ def _obstacles(model: PreTrainedModel) -> Iterator[tuple[str, Any, str, str]]:
             "forward",
             "no position_ids",
             "it would number the tokens of every shard from 0",
-            'describe it in the section ("batch", "attention", and in "positions" the argument that takes them)',
+            f'{DESCRIBE}. "positions" is for the argument that takes them, null if the model needs none',
         )
     # Transformers 4 calls them rope_scaling.
     rope = getattr(declared, "rope_parameters", None) or getattr(declared, "rope_scaling", None) or {}

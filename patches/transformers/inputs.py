@@ -17,6 +17,7 @@ from dsp_plugin.comm.collectives import split
 from dsp_plugin.config.schema import SequenceParallelConfig
 from dsp_plugin.errors import SequenceParallelConfigError, UnsupportedError
 from dsp_plugin.layout import Layout
+from dsp_plugin.patches.transformers.positions import own_positions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -87,6 +88,8 @@ class InputSharder:
         # Zigzag inside each document, so that ranks have alike much to attend to in every one.
         layout = Layout(kind, length, self._sp.size, documents=documents if kind == "zigzag" else None)
 
+        if positions is None:
+            positions = own_positions(model, values)
         values["position_ids"] = (
             layout.position_ids(self._sp.rank, _device(values)).unsqueeze(0)
             if positions is None
@@ -97,6 +100,9 @@ class InputSharder:
                 values[name] = self._cut(values[name], layout)
         if labels is not None:
             values["labels"] = self._cut(labels, layout)
+        if "attention_mask" in inspect.signature(model.forward).parameters:
+            # Where there is none, Transformers takes the gaps between a shard's positions for borders of documents.
+            values["attention_mask"] = _whole_shard(values)
         values["use_cache"] = False
         return values, Placement(layout, documents, labels is not None)
 
@@ -149,6 +155,12 @@ def _tokens(values: Mapping[str, Any]) -> tuple[int, int]:
 
 def _device(values: Mapping[str, Any]) -> torch.device:
     return next(values[name].device for name in ("input_ids", "inputs_embeds") if values.get(name) is not None)
+
+
+def _whole_shard(values: Mapping[str, Any]) -> Tensor:
+    """A mask that masks no token of this rank, ``[B, n]``."""
+    tokens = next(values[name] for name in ("input_ids", "inputs_embeds") if values.get(name) is not None)
+    return torch.ones(tokens.shape[:2], dtype=torch.int64, device=tokens.device)
 
 
 def _following(values: dict[str, Any], batch: int, length: int) -> Tensor | None:

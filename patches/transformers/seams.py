@@ -26,6 +26,14 @@ SEAMS = (
         parameters=("key", "value"),
     ),
     Patch(
+        name="read the masks of one model",
+        target="transformers.masking_utils:AttentionMaskInterface.register",
+        distribution=DISTRIBUTION,
+        supported=SUPPORTED,
+        make=_as_it_is,
+        parameters=("key", "value"),
+    ),
+    Patch(
         name="take the loss of one model over the whole sequence",
         target="transformers.loss.loss_utils:ForCausalLMLoss",
         distribution=DISTRIBUTION,

@@ -15,10 +15,12 @@ from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 
-def start(model: PreTrainedModel, method: str = "ring", zero: int = 0) -> Any:
+def start(model: PreTrainedModel, method: str = "ring", zero: int = 0, **section: Any) -> Any:
     """An engine around the model."""
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=Case("", method, 2, zero).config())
+    engine, *_ = deepspeed.initialize(
+        model=model, optimizer=optimizer, config=Case("", method, 2, zero, extra=tuple(section.items())).config()
+    )
     return engine
 
 

@@ -41,6 +41,7 @@ class Refused:
         model: makes the model.
         call: changes to the arguments of forward; without any, the model itself is refused.
         act: what the script does in place of a forward pass.
+        section: further settings.
     """
 
     error: str
@@ -49,6 +50,7 @@ class Refused:
     method: str = "ring"
     call: dict[str, Any] = field(default_factory=dict)
     act: Callable[[Any], object] | None = None
+    section: dict[str, Any] = field(default_factory=dict)
 
 
 def with_own_loss() -> PreTrainedModel:
@@ -85,6 +87,7 @@ def positions(*documents: tuple[int, ...]) -> torch.Tensor:
 
 
 DYNAMIC = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
+SOFT_CAPPED = partial(Gemma2ForCausalLM, Gemma2Config(**NARROW, head_dim=8, query_pre_attn_scalar=8))
 REFUSED = {
     "masked_lm": Refused(
         UNSUPPORTED,
@@ -118,8 +121,22 @@ REFUSED = {
     "softcap": Refused(
         UNSUPPORTED,
         ("softcap", "Gemma2Attention", "bends the scores"),
-        partial(Gemma2ForCausalLM, Gemma2Config(**NARROW, head_dim=8, query_pre_attn_scalar=8)),
+        SOFT_CAPPED,
         call={"use_cache": False},
+        section={"unverified_model": True},
+    ),
+    "unverified": Refused(
+        UNSUPPORTED,
+        ("Gemma2ForCausalLM", "was refused (softcap", "verify-model", '"unverified_model": true'),
+        SOFT_CAPPED,
+    ),
+    "labels_shifted_twice": Refused(
+        CONFIG,
+        ("LlamaForCausalLM shifts its labels itself", '"gather_output": 1'),
+        section={
+            **{"batch": {"input_ids": 1, "labels": 1}, "attention": ["model.layers.*.self_attn"]},
+            "loss": {"labels": "labels"},
+        },
     ),
     "cache": Refused(UNSUPPORTED, ("use_cache", "outside this engine"), call={"use_cache": True}),
     "generate": Refused(
@@ -165,7 +182,7 @@ def attempt(refused: Refused) -> dict[str, Any]:
     torch.manual_seed(0)
     at = "initialize"
     try:
-        engine = start(refused.model(), refused.method)
+        engine = start(refused.model(), refused.method, **refused.section)
         at = "forward"
         if refused.act is not None:
             refused.act(engine)
