@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import Tensor
@@ -57,6 +57,15 @@ def only_tensor(output: Any, module: str) -> tuple[Tensor, Callable[[Tensor], An
             remedy="ask the model for no hidden states and no attention weights",
         )
     return found
+
+
+def all_tensors(output: Any) -> Iterator[Tensor]:
+    """Every tensor in an output, also in tuples, lists and dicts within it."""
+    if isinstance(output, Tensor):
+        yield output
+    elif isinstance(output, dict | tuple | list):
+        for part in output.values() if isinstance(output, dict) else output:
+            yield from all_tensors(part)
 
 
 def _count(value: Any) -> int:

@@ -25,7 +25,7 @@ from dsp_plugin.plans.known_models import complete
 from dsp_plugin.plans.plan import Plan, matching_modules, outermost, resolve_plan
 from dsp_plugin.sharding import loss
 from dsp_plugin.sharding.batch import BatchSharder
-from dsp_plugin.sharding.outputs import first_tensor
+from dsp_plugin.sharding.outputs import all_tensors, first_tensor
 from dsp_plugin.sharding.region import ShardedRegion
 from dsp_plugin.sharding.routing import AttentionRoute
 from dsp_plugin.sharding.wrappers import forget_compiled, uncompiled, unwrapped
@@ -216,10 +216,12 @@ def _shard_batch(
         else:
             assert config.gather_output is not None
             whole = _global_output(first, config.gather_output, state.layout, config.method, groups)
-        passes.recall_by(whole, state)
-        return rebuild(whole)
+        output = rebuild(whole)
+        passes.recall_by(all_tensors(output), state)
+        return output
 
     undo.append(enter_again())
+    undo.append(passes.close)
     undo.append(module.register_forward_pre_hook(before, with_kwargs=True).remove)
     # Before what follows, which all ranks do alike; also where the forward pass fails.
     undo.append(module.register_forward_hook(leave, always_call=True).remove)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext
 from math import prod
 from typing import Any, Self
 
@@ -24,7 +24,7 @@ from dsp_plugin.plans.pattern import Pattern, parse
 from dsp_plugin.plans.plan import Plan, matching_modules, outermost
 from dsp_plugin.sharding.arguments import Arguments
 from dsp_plugin.sharding.attributes import RegionAttributes
-from dsp_plugin.sharding.outputs import first_tensor, only_tensor
+from dsp_plugin.sharding.outputs import all_tensors, first_tensor, only_tensor
 from dsp_plugin.sharding.passes import (
     Entered,
     PassSizes,
@@ -108,6 +108,7 @@ class ShardedRegion:
         """Hook the stages, adding to ``undo`` what takes each hook off."""
         undo.append(enter_again())
         undo.append(self._attributes.restore)
+        undo.append(self._passes.close)
         undo.append(self._root.register_forward_pre_hook(self._before_all, with_kwargs=True).remove)
         if self._border is not None:
             undo.append(self._border.register_forward_pre_hook(self._before_region, with_kwargs=True).remove)
@@ -318,9 +319,7 @@ class ShardedRegion:
         assert state.entered is not None
         self._finished.add(state.entered.kind)
         # Not at the last stage's output: inside a reentrant checkpoint that has no gradient yet.
-        with suppress(SequenceParallelConfigError):
-            leading, _ = first_tensor(output)
-            self._passes.recall_by(leading, state)
+        self._passes.recall_by(all_tensors(output), state)
 
     @uncompiled
     def _clean_up(self, module: nn.Module, args: tuple, output: Any) -> None:

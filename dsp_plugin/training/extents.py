@@ -9,13 +9,16 @@ whenever it runs its function again. `dsp_plugin.patches.recompute` puts `enteri
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+import weakref
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import wraps
 from typing import Generic, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
+
+from dsp_plugin.errors import UnsupportedError
 
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
@@ -30,6 +33,7 @@ class _Local(threading.local):
     def __init__(self) -> None:
         self.extents: list[Enter[object]] = []
         self.first_runs = 0
+        self.known = 0
 
 
 _local = _Local()
@@ -56,7 +60,9 @@ def entering_again(function: Callable[Arguments, Result], *, runs_first: bool) -
         runs_first: whether its first call is made where the extents are in force still.
     """
     held = tuple(_local.extents)
-    if not held:
+    # What is made in a backward pass may be part of what a checkpoint of a kind that we do not know runs again.
+    known = not in_backward() or _local.known > 0
+    if not held and not known:
         return function
     first = runs_first
 
@@ -70,10 +76,14 @@ def entering_again(function: Callable[Arguments, Result], *, runs_first: bool) -
                 return function(*args, **kwargs)
             finally:
                 _local.first_runs -= 1
-        with ExitStack() as stack:
-            for enter in held:
-                stack.enter_context(extent(enter))
-            return function(*args, **kwargs)
+        _local.known += known
+        try:
+            with ExitStack() as stack:
+                for enter in held:
+                    stack.enter_context(extent(enter))
+                return function(*args, **kwargs)
+        finally:
+            _local.known -= known
 
     return run
 
@@ -103,15 +113,16 @@ class Running(Generic[State]):
         self._again = again
         self._in_force: list[tuple[State, bool]] = []
         self._begun: list[ExitStack] = []
-        self._recalled: State | None = None
-        self._around_recalled = ExitStack()
+        self._recalled: Callable[[], _Recalled[State] | None] = lambda: None
+        self._closed = False
 
     @property
     def now(self) -> State | None:
         """The state; None outside of passes."""
         if self._in_force:
             return self._in_force[-1][0]
-        return self._recalled if in_backward() else None
+        recalled = self._recalled() if in_backward() and not _local.known else None
+        return None if recalled is None else recalled.state
 
     @property
     def again(self) -> bool:
@@ -129,22 +140,43 @@ class Running(Generic[State]):
         if self._begun:
             self._begun.pop().close()
 
-    def recall_by(self, output: Tensor, state: State) -> None:
-        """Bring ``state`` back while the backward pass of ``output`` runs."""
-
-        def forget() -> None:
-            self._recalled = None
-            self._around_recalled.close()
+    def recall_by(self, outputs: Iterable[Tensor], state: State) -> None:
+        """Bring ``state`` back while the backward pass of any of ``outputs`` runs."""
 
         def recall(_: Tensor) -> None:
-            forget()
-            self._recalled = state
+            before = self._recalled()
+            if before is not None:
+                before()
+            recalled = _Recalled(state)
             if self._again is not None:
-                self._around_recalled.enter_context(self._again(state))
-            torch.autograd.Variable._execution_engine.queue_callback(forget)
+                recalled.around.enter_context(self._again(state))
+            # Autograd's engine alone holds it, and drops it where the backward pass raises, too.
+            self._recalled = weakref.ref(recalled)
+            weakref.finalize(recalled, recalled.around.close)
+            torch.autograd.Variable._execution_engine.queue_callback(recalled)
 
-        if output.requires_grad:
-            output.register_hook(recall)
+        for output in outputs:
+            # A leaf outlives the pass, and would gather hooks.
+            if output.grad_fn is not None:
+                output.register_hook(recall)
+
+    def close(self) -> None:
+        """No part of a pass can be run again any more: what served it is gone."""
+        self._closed = True
+
+    def check_open(self) -> None:
+        """Refuse to run a part of a pass again.
+
+        Raises:
+            UnsupportedError: it is closed.
+        """
+        if self._closed:
+            raise UnsupportedError(
+                setting="remove() between forward and backward",
+                why="a checkpoint runs a part of the forward pass again, and without the hooks its attention would see "
+                "this rank's tokens only",
+                remedy="call remove() after the backward pass",
+            )
 
     @contextmanager
     def hold(self, state: State, again: bool) -> Iterator[None]:
@@ -157,6 +189,16 @@ class Running(Generic[State]):
             yield
 
 
+class _Recalled(Generic[State]):
+    """A state that was brought back, until it is called."""
+
+    def __init__(self, state: State) -> None:
+        self.state, self.around = state, ExitStack()
+
+    def __call__(self) -> None:
+        self.around.close()
+
+
 class _First(Generic[State]):
     """Enters a state: the first time as that of a pass that begins, later as that of one whose parts run again."""
 
@@ -165,4 +207,6 @@ class _First(Generic[State]):
 
     def __call__(self) -> AbstractContextManager[None]:
         again, self._entered = self._entered, True
+        if again:
+            self._running.check_open()
         return self._running.hold(self._state, again)

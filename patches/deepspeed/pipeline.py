@@ -168,6 +168,7 @@ class PipelineStage:
         self._visit: RegionVisit | None = None
         with ExitStack() as undo:
             undo.callback(enter_again())
+            undo.callback(self._passes.close)
             self._route(module, device(), undo)
             undo.callback(module.register_forward_pre_hook(self._before).remove)
             undo.callback(module.register_forward_hook(self._leave, always_call=True).remove)
@@ -222,7 +223,7 @@ class PipelineStage:
         assert self._passes.now is not None
         for tensor in output if isinstance(output, tuple) else (output,):
             if isinstance(tensor, Tensor):
-                self._passes.recall_by(tensor, self._passes.now)
+                self._passes.recall_by((tensor,), self._passes.now)
 
     def _layout_of(self, inputs: Any) -> Layout:
         """The placement of the tokens that the stage before sent: of the whole, a rank gets to see only its part."""

@@ -23,7 +23,7 @@ from dsp_plugin.patches.transformers.mask import MaskReader
 from dsp_plugin.patches.transformers.noise import scale_noise
 from dsp_plugin.patches.transformers.passes import ModelPass
 from dsp_plugin.patches.transformers.seams import DISTRIBUTION, SEAMS
-from dsp_plugin.sharding.outputs import first_tensor
+from dsp_plugin.sharding.outputs import all_tensors, first_tensor
 from dsp_plugin.training.extents import Running
 from dsp_plugin.training.randomness import RegionVisit
 
@@ -57,6 +57,7 @@ class ShardedCausalLM:
             _select_attention(model, f"sequence_parallel_{config.method}", self._attention, self._mask, undo)
             _set_loss(model, self._loss, undo)
             undo.callback(enter_again())
+            undo.callback(self._passes.close)
             undo.callback(model.register_forward_pre_hook(self._before, with_kwargs=True).remove)
             # Before what follows, which all ranks do alike; also where the forward pass fails.
             undo.callback(model.register_forward_hook(self._leave, always_call=True).remove)
@@ -110,8 +111,9 @@ class ShardedCausalLM:
         if not placement.labelled:
             layout, method = placement.layout, self._config.method
             first = gather(first, SEQUENCE_DIM, layout, axis=self._groups.sp, method=method)
-        self._passes.recall_by(first, running)
-        return rebuild(first)
+        output = rebuild(first)
+        self._passes.recall_by(all_tensors(output), running)
+        return output
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         return self

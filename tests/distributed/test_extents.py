@@ -309,5 +309,89 @@ def test_what_ends_out_of_order_leaves_nothing_behind() -> None:
     assert passes.now is None
     assert again() == "inner"
     assert passes.now is None
-    function = len
-    assert entering_again(function, runs_first=True) is function
+
+
+class Refusing(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        raise KeyError("in the middle of a backward pass")
+
+
+class Branching(Model):
+    """Its loss may hang on what it returns beside the tokens."""
+
+    def forward(self, x_BnC: Tensor) -> Any:
+        found = super().forward(x_BnC)
+        return found.detach(), {"aux": [found.square().mean()]}
+
+
+def _beside(route: str, way: Through) -> dict[str, float]:
+    """What a checkpoint runs again of parts outside of a pass, after what holds for a pass was brought back."""
+    settings, found = _settings(route), {}
+    oracle, mine = model(**settings), sharded(model(**settings), route)
+    for part in (oracle, mine):
+        # As many tokens as a rank has of the pass: nothing would notice.
+        beside = way(part.blocks[0].attn, example(LENGTH // dist.get_world_size(), seed=5).requires_grad_())
+        (loss_of(beside) + loss_of(part(example()))).backward()
+    found["in one backward pass"] = error(mine, oracle)
+
+    handle = mine.blocks[0].attn.register_forward_hook(lambda *call: Refusing.apply(call[2]))
+    with pytest.raises(KeyError):
+        loss_of(mine(example())).backward()
+    handle.remove()
+    for part in (oracle, mine):
+        part.zero_grad()
+        loss_of(unknown(part.blocks[0].attn, example(5, seed=5).requires_grad_())).backward()
+    found["after a backward pass that failed"] = error(mine, oracle)
+    return found
+
+
+def _other_output() -> float:
+    found = []
+    for route in (None, "ring"):
+        torch.manual_seed(0)
+        mine = Branching().double()
+        if route:
+            sharded(checkpointed(mine, "the block inside", unknown), route)
+        mine(example().requires_grad_())[1]["aux"][0].backward()
+        found.append(mine)
+    return error(found[1], found[0])
+
+
+def _removed(route: str, way: Through) -> str:
+    method, plan = ROUTES[route]
+    batch: dict[str, Any] = {"batch": {"x_BnC": 1}, "attention": ["blocks.*.attn"], "gather_output": 1}
+    config = SequenceParallelConfig(
+        method=method, size=dist.get_world_size(), quiet=True, **({} if plan else {**batch, "positions": None})
+    )
+    mine = checkpointed(model(**_settings(route)), "the block inside", way)
+    handle = parallelize(mine, plan, config=config, groups=SequenceParallelGroups.build(config))
+    loss = loss_of(mine(example().requires_grad_()))
+    handle.remove()
+    try:
+        loss.backward()
+    except UnsupportedError as error:
+        return str(error)
+    return "taken"
+
+
+def _ends() -> tuple[dict[str, float], list[str]]:
+    ways = (reentrant, non_reentrant)
+    errors = {
+        f"{route}, {way.__name__}, {name}": value
+        for route in ("ring", "plan, ulysses")
+        for way in ways
+        for name, value in _beside(route, way).items()
+    }
+    errors["through another output"] = _other_output()
+    return errors, [_removed(route, way) for route in ("ring", "plan, ulysses") for way in ways]
+
+
+def test_what_holds_for_a_pass_reaches_no_checkpoint_outside_and_every_one_inside_until_hooks_are_removed() -> None:
+    for errors, said in spawn(_ends, 2, timeout=60):
+        assert max(errors.values()) < BOUND, errors
+        assert all("remove() between forward and backward" in words for words in said), said
