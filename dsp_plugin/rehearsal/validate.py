@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_map
 
 from dsp_plugin.comm import all_gather, ledger
 from dsp_plugin.comm.axis import Axis
+from dsp_plugin.comm.consent import each_for_itself
 from dsp_plugin.config.schema import SequenceParallelConfig
 from dsp_plugin.errors import SequenceParallelConfigError, UnsupportedError
 from dsp_plugin.groups import SequenceParallelGroups
@@ -73,7 +74,8 @@ def validate_plan(
         _check_reference(whole, groups.sp)
         handle = hooked(root, plan, config=config, groups=groups)
         try:
-            with ledger() as log:
+            # A wrong plan fails anywhere in the model's code, on some ranks and not on others.
+            with ledger() as log, each_for_itself():
                 sharded = ObservedPass(module, root, plan, kwargs, backward=backward, seed=1)
         finally:
             handle.remove()

@@ -8,6 +8,7 @@ that are left on this rank when labels have been shifted; before, it does so wit
 from __future__ import annotations
 
 import functools
+import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -18,13 +19,19 @@ from dsp_plugin.patches.megatron.versions import DISTRIBUTION, SUPPORTED
 from dsp_plugin.patches.patch import Patch
 
 EXACT_BEFORE = Version("0.17")
+_MODULE = "megatron.core.transformer.multi_token_prediction"
 
 
 def patches() -> tuple[Patch, ...]:
     """Wraps the construction of the layers that predict further tokens."""
+    try:
+        importlib.import_module(_MODULE)
+    except ImportError:
+        # Then no model can have them.
+        return ()
     patch: Patch = Patch(
         "refuse multi-token prediction",
-        "megatron.core.transformer.multi_token_prediction:MultiTokenPredictionBlock.__init__",
+        f"{_MODULE}:MultiTokenPredictionBlock.__init__",
         DISTRIBUTION,
         SUPPORTED,
         lambda upstream: _refusing(upstream, patch),
