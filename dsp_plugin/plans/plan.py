@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 from torch import nn
 
-from dsp_plugin.errors import SequenceParallelConfigError
+from dsp_plugin.errors import SequenceParallelConfigError, UnsupportedError
 from dsp_plugin.plans.checks import check_plan
 from dsp_plugin.plans.pattern import Pattern, parse, unambiguous
 from dsp_plugin.plans.stage import Region, Stage
@@ -197,8 +197,8 @@ def _load(module: nn.Module, reference: str) -> Plan:
         ) from error
     try:
         plan = found(module) if callable(found) else found
-    except SequenceParallelConfigError:
-        # The plan itself is wrong, and says how.
+    except (SequenceParallelConfigError, UnsupportedError):
+        # The plan itself is wrong, or the model none that it can be for, and the error says how.
         raise
     except (Exception, SystemExit) as error:
         raise SequenceParallelConfigError(

@@ -228,9 +228,9 @@ def test_ordinary_policy_makes_all_of_them_again(way: str) -> None:
         assert found["losses"] == pytest.approx(unsharded(), rel=1e-6)
 
 
-def test_checkpointing_is_patched_while_an_engine_asks_for_it() -> None:
+def test_checkpointing_is_patched_while_there_is_an_engine() -> None:
     for rank in results():
-        assert all(found["patched"] == (policy == "keep_attention") for (_, _, policy), found in rank.items())
+        assert all(found["patched"] for found in rank.values())
         assert not any(found["patched after"] for found in rank.values())
 
 
