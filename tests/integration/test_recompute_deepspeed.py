@@ -131,9 +131,9 @@ def train(deepspeed: Any, method: str, way: str, recompute: str) -> dict[str, An
         losses.append(loss.item())
     with torch.no_grad():
         losses.append(engine(**batch(STEPS)).item())
-    patched = patches.TORCH.applied
+    patched, kept = patches.TORCH.applied, patches.kept()
     engine.destroy()
-    return {"losses": losses, "again": again, "patched": patched, "patched after": patches.TORCH.applied}
+    return {"losses": losses, "again": again, "patched": patched, "kept": kept, "kept after": patches.kept()}
 
 
 def train_llama(deepspeed: Any, checkpointed: bool | None, recompute: str) -> dict[str, Any]:
@@ -228,10 +228,11 @@ def test_ordinary_policy_makes_all_of_them_again(way: str) -> None:
         assert found["losses"] == pytest.approx(unsharded(), rel=1e-6)
 
 
-def test_checkpointing_is_patched_while_there_is_an_engine() -> None:
+def test_checkpointing_keeps_attention_while_an_engine_asks_for_it() -> None:
     for rank in results():
         assert all(found["patched"] for found in rank.values())
-        assert not any(found["patched after"] for found in rank.values())
+        assert all(found["kept"] == (policy == "keep_attention") for (_, _, policy), found in rank.items())
+        assert not any(found["kept after"] for found in rank.values())
 
 
 def test_layers_that_transformers_checkpoints() -> None:
