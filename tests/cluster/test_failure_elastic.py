@@ -73,6 +73,7 @@ def assert_went_on(run: Run) -> None:
     assert max(map(int, GOES_ON.findall(run.output())), default=0) >= KILLED_AFTER, run.output()
 
 
+@pytest.mark.matrix
 @pytest.mark.deepspeed
 def test_deepspeed_goes_on_after_a_kill(tmp_path: Path) -> None:
     """On shared memory that the killed run left as it was."""

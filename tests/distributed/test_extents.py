@@ -108,7 +108,7 @@ def _every_route() -> dict[str, dict[tuple[str, str], float]]:
     return {route: _inside(route) for route in ROUTES}
 
 
-@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("size", [2, pytest.param(3, marks=pytest.mark.matrix)])
 def test_checkpoints_inside_routed_modules_run_attention_again_by_the_method(size: int) -> None:
     for found in spawn(_every_route, size, timeout=200):
         for route, errors in found.items():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from typer.testing import CliRunner
 
-from dsp_plugin import SequenceParallelConfig, SequenceParallelConfigError
+from dsp_plugin import Axis, SequenceParallelConfig, SequenceParallelConfigError
 from dsp_plugin.cli.app import app
 from dsp_plugin.comm import agreement
 from dsp_plugin.config.sizes import largest_ulysses_size
@@ -58,7 +58,7 @@ def test_timeouts_that_no_clock_reaches_are_refused(text: str, monkeypatch: pyte
         seconds(text)
     monkeypatch.setenv("DSP_PLUGIN_DEBUG_TIMEOUT", text)
     with pytest.raises(SequenceParallelConfigError, match=r"DSP_PLUGIN_DEBUG_TIMEOUT=.*30 days"):
-        agreement._timeout()
+        agreement._timeout(Axis.alone("sp"))
     if text:
         monkeypatch.setenv("DSP_PLUGIN_TIMEOUT", text)
         with pytest.raises(SequenceParallelConfigError, match=r"DSP_PLUGIN_TIMEOUT=.*30 days"):

@@ -104,6 +104,7 @@ def test_unmodified_script(start: Callable[[list[str], Path], None], tmp_path: P
     assert "rank1" not in said or not said["rank1"]
 
 
+@pytest.mark.matrix
 def test_script_of_the_linear_language_model(tmp_path: Path) -> None:
     """With the section its losses on two ranks are those that one rank has without. A hybrid, its layers recomputed."""
     pytest.importorskip("deepspeed")

@@ -46,6 +46,7 @@ def test_on_this_node(alone: list[float], tmp_path: Path) -> None:
     assert found == pytest.approx(alone, rel=1e-5)
 
 
+@pytest.mark.matrix
 def test_hostfile_and_pdsh(alone: list[float], tmp_path: Path) -> None:
     hosts = tmp_path / "hosts"
     hosts.write_text("node0 slots=1\nnode1 slots=1\n")

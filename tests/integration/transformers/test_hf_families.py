@@ -195,6 +195,7 @@ def verify_model(*arguments: str) -> Any:
     return CliRunner().invoke(app, ["verify-model", *arguments])
 
 
+@pytest.mark.matrix
 def test_code_beside_a_config_runs_only_where_it_is_trusted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
     folder = tmp_path / "remote"
