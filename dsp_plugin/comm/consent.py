@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from dsp_plugin.comm.axis import Axis
 from dsp_plugin.comm.ledger import AGREEMENT
-from dsp_plugin.comm.wire import Sender, poll
+from dsp_plugin.comm.wire import Sender, collect
 from dsp_plugin.errors import CollectiveMismatchError, SequenceParallelConfigError, UnsupportedError
 
 Refusal = SequenceParallelConfigError | UnsupportedError
@@ -55,15 +55,13 @@ def go_on(step: str, refusal: Refusal | None, axis: Axis) -> None:
         if refusal is not None:
             raise refusal
         return
-    sender = Sender(axis, AGREEMENT, "forward")
     words = (step if refusal is None else str(refusal)).encode()
     kind = 0 if refusal is None else 1 + _KINDS.index(type(refusal))
-    device = _device(axis)
-    heads = poll([crc32(step.encode()), kind, len(words)], device, sender)
+    heads = _of_all([crc32(step.encode()), kind, len(words)], axis)
     if not any(kind for _, kind, _ in heads) and len({head[0] for head in heads}) == 1:
         return
     longest = max(length for *_, length in heads)
-    texts = [bytes(row) for row in poll([*words.ljust(longest, b" ")], device, sender)]
+    texts = [bytes(row) for row in _of_all([*words.ljust(longest, b" ")], axis)]
     said = [text[:length].decode() for text, (*_, length) in zip(texts, heads, strict=True)]
     for rank, (_, kind, _), text in zip(axis.ranks, heads, said, strict=True):
         if kind:
@@ -73,6 +71,13 @@ def go_on(step: str, refusal: Refusal | None, axis: Axis) -> None:
         f"the ranks of one sequence are about to do different things. {ways}. Give them the same batch, and let no "
         f"branch depend on the rank or on the part of the data that it holds."
     )
+
+
+def _of_all(values: list[int], axis: Axis) -> list[list[int]]:
+    """The integers of every rank, in rank order; each gives as many."""
+    mine = torch.tensor(values, dtype=torch.int64, device=_device(axis))
+    rows = collect(mine, [len(values)] * axis.size, Sender(axis, AGREEMENT, "forward"))
+    return torch.stack(rows).tolist()
 
 
 def _device(axis: Axis) -> torch.device:

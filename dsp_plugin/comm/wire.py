@@ -141,22 +141,6 @@ def collect(buffer: Tensor, counts: Sequence[int], sender: Sender, whole_shapes:
     return parts
 
 
-def poll(values: Sequence[int], device: torch.device, sender: Sender) -> list[list[int]]:
-    """A few integers of every rank, on the host, in rank order; each gives as many. Waits for the device.
-
-    Args:
-        device: where collectives of the axis take tensors.
-    """
-    axis = sender.axis
-    mine = torch.tensor(values, dtype=torch.int64, device=device)
-    others = [0 if peer == axis.rank else len(values) for peer in range(axis.size)]
-    _enter("all_gather", mine.dtype, others, others, sender)
-    gathered = mine.new_empty(axis.size * len(values))
-    with waiting(mine.is_cuda):
-        _all_gather_single(gathered, mine, group=axis.group)
-    return gathered.view(axis.size, len(values)).tolist()
-
-
 class Transfers:
     """Point-to-point transfers of one round, in flight from construction until `wait`.
 
