@@ -15,7 +15,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from dsp_plugin.errors import DamagedCheckpointError, SequenceParallelConfigError, UnsupportedError
+from dsp_plugin.errors import DamagedCheckpointError, SequenceParallelConfigError
 from dsp_plugin.training import durable
 
 FILE = "sequence_parallel.json"
@@ -60,25 +60,9 @@ def read(folder: Path) -> dict[str, Any] | None:
         DamagedCheckpointError: the file is not a record.
     """
     path = folder / FILE
-    try:
-        text = path.read_bytes()
-    except FileNotFoundError:
+    found = durable.read_json(path, FORMAT, _malformed, ": weights do not depend on it")
+    if found is None:
         return None
-    try:
-        found = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise _malformed(path, f"it is not JSON ({error})") from None
-    if not isinstance(found, dict) or not isinstance(found.get("format"), int):
-        raise _malformed(path, "it has no format number")
-    if found["format"] != FORMAT:
-        raise UnsupportedError(
-            setting=f"{path}: format",
-            value=found["format"],
-            why=f"it was written by dsp-plugin {found.get('plugin', 'of an unknown version')}; this is dsp-plugin "
-            f"{metadata.version('dsp-plugin')}, which reads format {FORMAT}",
-            remedy="load the checkpoint with the version that wrote it or a later one, or remove the file to load "
-            "without this check: weights do not depend on it",
-        )
     for wrong in _wrong_fields(found):
         raise _malformed(path, wrong)
     return found

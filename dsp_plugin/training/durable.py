@@ -1,11 +1,20 @@
-"""Small files that are there whole or not at all, whatever ends the process or the machine meanwhile."""
+"""Small files that are there whole or not at all, whatever ends the process or the machine meanwhile.
+
+Those with a format number are JSON of our own beside a framework's checkpoint.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import tempfile
+from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
+from typing import Any
+
+from dsp_plugin.errors import UnsupportedError
 
 
 def write_text(path: Path, text: str) -> None:
@@ -27,6 +36,39 @@ def write_text(path: Path, text: str) -> None:
         Path(name).unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
+
+
+def read_json(
+    path: Path, known: int, malformed: Callable[[Path, str], Exception], without: str
+) -> dict[str, Any] | None:
+    """The content of a file with a format number; None where there is no file.
+
+    Args:
+        known: the format that this version reads.
+        malformed: makes the error for a file that is none of its kind, from its path and why.
+        without: behind the remedy to remove the file: what that means.
+
+    Raises:
+        UnsupportedError: another format.
+    """
+    try:
+        found = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except (ValueError, RecursionError) as error:
+        raise malformed(path, f"it is not JSON ({error})") from None
+    if not isinstance(found, dict) or not isinstance(found.get("format"), int):
+        raise malformed(path, "it has no format number")
+    if found["format"] != known:
+        raise UnsupportedError(
+            setting=f"{path}: format",
+            value=found["format"],
+            why=f"it was written by dsp-plugin {found.get('plugin', 'of an unknown version')}; this is dsp-plugin "
+            f"{metadata.version('dsp-plugin')}, which reads format {known}",
+            remedy="load the checkpoint with the version that wrote it or a later one, or remove the file to load "
+            f"without this check{without}",
+        )
+    return found
 
 
 def sync(path: Path) -> None:

@@ -13,10 +13,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 from zlib import crc32
 
-from dsp_plugin.errors import DamagedCheckpointError, UnsupportedError
+from dsp_plugin.errors import DamagedCheckpointError
 from dsp_plugin.training import durable
 
 FILE = "sequence_parallel_files.json"
@@ -63,7 +62,7 @@ class Manifest:
 
     def write(self, folder: Path) -> None:
         """Writes it to `FILE` in the folder, all or nothing. One rank calls it."""
-        content = {"format": FORMAT, "plugin": _version(), **asdict(self)}
+        content = {"format": FORMAT, "plugin": metadata.version("dsp-plugin"), **asdict(self)}
         durable.write_text(folder / FILE, json.dumps(content, indent=1))
 
     def faults(self, folder: Path, names: Iterable[str]) -> dict[str, str]:
@@ -85,23 +84,9 @@ def read(folder: Path) -> Manifest | None:
         UnsupportedError: a format that this version does not know.
     """
     path = folder / FILE
-    try:
-        found = json.loads(path.read_bytes())
-    except FileNotFoundError:
+    found = durable.read_json(path, FORMAT, _malformed, "")
+    if found is None:
         return None
-    except (ValueError, RecursionError) as error:
-        raise _malformed(path, f"it is not JSON ({error})") from None
-    if not isinstance(found, dict) or not isinstance(found.get("format"), int):
-        raise _malformed(path, "it has no format number")
-    if found["format"] != FORMAT:
-        raise UnsupportedError(
-            setting=f"{path}: format",
-            value=found["format"],
-            why=f"it was written by dsp-plugin {found.get('plugin', 'of an unknown version')}; this is dsp-plugin "
-            f"{_version()}, which reads format {FORMAT}",
-            remedy="load the checkpoint with the version that wrote it or a later one, or remove the file to load "
-            "without this check",
-        )
     try:
         files = {str(name): Fingerprint(int(one["bytes"]), int(one["crc32"])) for name, one in found["files"].items()}
         flags = {name: bool(found[name]) for name in ("complete", "resumable", "whole")}
@@ -152,7 +137,3 @@ def _malformed(path: Path, why: str) -> DamagedCheckpointError:
         f"{path} does not list the files of a checkpoint: {why}. Restore the file, or remove it to load without this "
         "check."
     )
-
-
-def _version() -> Any:
-    return metadata.version("dsp-plugin")
