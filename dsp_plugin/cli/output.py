@@ -14,6 +14,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from dsp_plugin.comm.agreement import LONGEST_TIMEOUT
 from dsp_plugin.errors import SequenceParallelConfigError, UnsupportedError
 from dsp_plugin.spawn import RankFailure
 from dsp_plugin.verification.world import speaks
@@ -36,7 +37,11 @@ def _counted(seconds: float) -> float:
 Patience = Annotated[
     float,
     typer.Option(
-        "--timeout", min=1.0, max=30 * 86400.0, callback=_counted, help="Seconds before ranks that hang are given up."
+        "--timeout",
+        min=1.0,
+        max=LONGEST_TIMEOUT,
+        callback=_counted,
+        help="Seconds before ranks that hang are given up.",
     ),
 ]
 

@@ -23,7 +23,8 @@ from dsp_plugin.errors import CollectiveMismatchError, SequenceParallelConfigErr
 Shapes = Sequence[Sequence[int]]
 
 _TIMEOUT = "DSP_PLUGIN_DEBUG_TIMEOUT"
-_LONGEST = 30 * 86400.0
+LONGEST_TIMEOUT = 30 * 86400.0
+"""Seconds: of what users set. Clocks and stores take no timeouts without end."""
 _DEFAULT_TIMEOUT = timedelta(seconds=60)
 _entered: Counter[str] = Counter()
 _HINT = (
@@ -103,11 +104,11 @@ def _timeout(axis: Axis) -> timedelta:
         seconds = float(text)
     except ValueError:
         seconds = math.nan
-    if not 0 < seconds <= _LONGEST:
+    if not 0 < seconds <= LONGEST_TIMEOUT:
         raise SequenceParallelConfigError(
             setting=f"environment variable {_TIMEOUT}",
             value=text,
-            why=f"it is not a number of seconds above 0, up to {_LONGEST:.0f} (30 days)",
+            why=f"it is not a number of seconds above 0, up to {LONGEST_TIMEOUT:.0f} (30 days)",
             remedy="give the seconds to wait for a rank in debug mode, such as 60",
         )
     return timedelta(seconds=seconds)

@@ -25,7 +25,7 @@ from typing import cast
 
 from torch import distributed as dist
 
-from dsp_plugin.comm.agreement import hint
+from dsp_plugin.comm.agreement import LONGEST_TIMEOUT, hint
 from dsp_plugin.errors import SequenceParallelConfigError
 from dsp_plugin.watch import last_words
 from dsp_plugin.watch.address import meeting_point
@@ -39,7 +39,6 @@ TIMEOUT = "DSP_PLUGIN_TIMEOUT"
 """Environment variable: seconds of silence after which a rank is taken for dead; 0 watches nobody."""
 
 DEFAULT_TIMEOUT = 300.0
-LONGEST_TIMEOUT = 30 * 86400.0
 _FAREWELL_SECONDS = 2.0
 _AGENT_SECONDS = 2.0
 _CONNECT_SECONDS = 10.0

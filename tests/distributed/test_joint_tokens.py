@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
+from attending import Layer
 from torch import Tensor, nn
 
 from dsp_plugin import (
@@ -23,29 +23,10 @@ from dsp_plugin.spawn import spawn
 WIDTH, HEADS, VIDEO, TEXT = 12, 3, 7, 3
 
 
-class Block(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.attn = Attention()
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.attn(x)
-
-
-class Attention(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.qkv, self.out = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
-
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self.qkv(x).unflatten(-1, (3, HEADS, WIDTH // HEADS)).permute(2, 0, 3, 1, 4)
-        return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
-
-
 class Model(nn.Module):
     def __init__(self, text_first: bool) -> None:
         super().__init__()
-        self.blocks, self.text_first = nn.ModuleList(Block() for _ in range(2)), text_first
+        self.blocks, self.text_first = nn.ModuleList(Layer(WIDTH, HEADS, causal=False) for _ in range(2)), text_first
 
     def forward(self, video: Tensor, text: Tensor) -> Tensor:
         x = torch.cat([text, video] if self.text_first else [video, text], 1)

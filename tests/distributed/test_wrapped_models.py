@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from attending import Layer
 from torch import Tensor, nn
 
 from dsp_plugin import (
@@ -25,30 +26,11 @@ from dsp_plugin.spawn import spawn
 WIDTH, HEADS, WORDS = 8, 2, 11
 
 
-class Attention(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.qkv, self.out = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
-
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self.qkv(x).unflatten(-1, (3, HEADS, WIDTH // HEADS)).permute(2, 0, 3, 1, 4)
-        return self.out(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
-
-
-class Layer(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.attn = Attention()
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.attn(x)
-
-
 class Model(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.words, self.head = nn.Embedding(WORDS, WIDTH), nn.Linear(WIDTH, WORDS)
-        self.layers = nn.ModuleList(Layer() for _ in range(2))
+        self.layers = nn.ModuleList(Layer(WIDTH, HEADS, causal=True) for _ in range(2))
 
     def forward(self, input_ids: Tensor, labels: Tensor) -> Tensor:
         x = self.words(input_ids)
