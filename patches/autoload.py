@@ -13,12 +13,27 @@ from dsp_plugin.patches.post_import import after_import
 
 
 def install() -> None:
-    """Registers the hooks, once per process: importing ``deepspeed``, or having imported it, installs our patches.
+    """Registers the hooks, once per process: importing a framework, or having imported it, installs our patches.
 
-    A DeepSpeed that they do not fit can be imported all the same.
+    One that they do not fit can be imported all the same.
     """
     after_import("deepspeed", _install_deepspeed)
+    after_import("accelerate", _install_accelerate)
+    after_import("transformers.training_args", _install_training_arguments)
+    after_import("transformers.trainer", _install_trainer)
 
 
 def _install_deepspeed() -> None:
     importlib.import_module("dsp_plugin.patches.deepspeed").install_where_it_fits()
+
+
+def _install_accelerate() -> None:
+    importlib.import_module("dsp_plugin.patches.accelerate").install_where_it_fits()
+
+
+def _install_training_arguments() -> None:
+    importlib.import_module("dsp_plugin.patches.accelerate.trainer").install_arguments()
+
+
+def _install_trainer() -> None:
+    importlib.import_module("dsp_plugin.patches.accelerate.trainer").install()

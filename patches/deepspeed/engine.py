@@ -83,6 +83,8 @@ def parallelizing(upstream: Callable[..., None], patched: Callable[[], str]) -> 
         seed = random_state.shared_seed(groups.sp)
         undo += [hook.remove for hook in random_state.ForwardSeed(seed, groups.dp.rank, self).attach(module)]
         random_state.share(groups.sp)
+        if isinstance(handle, ShardedCausalLM):
+            handle.make_logits_whole(module, self)
         if section.log_every:
             undo.append(step_log.start(self, section, groups, writers))
         if staged:

@@ -6,15 +6,17 @@ import weakref
 from collections.abc import Callable
 from contextlib import ExitStack
 from copy import deepcopy
+from functools import partial
 from itertools import count
 from typing import TYPE_CHECKING, Any, Self
 
-from torch import nn
+from torch import Tensor, nn
 
 from dsp_plugin.comm.collectives import gather
 from dsp_plugin.config.schema import SequenceParallelConfig
 from dsp_plugin.errors import UnsupportedError
 from dsp_plugin.groups import SequenceParallelGroups
+from dsp_plugin.layout import Layout
 from dsp_plugin.patches.recompute import enter_again
 from dsp_plugin.patches.transformers.attention import SequenceAttention
 from dsp_plugin.patches.transformers.inputs import SEQUENCE_DIM, InputSharder
@@ -23,6 +25,7 @@ from dsp_plugin.patches.transformers.mask import MaskReader
 from dsp_plugin.patches.transformers.noise import scale_noise
 from dsp_plugin.patches.transformers.passes import ModelPass
 from dsp_plugin.patches.transformers.seams import DISTRIBUTION, SEAMS
+from dsp_plugin.patches.transformers.whole_logits import OutermostHook
 from dsp_plugin.sharding.outputs import all_tensors, first_tensor
 from dsp_plugin.training.extents import Running
 from dsp_plugin.training.randomness import RegionVisit
@@ -53,6 +56,8 @@ class ShardedCausalLM:
         self._loss = SequenceLoss(model.loss_function, groups.sp)
         self._visit: RegionVisit | None = None
         self._unscale: Callable[[], None] = _nothing
+        # Of the pass that has ended, where it left logits of this rank's tokens.
+        self._local: Layout | None = None
         with ExitStack() as undo:
             _select_attention(model, f"sequence_parallel_{config.method}", self._attention, self._mask, undo)
             _set_loss(model, self._loss, undo)
@@ -72,6 +77,25 @@ class ShardedCausalLM:
     def remove(self) -> None:
         """Leave the model as it was."""
         self._undo.close()
+
+    def make_logits_whole(self, model: nn.Module, engine: nn.Module | None = None) -> None:
+        """Have the logits beside a loss whole where they are read, unless the section says otherwise.
+
+        Call it when all other hooks are in place.
+
+        Args:
+            model: the sharded one, or what is wrapped around it.
+            engine: what calls it, if something does.
+        """
+        if self._config.logits == "gather":
+            self._undo.callback(OutermostHook(self._take_gather).attach(model, engine))
+
+    def _take_gather(self) -> Callable[[Tensor], Tensor] | None:
+        layout, self._local = self._local, None
+        return None if layout is None else partial(self._gather, layout=layout)
+
+    def _gather(self, local: Tensor, layout: Layout) -> Tensor:
+        return gather(local, SEQUENCE_DIM, layout, axis=self._groups.sp, method=self._config.method)
 
     def _before(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         self._attention.calls = self._loss.calls = 0
@@ -108,10 +132,8 @@ class ShardedCausalLM:
                     "deepspeed.initialize; if they are, the model's code does not use them",
                 )
         first, rebuild = first_tensor(output)
-        if not placement.labelled:
-            layout, method = placement.layout, self._config.method
-            first = gather(first, SEQUENCE_DIM, layout, axis=self._groups.sp, method=method)
-        output = rebuild(first)
+        output = rebuild(first if placement.labelled else self._gather(first, placement.layout))
+        self._local = placement.layout if placement.labelled else None
         self._passes.recall_by(all_tensors(output), running)
         return output
 

@@ -7,7 +7,8 @@ from typing import Any
 from dsp_plugin.patches.patch import Patch
 
 DISTRIBUTION = "transformers"
-SUPPORTED = ">=4.57,<5.24"
+SUPPORTED = ">=4.57,<6"
+TESTED = "5.24"
 
 
 def _as_it_is(upstream: Any) -> Any:
@@ -15,13 +16,14 @@ def _as_it_is(upstream: Any) -> Any:
 
 
 # Nothing in the package itself is replaced: these are the places that one model's own attributes reach into. Tried with
-# 4.57.6, 5.0.0 and 5.23.0.
+# 4.57.6, 5.0.0, 5.23.0 and 5.24.0.
 SEAMS = (
     Patch(
         name="run attention of one model by a method",
         target="transformers.modeling_utils:AttentionInterface.register",
         distribution=DISTRIBUTION,
         supported=SUPPORTED,
+        tested=TESTED,
         make=_as_it_is,
         parameters=("key", "value"),
     ),
@@ -30,6 +32,7 @@ SEAMS = (
         target="transformers.masking_utils:AttentionMaskInterface.register",
         distribution=DISTRIBUTION,
         supported=SUPPORTED,
+        tested=TESTED,
         make=_as_it_is,
         parameters=("key", "value"),
     ),
@@ -38,6 +41,7 @@ SEAMS = (
         target="transformers.loss.loss_utils:ForCausalLMLoss",
         distribution=DISTRIBUTION,
         supported=SUPPORTED,
+        tested=TESTED,
         make=_as_it_is,
         parameters=("logits", "labels", "vocab_size", "num_items_in_batch", "ignore_index", "shift_labels"),
     ),
@@ -46,6 +50,7 @@ SEAMS = (
         target="transformers.modeling_utils:PreTrainedModel.loss_function",
         distribution=DISTRIBUTION,
         supported=SUPPORTED,
+        tested=TESTED,
         make=_as_it_is,
     ),
 )
