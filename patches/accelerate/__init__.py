@@ -32,6 +32,14 @@ PATCHES = PatchSet(
             replicas.reading_config,
             "self",
         ),
+        _patch(
+            "take DeepSpeed's ranks on CPUs for one world",
+            "state:PartialState._prepare_backend",
+            replicas.choosing_backend,
+            "cpu",
+            "sagemaker_dp",
+            "backend",
+        ),
         _patch("count replicas as processes", "state:PartialState.__init__", replicas.starting, "self"),
         _patch("count ranks as processes again", "state:PartialState._reset_state", replicas.resetting),
         _patch(

@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch.distributed as dist
@@ -20,17 +21,26 @@ from dsp_plugin.errors import SequenceParallelConfigError, UnsupportedError
 from dsp_plugin.groups import SequenceParallelGroups
 from dsp_plugin.patches.deepspeed import random_state
 
-# In accelerate's shared state, so that what resets the one resets the other.
-GROUPS = "sequence_parallel_groups"
-# The section of the DeepSpeed config that was read last, until accelerate's state is reset.
-_sections: list[SequenceParallelConfig] = []
+
+@dataclass
+class _Folding:
+    """What is so until accelerate's state is reset.
+
+    Attributes:
+        section: of the DeepSpeed config that was read last.
+        groups: by which its processes are replicas. Not in its state, which scripts save with their arguments.
+    """
+
+    section: SequenceParallelConfig | None = None
+    groups: SequenceParallelGroups | None = None
+
+
+_now = _Folding()
 
 
 def folded() -> SequenceParallelGroups | None:
     """The groups by which accelerate's processes are replicas; None where they are ranks."""
-    from accelerate.state import PartialState
-
-    return PartialState._shared_state.get(GROUPS)
+    return _now.groups
 
 
 def writes_here() -> bool:
@@ -54,10 +64,30 @@ def reading_config(upstream: Callable[..., None]) -> Callable[..., None]:
         if section is None:
             return
         _check_beside(section, self.config)
-        _sections[:] = [section]
+        _now.section = section
         _fold()
 
     return __init__
+
+
+def choosing_backend(upstream: Callable[..., Any]) -> Callable[..., Any]:
+    """Replaces ``PartialState._prepare_backend``, which takes ranks of DeepSpeed on CPUs for processes that are alone.
+
+    Every one would then train on all samples; with or without a section, DeepSpeed's ranks are one world.
+    """
+
+    @functools.wraps(upstream)
+    def _prepare_backend(self: Any, cpu: bool = False, sagemaker_dp: bool = False, backend: str | None = None) -> Any:
+        from accelerate.utils import DistributedType
+
+        found = upstream(self, cpu, sagemaker_dp, backend)
+        by_deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
+        ranks = int(os.environ.get("WORLD_SIZE", 1)) if "LOCAL_RANK" in os.environ else 1
+        if found[1] == DistributedType.NO and by_deepspeed and ranks > 1:
+            return "gloo", DistributedType.MULTI_CPU
+        return found
+
+    return _prepare_backend
 
 
 def starting(upstream: Callable[..., None]) -> Callable[..., None]:
@@ -77,7 +107,7 @@ def resetting(upstream: staticmethod) -> staticmethod:
 
     @functools.wraps(reset)
     def _reset_state() -> None:
-        _sections.clear()
+        _now.section = _now.groups = None
         reset()
 
     return staticmethod(_reset_state)
@@ -150,7 +180,7 @@ def _of_rank(upstream: property, answer: Callable[[int, int], bool]) -> property
 
 
 def _check_beside(section: SequenceParallelConfig, config: Mapping[str, Any]) -> None:
-    before = _sections[0] if _sections else None
+    before = _now.section
     if before is not None and before.size != section.size:
         raise SequenceParallelConfigError(
             setting="size",
@@ -171,11 +201,11 @@ def _fold() -> None:
     from accelerate.state import AcceleratorState, PartialState
 
     shared = PartialState._shared_state
-    if not _sections or "num_processes" not in shared or GROUPS in shared:
+    if _now.section is None or "num_processes" not in shared or _now.groups is not None:
         return
-    groups = SequenceParallelGroups.build(_sections[0])
+    _now.groups = groups = SequenceParallelGroups.build(_now.section)
     for state in (shared, AcceleratorState._shared_state):
         if "num_processes" in state:
-            state.update({"num_processes": groups.dp.size, "process_index": groups.dp.rank, GROUPS: groups})
+            state.update({"num_processes": groups.dp.size, "process_index": groups.dp.rank})
     # What a script draws from here on (weights, orders, noise) belongs to samples that peers share.
     random_state.share(groups.sp)

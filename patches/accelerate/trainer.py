@@ -15,12 +15,17 @@ from dsp_plugin.patches.transformers.seams import DISTRIBUTION, SUPPORTED, TESTE
 from dsp_plugin.patches.transformers.whole_logits import nobody_reads
 
 
-def of_one_rank(upstream: property) -> property:
-    """Replaces ``TrainingArguments.should_log`` and ``should_save``: not of all ranks that are process 0."""
+def of_one_rank(upstream: property, on_each_node: str) -> property:
+    """Replaces ``TrainingArguments.should_log`` and ``should_save``: not of all ranks that are process 0.
+
+    Args:
+        on_each_node: the argument by which the first rank of every node is asked for.
+    """
 
     @functools.wraps(upstream.fget)  # type: ignore[arg-type]
     def should(self: Any) -> bool:
-        return upstream.__get__(self) and (folded() is None or dist.get_rank() == 0 or self.local_process_index == 0)
+        one = folded() is None or getattr(self, on_each_node) or dist.get_rank() == 0
+        return one and upstream.__get__(self)
 
     return property(should)
 
@@ -81,8 +86,14 @@ def _patch(name: str, target: str, make: Callable[[Any], Any], *parameters: str)
 ARGUMENTS = PatchSet(
     "sequence parallelism in Transformers' TrainingArguments",
     (
-        _patch("log from one rank", "training_args:TrainingArguments.should_log", of_one_rank),
-        _patch("save from one rank", "training_args:TrainingArguments.should_save", of_one_rank),
+        *(
+            _patch(
+                f"{what} from one rank",
+                f"training_args:TrainingArguments.should_{what}",
+                functools.partial(of_one_rank, on_each_node=f"{what}_on_each_node"),
+            )
+            for what in ("log", "save")
+        ),
     ),
 )
 PATCHES = PatchSet(
