@@ -86,7 +86,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
 ONLY = {
     ("groups", "comm"): ("axis",),
     ("methods", "training"): ("recompute",),
-    ("sharding", "patches"): ("recompute",),
+    ("sharding", "patches"): ("recompute", "post_import"),
     ("watch", "comm"): ("ledger", "agreement"),
     ("spawn", "comm"): ("agreement",),
     ("config", "kernels"): ("spec", "candidates"),

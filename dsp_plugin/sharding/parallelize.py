@@ -199,7 +199,8 @@ def _shard_batch(
     @uncompiled
     def leave(*_: object) -> None:
         if passes.now is not None and passes.now.visit is not None:
-            passes.now.visit.leave()
+            visit, passes.now.visit = passes.now.visit, None
+            visit.leave()
 
     @uncompiled
     def end(*_: object) -> None:
@@ -222,6 +223,7 @@ def _shard_batch(
 
     undo.append(enter_again())
     undo.append(passes.close)
+    undo.append(passes.ended_with(module, leave))
     undo.append(module.register_forward_pre_hook(before, with_kwargs=True).remove)
     # Before what follows, which all ranks do alike; also where the forward pass fails.
     undo.append(module.register_forward_hook(leave, always_call=True).remove)

@@ -169,6 +169,7 @@ class PipelineStage:
         with ExitStack() as undo:
             undo.callback(enter_again())
             undo.callback(self._passes.close)
+            undo.callback(self._passes.ended_with(module, self._leave))
             self._route(module, device(), undo)
             undo.callback(module.register_forward_pre_hook(self._before).remove)
             undo.callback(module.register_forward_hook(self._leave, always_call=True).remove)

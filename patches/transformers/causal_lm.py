@@ -63,6 +63,7 @@ class ShardedCausalLM:
             _set_loss(model, self._loss, undo)
             undo.callback(enter_again())
             undo.callback(self._passes.close)
+            undo.callback(self._passes.ended_with(model, self._leave))
             undo.callback(model.register_forward_pre_hook(self._before, with_kwargs=True).remove)
             # Before what follows, which all ranks do alike; also where the forward pass fails.
             undo.callback(model.register_forward_hook(self._leave, always_call=True).remove)
@@ -100,9 +101,9 @@ class ShardedCausalLM:
     def _before(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         self._attention.calls = self._loss.calls = 0
         kwargs, placement = self._inputs.shard(model, args, kwargs)
-        self._unscale = scale_noise(model, placement.layout, self._groups.sp.rank)
         self._visit = RegionVisit(self._groups.sp) if model.training else None
         self._passes.begin(ModelPass(placement, self._visit.seed if self._visit is not None else None))
+        self._unscale = scale_noise(model, placement.layout, self._groups.sp.rank)
         return (), kwargs
 
     def _leave(self, *_: object) -> None:
