@@ -110,7 +110,7 @@ class ShardedCausalLM:
         first, rebuild = first_tensor(output)
         if not placement.labelled:
             layout, method = placement.layout, self._config.method
-            first = gather(first, SEQUENCE_DIM, layout, axis=self._groups.sp, method=method)
+            first = placement.rows.as_given(gather(first, SEQUENCE_DIM, layout, axis=self._groups.sp, method=method))
         output = rebuild(first)
         self._passes.recall_by(all_tensors(output), running)
         return output
