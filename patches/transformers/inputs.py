@@ -81,11 +81,11 @@ class InputSharder:
         if torch.is_grad_enabled():
             meter.count(tokens=batch * length)
         labels = _following(values, batch, length)
-        positions = values.get("position_ids")
-        if positions is None:
-            positions = own_positions(model, values)
+        positions, mask = values.get("position_ids"), values.get("attention_mask")
         counted = None if labels is None else labels != values.get("ignore_index", IGNORED)
         rows = take_rows(values, counted, batch, length)
+        if positions is None:
+            positions = own_positions(model, values, mask)
         kind = self._config.layout_for()
         # Zigzag inside each document, so that ranks have alike much to attend to in every one.
         layout = Layout(kind, length, self._sp.size, documents=rows.documents if kind == "zigzag" else None)
