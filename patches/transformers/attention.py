@@ -89,14 +89,17 @@ class SequenceAttention:
                 MaskSpec(
                     causal=True,
                     window=None if window is None else (window - 1, 0),
-                    cu_seqlens=placement.documents,
+                    cu_seqlens=placement.rows.documents,
                 ),
                 scaling,
                 dropout,
                 _dropout_seed(running.seed, module) if dropout else None,
+                cu_seqlens_by_row=placement.rows.documents_by_row,
             ),
             where=Where(self._groups, placement.layout),
         )
+        if placement.blind is not None:
+            out = out.masked_fill(placement.blind[..., None, None], 0)
         return out, None
 
 

@@ -16,10 +16,9 @@ from dsp_plugin.comm.collectives import gather
 from dsp_plugin.config.schema import SequenceParallelConfig
 from dsp_plugin.errors import UnsupportedError
 from dsp_plugin.groups import SequenceParallelGroups
-from dsp_plugin.layout import Layout
 from dsp_plugin.patches.recompute import enter_again
 from dsp_plugin.patches.transformers.attention import SequenceAttention
-from dsp_plugin.patches.transformers.inputs import SEQUENCE_DIM, InputSharder
+from dsp_plugin.patches.transformers.inputs import SEQUENCE_DIM, InputSharder, Placement
 from dsp_plugin.patches.transformers.loss import SequenceLoss
 from dsp_plugin.patches.transformers.mask import MaskReader
 from dsp_plugin.patches.transformers.noise import scale_noise
@@ -57,7 +56,7 @@ class ShardedCausalLM:
         self._visit: RegionVisit | None = None
         self._unscale: Callable[[], None] = _nothing
         # Of the pass that has ended, where it left logits of this rank's tokens.
-        self._local: Layout | None = None
+        self._local: Placement | None = None
         with ExitStack() as undo:
             _select_attention(model, f"sequence_parallel_{config.method}", self._attention, self._mask, undo)
             _set_loss(model, self._loss, undo)
@@ -92,11 +91,12 @@ class ShardedCausalLM:
             self._undo.callback(OutermostHook(self._take_gather).attach(model, engine))
 
     def _take_gather(self) -> Callable[[Tensor], Tensor] | None:
-        layout, self._local = self._local, None
-        return None if layout is None else partial(self._gather, layout=layout)
+        placement, self._local = self._local, None
+        return None if placement is None else partial(self._gather, placement=placement)
 
-    def _gather(self, local: Tensor, layout: Layout) -> Tensor:
-        return gather(local, SEQUENCE_DIM, layout, axis=self._groups.sp, method=self._config.method)
+    def _gather(self, local: Tensor, placement: Placement) -> Tensor:
+        layout, method = placement.layout, self._config.method
+        return placement.rows.as_given(gather(local, SEQUENCE_DIM, layout, axis=self._groups.sp, method=method))
 
     def _before(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         self._attention.calls = self._loss.calls = 0
@@ -133,8 +133,8 @@ class ShardedCausalLM:
                     "deepspeed.initialize; if they are, the model's code does not use them",
                 )
         first, rebuild = first_tensor(output)
-        output = rebuild(first if placement.labelled else self._gather(first, placement.layout))
-        self._local = placement.layout if placement.labelled else None
+        output = rebuild(first if placement.labelled else self._gather(first, placement))
+        self._local = placement if placement.labelled else None
         self._passes.recall_by(all_tensors(output), running)
         return output
 

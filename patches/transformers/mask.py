@@ -73,7 +73,7 @@ class MaskReader:
 
         Raises:
             UnsupportedError: it is no causal mask or causal window, it does not keep documents apart although the batch
-                has several in a row, or no forward pass of the model runs.
+                has several in a row, a window would count padding that is moved, or no forward pass of the model runs.
         """
         running = self._passes.now
         if running is None:
@@ -82,7 +82,7 @@ class MaskReader:
                 why="it was asked for outside of the model's forward, where nothing says which tokens this rank holds",
                 remedy="call the model itself, not a part of it: without labels it returns whole logits",
             )
-        length, documents = running.placement.layout.length, running.placement.documents
+        length, rows = running.placement.layout.length, running.placement.rows
         if not allow_is_causal_skip or not _agrees(mask_function, local_size, length):
             raise UnsupportedError(
                 setting="mask of the model with sequence_parallel",
@@ -91,6 +91,14 @@ class MaskReader:
                 "the methods know of",
                 remedy="use a model with causal attention in full or in sliding windows, or remove the section",
             )
+        if local_size is not None and rows.interrupted:
+            raise UnsupportedError(
+                setting="attention_mask with sequence_parallel",
+                value=f"padding in the midst of a document, and a window of {local_size}",
+                why="the window counts that padding, which is moved behind the tokens",
+                remedy="pad before or behind the tokens of a row",
+            )
+        documents = rows.documents or rows.documents_by_row
         if documents is not None and _caller().get("position_ids") is None:
             raise UnsupportedError(
                 setting="position_ids with sequence_parallel",

@@ -1,4 +1,4 @@
-"""Worlds that run scripts of the Trainer and of accelerate, with and without a section, when a test asks for results."""
+"""Worlds that run scripts of the Trainer, with and without a section, when a test asks for results."""
 
 from __future__ import annotations
 
