@@ -69,7 +69,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         room for room in _LIBRARY if room not in ("integers", "derivatives", "spawn", "planner", "watch")
     ),
     "patches": ("errors", "integers", "comm", "training", "watch"),
-    "patches/autoload": ("patches", "patches/deepspeed"),
+    "patches/autoload": ("patches", "patches/deepspeed", "patches/transformers"),
     "patches/diffusers": ("errors", "plans"),
     "patches/transformers": (*_SEAM, "mask", "kernels", "plans", "sharding", "training", "patches"),
     "patches/deepspeed": (*_SEAM, "plans", "sharding", "training", "patches", "patches/transformers"),
