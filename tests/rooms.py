@@ -77,7 +77,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "patches/megatron/models": (*_SEAM, "kernels", "planner", "models", "patches/megatron"),
     **dict.fromkeys(DOORS, ("patches/megatron/models",)),
     "launch": ("errors", "comm", "watch", "patches", "patches/megatron"),
-    "launch/examples": ("kernels", "models", "patches/megatron/models", *DOORS),
+    "launch/examples": ("dsp_plugin", "kernels", "models", "patches/megatron/models", *DOORS),
 }
 # Of a room that others may know in part only, the files that they may know.
 ONLY = {

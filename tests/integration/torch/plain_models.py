@@ -1,4 +1,4 @@
-"""Models and batches of plain PyTorch scripts, and how each is sharded: by batch, by plan, and Transformers' as it is."""
+"""Models and batches of plain PyTorch scripts, and how each is sharded: by batch, by plan, Transformers' as it is."""
 
 from __future__ import annotations
 
