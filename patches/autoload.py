@@ -1,8 +1,8 @@
 """What `import dsp_plugin` sets in motion, through the entry point group ``dsp_plugin.autoload``.
 
 Only import hooks are registered here, so the import stays cheap: no upstream package is imported before the user
-imports it. Megatron is not hooked: its patches need a configuration, which the launcher or
-`dsp_plugin.patches.megatron.install` gives them.
+imports it. Transformers is not changed, only learnt of. Megatron is not hooked: its patches need a configuration, which
+the launcher or `dsp_plugin.patches.megatron.install` gives them.
 """
 
 from __future__ import annotations
@@ -15,10 +15,11 @@ from dsp_plugin.patches.post_import import after_import
 def install() -> None:
     """Registers the hooks, once per process: importing a framework, or having imported it, installs our patches.
 
-    One that they do not fit can be imported all the same.
+    One that they do not fit can be imported all the same. With the models of ``transformers`` comes who shards them.
     """
     after_import("deepspeed", _install_deepspeed)
     after_import("accelerate", _install_accelerate)
+    after_import("transformers.modeling_utils", _enter_transformers)
     after_import("transformers.training_args", _install_training_arguments)
     after_import("transformers.trainer", _install_trainer)
 
@@ -37,3 +38,7 @@ def _install_training_arguments() -> None:
 
 def _install_trainer() -> None:
     importlib.import_module("dsp_plugin.patches.accelerate.trainer").install()
+
+
+def _enter_transformers() -> None:
+    importlib.import_module("dsp_plugin.patches.transformers")

@@ -69,7 +69,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         room for room in _LIBRARY if room not in ("integers", "derivatives", "spawn", "planner", "watch")
     ),
     "patches": ("errors", "integers", "comm", "training", "watch"),
-    "patches/autoload": ("patches", "patches/deepspeed", "patches/accelerate"),
+    "patches/autoload": ("patches", "patches/deepspeed", "patches/accelerate", "patches/transformers"),
     "patches/diffusers": ("errors", "plans"),
     "patches/transformers": (*_SEAM, "mask", "kernels", "plans", "sharding", "training", "patches"),
     "patches/deepspeed": (*_SEAM, "plans", "sharding", "training", "patches", "patches/transformers"),
@@ -80,7 +80,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "patches/megatron/models": (*_SEAM, "kernels", "planner", "models", "patches/megatron"),
     **dict.fromkeys(DOORS, ("patches/megatron/models",)),
     "launch": ("errors", "comm", "watch", "patches", "patches/megatron"),
-    "launch/examples": ("kernels", "models", "patches/megatron/models", *DOORS),
+    "launch/examples": ("dsp_plugin", "kernels", "models", "patches/megatron/models", *DOORS),
 }
 # Of a room that others may know in part only, the files that they may know.
 ONLY = {

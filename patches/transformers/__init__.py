@@ -22,6 +22,7 @@ from dsp_plugin.config.schema import SequenceParallelConfig
 from dsp_plugin.methods import METHODS
 from dsp_plugin.patches.transformers.causal_lm import ShardedCausalLM
 from dsp_plugin.patches.transformers.checks import check_described, checked_section
+from dsp_plugin.sharding.integrations import Integration, enter
 
 __all__ = ["ShardedCausalLM", "check_described", "checked_section", "serves"]
 
@@ -31,3 +32,6 @@ def serves(module: nn.Module, config: SequenceParallelConfig) -> bool:
     modeling = sys.modules.get("transformers.modeling_utils")
     described = config.batch or config.plan is not None or METHODS[config.method].kind != "softmax"
     return modeling is not None and not described and isinstance(module, modeling.PreTrainedModel)
+
+
+enter("transformers", Integration(serves, checked_section, ShardedCausalLM, check_described))

@@ -15,6 +15,7 @@ from contextvars import ContextVar
 from functools import cache
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 LOGITS = "logits"
@@ -51,6 +52,9 @@ def gathered_when_read(output: Any, gather: Callable[[Tensor], Tensor]) -> Any:
 class OutermostHook:
     """Puts `gathered_when_read` behind every other hook: what walks over a model's output must not count as reading.
 
+    What a script calls without an engine, it wraps as it likes, and a wrapper that trains walks over every output: its
+    logits are gathered where no gradient is asked for only.
+
     Args:
         take: the function that gathers the logits of the forward pass that has just ended; None where they are whole.
     """
@@ -79,7 +83,7 @@ class OutermostHook:
         self._inside -= 1
 
     def _after_model(self, module: nn.Module, args: object, output: Any) -> Any:
-        return output if self._inside else self._lazily(output)
+        return output if self._inside or torch.is_grad_enabled() else self._lazily(output)
 
     def _after_engine(self, module: nn.Module, args: object, output: Any) -> Any:
         return self._lazily(output)
