@@ -56,10 +56,12 @@ def trainer_world(
     tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
 ) -> Callable[[int, dict[str, Any] | None], World]:
     """The world of so many ranks under a section; it runs once per session, all scripts with ``--matrix``."""
+    from accelerate_cases import COVERING_LOOPS, LOOPS
     from trainer_cases import COVERING, SCRIPTS
 
     worlds: dict[str, World] = {}
-    names = list(SCRIPTS) if request.config.getoption("--matrix") else list(COVERING)
+    everything = request.config.getoption("--matrix")
+    names = [*SCRIPTS, *LOOPS] if everything else [*COVERING, *COVERING_LOOPS]
 
     def of(ranks: int, section: dict[str, Any] | None) -> World:
         key = f"{ranks} {section}"

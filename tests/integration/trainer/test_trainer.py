@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate_cases import COVERING_LOOPS, LOOPS
 from safetensors.torch import load_file
 from trainer_cases import COVERING, SCRIPTS
 
@@ -48,6 +49,31 @@ def test_a_script_comes_to_the_same(
     assert weights.keys() == wanted.keys()
     for key, weight in weights.items():
         torch.testing.assert_close(weight, wanted[key], rtol=0, atol=1e-5)
+
+
+def loops() -> list[Any]:
+    """As `cells`."""
+    found = []
+    for place, (ranks, section) in enumerate(SHARDED):
+        for name in LOOPS:
+            marks = [] if place == 0 and name in COVERING_LOOPS else [pytest.mark.matrix]
+            found.append(pytest.param(name, ranks, section, marks=marks, id=f"{name}-{ranks}-{section['method']}"))
+    return found
+
+
+@pytest.mark.parametrize(("name", "ranks", "section"), loops())
+def test_a_loop_on_accelerate_comes_to_the_same(
+    name: str, ranks: int, section: dict[str, Any], trainer_world: Callable[..., Any]
+) -> None:
+    """Losses, schedule, metrics in order; what is gathered, reduced and told between processes."""
+    alone, shared = trainer_world(ranks // section["size"], None), trainer_world(ranks, section)
+    (expected, *_) = alone.results(name)
+    for rank, found in enumerate(shared.results(name)):
+        for what in ("labelled", "processes", "numbers", "shared", "summed", "writers", "told", "rate"):
+            assert found[what] == expected[what], (rank, what)
+        for what in ("losses", "unbroken"):
+            assert found[what] == pytest.approx(expected[what], rel=1e-6), what
+        assert flat(found["predicted"]) == pytest.approx(flat(expected["predicted"]), abs=2e-4)
 
 
 def flat(values: Any) -> list[float]:

@@ -97,9 +97,10 @@ def best(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 
 def own_loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor | None = None) -> torch.Tensor:
     """A script's own loss, with a penalty on large logits."""
-    logits = outputs.logits[:, :-1].flatten(0, 1)
-    loss = torch.nn.functional.cross_entropy(logits, labels[:, 1:].flatten(), reduction="sum")
-    count = num_items_in_batch if num_items_in_batch is not None else (labels[:, 1:] != -100).sum()
+    counts = labels[:, 1:] != -100
+    logits = outputs.logits[:, :-1][counts]
+    loss = torch.nn.functional.cross_entropy(logits, labels[:, 1:][counts], reduction="sum")
+    count = num_items_in_batch if num_items_in_batch is not None else counts.sum()
     return (loss + 1e-3 * logits.square().sum()) / count
 
 
@@ -152,7 +153,8 @@ class Script:
             result["metrics"].pop("eval_model_preparation_time", None)
         if self.predict:
             predictions = trainer.predict(Text(7, 5))
-            result["predicted"] = np.asarray(predictions.predictions, dtype=np.float64).sum(-1).tolist()
+            # What stands where the padding is means nothing.
+            result["predicted"] = (predictions.predictions * (predictions.label_ids != -100)).tolist()
             result["labelled"] = predictions.label_ids.tolist()
         trainer.save_model(str(folder / "final"))
         return result
@@ -220,4 +222,4 @@ SCRIPTS = {
     ),
 }
 """By name; each is run with and without a section."""
-COVERING = ("plain", "resumed", "dispatched", "predicted")
+COVERING = ("plain", "resumed", "own_loss", "predicted")

@@ -8,6 +8,7 @@ import traceback
 from pathlib import Path
 
 import torch.distributed as dist
+from accelerate_cases import LOOPS
 from trainer_cases import SCRIPTS
 
 
@@ -18,7 +19,7 @@ def main() -> None:
         print(f"case {name}", flush=True)
         failed = None
         try:
-            result = SCRIPTS[name].run(folder / name, section)
+            result = {**SCRIPTS, **LOOPS}[name].run(folder / name, section)
         except BaseException:
             failed = traceback.format_exc()
             result = {"failed": failed}
