@@ -43,6 +43,11 @@ def folded() -> SequenceParallelGroups | None:
     return _now.groups
 
 
+def first_rank() -> bool:
+    """Whether this is the one rank that does what one process alone does; True wherever processes are ranks."""
+    return folded() is None or not dist.is_initialized() or dist.get_rank() == 0
+
+
 def writes_here() -> bool:
     """Whether this rank writes what each process writes, in a name that has its number: one of a replica on a node."""
     groups = folded()
@@ -172,7 +177,7 @@ def writing_state(upstream: Callable[..., Any]) -> Callable[..., Any]:
 def _of_rank(upstream: property, answer: Callable[[int, int], bool]) -> property:
     @functools.wraps(upstream.fget)  # type: ignore[arg-type]
     def of_rank(self: Any) -> bool:
-        if folded() is None:
+        if folded() is None or not dist.is_initialized():
             return upstream.__get__(self)
         return answer(dist.get_rank(), dist.get_world_size())
 

@@ -6,10 +6,8 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-import torch.distributed as dist
-
 from dsp_plugin.patches import accelerate
-from dsp_plugin.patches.accelerate.replicas import folded, writes_here
+from dsp_plugin.patches.accelerate.replicas import first_rank, folded, writes_here
 from dsp_plugin.patches.patch import Patch, PatchSet
 from dsp_plugin.patches.transformers.seams import DISTRIBUTION, SUPPORTED, TESTED
 from dsp_plugin.patches.transformers.whole_logits import nobody_reads
@@ -24,8 +22,7 @@ def of_one_rank(upstream: property, on_each_node: str) -> property:
 
     @functools.wraps(upstream.fget)  # type: ignore[arg-type]
     def should(self: Any) -> bool:
-        one = folded() is None or getattr(self, on_each_node) or dist.get_rank() == 0
-        return one and upstream.__get__(self)
+        return (getattr(self, on_each_node) or first_rank()) and upstream.__get__(self)
 
     return property(should)
 
@@ -35,7 +32,7 @@ def world_zero(upstream: Callable[[Any], bool]) -> Callable[[Any], bool]:
 
     @functools.wraps(upstream)
     def is_world_process_zero(self: Any) -> bool:
-        return upstream(self) and (folded() is None or dist.get_rank() == 0)
+        return first_rank() and upstream(self)
 
     return is_world_process_zero
 

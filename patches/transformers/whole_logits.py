@@ -112,6 +112,7 @@ class _ReadLogits(OrderedDict):
 
     @logits.setter
     def logits(self, value: Tensor) -> None:
+        vars(self).pop(_GATHER, None)
         vars(self)[LOGITS] = value
         OrderedDict.__setitem__(self, LOGITS, value)
 
