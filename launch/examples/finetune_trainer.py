@@ -22,6 +22,7 @@ from transformers import (
     HfArgumentParser,
     LlamaConfig,
     LlamaForCausalLM,
+    PreTrainedModel,
     Trainer,
     TrainingArguments,
     set_seed,
@@ -60,8 +61,9 @@ def made_up(count: int) -> torch.Tensor:
 
 def main() -> None:
     """Trains and evaluates."""
-    options, training = HfArgumentParser((Arguments, TrainingArguments)).parse_args_into_dataclasses()
+    options, training = HfArgumentParser([Arguments, TrainingArguments]).parse_args_into_dataclasses()
     set_seed(training.seed)
+    model: PreTrainedModel
     if options.model is None:
         model = LlamaForCausalLM(
             LlamaConfig(
