@@ -10,6 +10,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from attending import Layer
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from dsp_plugin import (
     AttentionSpec,
@@ -25,8 +26,10 @@ from dsp_plugin import (
     softmax_attention,
 )
 from dsp_plugin.config.attention import attention_of
+from dsp_plugin.kernels import calls
 from dsp_plugin.methods import METHODS, Workload
 from dsp_plugin.spawn import spawn
+from dsp_plugin.training.recompute import keep_attention
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(200)]
 
@@ -237,6 +240,32 @@ def test_dropout_does_not_depend_on_how_rows_are_told() -> None:
     rows = ((0, 13), shared, shared, (0, 2, 13))
     found = softmax_attention(q, k, v, AttentionSpec(mask, cu_seqlens_by_row=rows, **drops))
     torch.testing.assert_close(found[1:3], expected[1:3], rtol=0, atol=0)
+
+
+def test_every_row_is_answered_from_the_tape_of_a_checkpointed_stretch() -> None:
+    rows, layout = random_rows(13, 7), Layout("zigzag", 13, 1)
+    where = Where(SequenceParallelGroups.single(), layout)
+    what = AttentionSpec(MaskSpec(causal=True), cu_seqlens_by_row=rows)
+    q, k, v, dout = _tensors(13, 4)
+    found = []
+    for kept in (False, True):
+        leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+
+        def stretch(*leaves: Tensor) -> Tensor:
+            return METHODS["ring"].attention(*(2 * x for x in leaves), what=what, where=where)
+
+        with calls() as counted:
+            out = (
+                checkpoint(stretch, *leaves, use_reentrant=False, context_fn=keep_attention)
+                if kept
+                else stretch(*leaves)
+            )
+            out.backward(dout)
+        found.append(([x.grad for x in leaves], counted.forward))
+    (expected, once), (kept, twice) = found
+    assert twice == once
+    for x, leaf in zip(kept, expected, strict=True):
+        torch.testing.assert_close(x, leaf, rtol=0, atol=0)
 
 
 def test_borders_are_given_once() -> None:

@@ -101,3 +101,22 @@ def test_rows_are_what_transformers_makes_of_them(size: int, seeds: range) -> No
     for found in results:
         assert not {name: error for name, error in found.items() if error > 1e-10}
         assert len(found) == len(KINDS) * len(PLACED) * len(seeds)
+
+
+@pytest.mark.parametrize("kind", ["sides", "packed", "restated"])
+def test_embeddings_and_recomputed_layers_find_their_rows_again(kind: str) -> None:
+    given, found = batch(kind, 4), []
+    for sharded in (False, True):
+        model = built("llama")
+        labels = given.labels(first=kind == "sides")
+        with InDouble():
+            embedded = model.get_input_embeddings()(given.tokens)
+            if sharded:
+                model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+                _sharded(model, "ring", "zigzag", 1)
+                loss = model(inputs_embeds=embedded, labels=labels, **given.told).loss
+            else:
+                loss = loss_of(logits_of(model, given), labels)
+            backward(loss)
+        found.append([parameter.grad for parameter in model.parameters()])
+    assert _errors(found[1], found[0]) < 1e-10
