@@ -2,13 +2,13 @@
 
 Collators say it in several ways, often in more than one at a time: positions that start again, a mask of ones and zeros
 or of the numbers of documents, and what Transformers' flash attention takes, `cu_seq_lens_q` and its like. All of it is
-read in one copy from the device.
+read in one copy from the device, after a flag that says whether there is anything to read.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -66,30 +66,26 @@ def take_rows(values: dict[str, Any], counted: Tensor | None, batch: int, length
     for name in (POSITIONS, MASK, NUMBERS):
         if name in given:
             check_shape(name, given[name], (batch,) if name == MASK else (1, batch), length)
-    if not given:
+    if not given or _plain(given):
         return Rows()
     device = next((value.device for value in given.values() if value.dim()), torch.device("cpu"))
     if MASK in given and counted is not None:
         given["counted"] = counted
     told = _on_host(given)
-    real = torch.ones(batch, length, dtype=torch.bool)
-    if MASK in told:
-        real = told[MASK] != 0
-    behind = not (real[:, 1:] & ~real[:, :-1]).any()
-    order = torch.arange(length).expand(batch, -1) if behind else real.logical_not().argsort(dim=1, stable=True)
-    seen = real.cumsum(1) > 0
-    _check_learned(told, real, seen, batch, length)
+    real = told[MASK] != 0 if MASK in told else torch.ones(batch, length, dtype=torch.bool)
+    order = None
+    if (real[:, 1:] & ~real[:, :-1]).any():
+        order = real.logical_not().argsort(dim=1, stable=True)
+    counted_alone = _counted_alone(told, real)
 
     numbered = given[MASK].dtype != torch.bool if MASK in given else False
     pairs = _Pairs(order, real)
     jumps = _jumps(told, numbered, pairs, batch, length)
     documents, by_row = _borders(jumps, pairs.both)
     _check_lengths(told, jumps, pairs.both)
-    blind = None
-    if "counted" in told and (alone := told["counted"].bool() & ~seen).any():
-        blind = _taken(alone, order).to(device)
-    interrupted = bool((pairs.both & ~jumps & (pairs.gap > 1)).any())
-    return Rows(None if behind else order.to(device), documents, by_row, blind, interrupted)
+    interrupted = order is not None and bool((pairs.both & ~jumps & (pairs.gap > 1)).any())
+    found = Rows(None if order is None else order.to(device), documents, by_row, interrupted=interrupted)
+    return found if counted_alone is None else replace(found, blind=found.arranged(counted_alone.to(device)))
 
 
 class _Pairs:
@@ -97,18 +93,17 @@ class _Pairs:
 
     Attributes:
         both: ``[B, L - 1]``: whether the two are tokens.
-        gap: how far apart they were given.
+        gap: how far apart they were given, ``[]`` or ``[B, L - 1]``.
     """
 
-    def __init__(self, order: Tensor, real: Tensor) -> None:
+    def __init__(self, order: Tensor | None, real: Tensor) -> None:
         self._order = order
-        self.both = _taken(real, order)[:, 1:]
-        self.gap = order[:, 1:] - order[:, :-1]
+        self.both = (real if order is None else _taken(real, order))[:, 1:]
+        self.gap = torch.ones((), dtype=torch.int64) if order is None else order.diff(dim=1)
 
     def steps(self, x: Tensor) -> Tensor:
-        """By how much ``x``, ``[1 or B, L]`` as given, grows from one to the next: ``[B, L - 1]``."""
-        found = _taken(x.expand_as(self._order), self._order)
-        return found[:, 1:] - found[:, :-1]
+        """By how much ``x``, ``[1 or B, L]`` as given, grows from one to the next: ``[1 or B, L - 1]``."""
+        return (x if self._order is None else _taken(x.expand_as(self._order), self._order)).diff(dim=1)
 
 
 def check_shape(name: str, x: Tensor, batches: tuple[int, ...], length: int) -> None:
@@ -145,6 +140,15 @@ def _known(name: str, value: Any) -> bool:
     return True
 
 
+def _plain(given: Mapping[str, Tensor]) -> bool:
+    """Whether there is nothing but a mask of ones and positions that go on, as in most batches: one flag is copied."""
+    if set(given) - {MASK, POSITIONS}:
+        return False
+    flags = [given[MASK] == 1] if MASK in given else []
+    flags += [given[POSITIONS].diff(dim=1) == 1] if POSITIONS in given else []
+    return bool(torch.stack([flag.all() for flag in flags]).all())
+
+
 def _on_host(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """All of them as int64, in one copy."""
     device = next((value.device for value in tensors.values() if value.device.type != "cpu"), torch.device("cpu"))
@@ -153,9 +157,16 @@ def _on_host(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: part.view(value.shape) for (name, value), part in zip(tensors.items(), parts, strict=True)}
 
 
-def _check_learned(told: Mapping[str, Tensor], real: Tensor, seen: Tensor, batch: int, length: int) -> None:
-    """Padding in front of all tokens attends to nothing, wherever it lies; what other padding sees is not kept."""
-    if "counted" in told and (told["counted"].bool() & ~real & seen).any():
+def _counted_alone(told: Mapping[str, Tensor], real: Tensor) -> Tensor | None:
+    """bool ``[B, L]``: padding in front of a row's tokens at which the loss counts; None if there is none.
+
+    It attends to nothing, wherever it lies. What other padding sees changes as it is moved.
+    """
+    if "counted" not in told or real.all():
+        return None
+    counted, seen = told["counted"].bool() & ~real, real.cumsum(1) > 0
+    if (counted & seen).any():
+        batch, length = real.shape
         raise SequenceParallelConfigError(
             setting="attention_mask",
             value=f"{int((~real).sum())} of {batch} * {length} are padding",
@@ -163,6 +174,7 @@ def _check_learned(told: Mapping[str, Tensor], real: Tensor, seen: Tensor, batch
             "unsharded",
             remedy="give labels of -100 to padding, and to the first token behind padding in the midst of a row",
         )
+    return counted if counted.any() else None
 
 
 def _jumps(told: Mapping[str, Tensor], numbered: bool, pairs: _Pairs, batch: int, length: int) -> Tensor:

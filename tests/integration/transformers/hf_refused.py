@@ -151,22 +151,21 @@ REFUSED = {
     "unknown_tensor": Refused(
         UNSUPPORTED, ("token_type_ids", "(2, 13)", "Leave it out"), call={"token_type_ids": mask()}
     ),
-    "padding_before": Refused(
-        CONFIG,
-        ("3 of 2 * 13 are padding", "before a token", 'padding_side="right"'),
-        call={"attention_mask": mask(slice(0, 3))},
-    ),
     "padding_that_counts": Refused(
-        CONFIG, ("padding that counts", "labels of -100"), call={"attention_mask": mask(slice(-2, None))}
+        CONFIG,
+        ("2 of 2 * 13 are padding", "predicted at padding behind a token", "labels of -100"),
+        call={"attention_mask": mask(slice(-2, None))},
     ),
-    "padding_without_labels": Refused(
-        CONFIG, ("padding in whole logits",), call={"attention_mask": mask(slice(-2, None)), "labels": None}
+    "padding_within_that_counts": Refused(
+        CONFIG, ("3 of 2 * 13", "first token behind padding"), call={"attention_mask": mask(slice(5, 8))}
     ),
     "dense_mask": Refused(
         UNSUPPORTED, ("(2, 1, 13, 13)", "dense mask"), call={"attention_mask": torch.ones(MICRO, 1, LENGTH, LENGTH)}
     ),
-    "rows_packed_unlike": Refused(
-        CONFIG, ("position_ids", "batch size 1"), call={"position_ids": positions((6, 7), (5, 8))}
+    "documents_told_twice": Refused(
+        CONFIG,
+        ("position_ids and seq_idx", "start again in the middle"),
+        call={"position_ids": positions((6, 7), (5, 8)), "seq_idx": mask()},
     ),
     "local_labels": Refused(CONFIG, ("labels=(2, 7)", "[2, 13]", "whole"), call={"labels": mask()[:, :7]}),
     "local_positions": Refused(CONFIG, ("position_ids=(1, 7)", "[2, 13]"), call={"position_ids": positions((7,))}),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -10,8 +11,9 @@ import torch
 import torch.distributed as dist
 from hf_models import LENGTH, VOCABULARY, build_model
 from torch import Tensor
+from transformers import DataCollatorWithFlattening
 
-from dsp_plugin import SequenceParallelConfig, SequenceParallelConfigError, SequenceParallelGroups
+from dsp_plugin import SequenceParallelConfig, SequenceParallelConfigError, SequenceParallelGroups, UnsupportedError
 from dsp_plugin.patches.transformers import ShardedCausalLM, checked_section
 from dsp_plugin.spawn import spawn
 
@@ -140,24 +142,73 @@ def test_documents_are_read_from_what_says_more() -> None:
             assert max(errors.values()) < 1e-6, (method, errors)
 
 
+def borders(*documents: int) -> dict[str, Any]:
+    """What flash attention takes, of one row."""
+    ends = torch.tensor([0, *accumulate(documents)], dtype=torch.int32)
+    return {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": max(documents), "max_length_k": 99}
+
+
+UNLIKE = {"max_length_k": max(FULL)}
+
+
 @pytest.mark.parametrize(
     ("told", "words"),
     [
         (
             {"position_ids": restarting((5, LENGTH - 5)), "attention_mask": numbered((6, LENGTH - 6))},
-            "start again in the middle of what the mask numbers as one document",
+            "start again in the middle of a document of attention_mask",
         ),
         ({"attention_mask": torch.tensor([[1, 1, 2, 2] + [1] * (LENGTH - 4)]).expand(ROWS, -1)}, "go down"),
-        ({"attention_mask": torch.cat([numbered((6, LENGTH - 6))[:1], numbered((5, LENGTH - 5))[:1]])}, "share their"),
         (
-            {
-                "position_ids": torch.cat([restarting((6, LENGTH - 6))[:1], restarting((5, LENGTH - 5))[:1]]),
-                "attention_mask": ones(),
-            },
-            "batch size 1",
+            {"seq_idx": numbered((5, LENGTH - 5)), "attention_mask": numbered((6, LENGTH - 6))},
+            "seq_idx and attention_mask.*other places",
         ),
+        ({"seq_idx": ones(), "position_ids": restarting(FULL)}, "in the middle of a document of seq_idx"),
+        ({"seq_idx": numbered(FULL)[:, :-1]}, r"seq_idx.*expected \[2, 13\]"),
+        ({**borders(LENGTH, 4, LENGTH - 4), "max_length_k": LENGTH - 1}, "max_length_q and max_length_k"),
+        (borders(LENGTH + 1, LENGTH - 1) | UNLIKE, "goes on from row 0"),
+        (borders(LENGTH, 3) | UNLIKE, r"end at 26, the tokens of 2 \* 13"),
+        (borders(*FULL, *FULL) | {"cu_seq_lens_k": torch.tensor([0, 3, 26])}, "queries and keys"),
+        (
+            borders(*FULL, *FULL) | UNLIKE | {"seq_idx": numbered((5, LENGTH - 5))},
+            "cu_seq_lens_q and seq_idx.*other places",
+        ),
+        (borders(*FULL, *FULL) | {"max_length_q": 5, "max_length_k": 5}, "it is 5, and a document has 6 tokens"),
+        ({"max_length_q": 5}, "it is 5, and a document has 13 tokens"),
     ],
 )
-def test_contradictions_are_refused(told: dict[str, Tensor], words: str) -> None:
+def test_contradictions_are_refused(told: dict[str, Any], words: str) -> None:
     with pytest.raises(SequenceParallelConfigError, match=words):
         _mine("ring")(**_batch(0), **told)
+
+
+def test_windows_over_padding_in_the_midst_of_a_document_are_refused() -> None:
+    """Transformers' windows count it; what it stands between would be nearer than there."""
+    mask = ones().clone()
+    mask[0, 6:8] = 0
+    batch = _batch(0)
+    batch["labels"][0, 6:9] = -100
+    with pytest.raises(UnsupportedError, match="padding in the midst of a document, and a window of 4"):
+        _mine("ring")(**batch, attention_mask=mask)
+
+
+def test_batches_of_collators_that_flatten() -> None:
+    """Transformers' and TRL's: what each says beside positions, and alone."""
+    generator = torch.Generator().manual_seed(5)
+    rows = [torch.randint(VOCABULARY, (n,), generator=generator).tolist() for n in (5, 1, 7)]
+    theirs = DataCollatorWithFlattening(return_flash_attn_kwargs=True, return_seq_idx=True)
+    batches = [dict(theirs([{"input_ids": row} for row in rows], return_tensors="pt"))]
+    if find_spec("trl") is not None:
+        from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
+        flat = DataCollatorForLanguageModeling(pad_token_id=0, padding_free=True, pad_to_multiple_of=8)
+        batches.append(dict(flat([{"input_ids": row} for row in rows])))
+    for batch in batches:
+        plain = {name: batch[name] for name in ("input_ids", "labels", "position_ids")}
+        expected, wanted = _gradients(_model(), **plain, use_cache=False)
+        alone = {name: value for name, value in batch.items() if name not in ("position_ids", "seq_idx")}
+        for told in (batch, alone):
+            loss, gradients = _gradients(_mine("ring"), **told)
+            assert loss == pytest.approx(expected, rel=1e-6)
+            scale = max(gradient.abs().max() for gradient in wanted)
+            assert max((a - b).abs().max() for a, b in zip(gradients, wanted, strict=True)) < 1e-6 * scale
