@@ -13,7 +13,7 @@ import functools
 import inspect
 from collections import Counter
 from collections.abc import Callable, Generator
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from typing import Any
 
 import torch
@@ -87,6 +87,29 @@ def _generator(upstream: Callable[..., Any]) -> Callable[..., Any]:
     return generator
 
 
+def name_of_non_reentrant(module: str) -> str:
+    """What the patch is called that hands the non-reentrant checkpoint of a module what it runs again."""
+    return f"what {module} runs again, non-reentrant"
+
+
+def _hooks(upstream: Callable[[Any], None]) -> Callable[[Any], None]:
+    """Replaces `saved_tensors_hooks.__enter__`: non-reentrant checkpoints of all kinds run again when they unpack."""
+
+    @functools.wraps(upstream)
+    def __enter__(self: Any) -> None:  # noqa: N807
+        by = getattr(self.pack_hook, "__module__", None)
+        # A checkpoint that is patched enters the extents by itself, once for all tensors that it unpacks.
+        if torch.compiler.is_compiling() or _holders[name_of_non_reentrant(str(by))]:
+            return upstream(self)
+        own, self.unpack_hook = self.unpack_hook, entering_again(self.unpack_hook, runs_first=False)
+        try:
+            return upstream(self)
+        finally:
+            self.unpack_hook = own
+
+    return __enter__
+
+
 def _noting(begun: list[Any], around: Generator[Any, Any, Any]) -> Generator[Any, Any, Any]:
     """A generator whose caller runs the checkpointed function for the first time where it yields."""
     with noting(begun):
@@ -100,15 +123,26 @@ TORCH = PatchSet(
     (
         checkpoint_function(_TORCH, "torch", _TORCH_SUPPORTED),
         Patch(
-            f"what {_TORCH} runs again, non-reentrant",
+            name_of_non_reentrant(_TORCH),
             f"{_TORCH}:_checkpoint_without_reentrant_generator",
             "torch",
             _TORCH_SUPPORTED,
             _generator,
             ("fn", "context_fn", "debug"),
         ),
+        Patch(
+            "what saved tensors are unpacked by",
+            "torch.autograd.graph:saved_tensors_hooks.__enter__",
+            "torch",
+            _TORCH_SUPPORTED,
+            _hooks,
+            ("self",),
+        ),
     ),
 )
+# Of torch, and of the frameworks that have been imported.
+_known = [TORCH]
+_entering: list[ExitStack] = []
 
 
 def hold(patches: PatchSet, *, keep: bool) -> Callable[[], None]:
@@ -141,8 +175,30 @@ def hold(patches: PatchSet, *, keep: bool) -> Callable[[], None]:
     return release
 
 
-def enter_again(patches: PatchSet = TORCH) -> Callable[[], None]:
-    """`hold`, for who can do without on a version that the patches do not fit, where routing refuses what it must."""
+def hold_where_it_fits(patches: PatchSet) -> Callable[[], None]:
+    """`hold` without keeping attention; nothing where the patches do not fit, for who can do without."""
     with suppress(PatchError):
         return hold(patches, keep=False)
     return lambda: None
+
+
+def known(patches: PatchSet) -> PatchSet:
+    """Have `enter_again` hold ``patches``, too, of a framework that is there now."""
+    _known.append(patches)
+    for held in _entering:
+        held.callback(hold_where_it_fits(patches))
+    return patches
+
+
+def enter_again() -> Callable[[], None]:
+    """`hold` for all that is `known`, where the patches fit the version; elsewhere routing refuses what it must."""
+    held = ExitStack()
+    for patches in _known:
+        held.callback(hold_where_it_fits(patches))
+    _entering.append(held)
+
+    def release() -> None:
+        _entering[:] = [other for other in _entering if other is not held]
+        held.close()
+
+    return release

@@ -31,7 +31,7 @@ from dsp_plugin.sharding.outputs import all_tensors, first_tensor
 from dsp_plugin.sharding.peers import EqualPeers
 from dsp_plugin.sharding.region import ShardedRegion
 from dsp_plugin.sharding.routing import AttentionRoute
-from dsp_plugin.sharding.wrappers import forget_compiled, uncompiled, unwrapped
+from dsp_plugin.sharding.wrappers import ended_with, forget_compiled, uncompiled, unwrapped
 from dsp_plugin.training.extents import Running
 from dsp_plugin.training.randomness import RegionSeed, RegionVisit
 
@@ -250,8 +250,7 @@ def _shard_batch(
     @uncompiled
     def leave(*_: object) -> None:
         if passes.now is not None and passes.now.visit is not None:
-            visit, passes.now.visit = passes.now.visit, None
-            visit.leave()
+            passes.now.visit.leave()
 
     @uncompiled
     def end(*_: object) -> None:
@@ -274,7 +273,7 @@ def _shard_batch(
 
     undo.append(enter_again())
     undo.append(passes.close)
-    undo.append(passes.ended_with(module, leave))
+    undo.append(ended_with(module, passes, leave))
     undo.append(module.register_forward_pre_hook(before, with_kwargs=True).remove)
     # Before what follows, which all ranks do alike; also where the forward pass fails.
     undo.append(module.register_forward_hook(leave, always_call=True).remove)

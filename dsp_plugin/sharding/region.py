@@ -43,7 +43,7 @@ from dsp_plugin.sharding.random_layers import check_random_layers, random_layers
 from dsp_plugin.sharding.routing import AttentionRoute
 from dsp_plugin.sharding.stages_alone import StagesAlone
 from dsp_plugin.sharding.token_moves import Place, TokenMoves
-from dsp_plugin.sharding.wrappers import uncompiled, unwrapped
+from dsp_plugin.sharding.wrappers import ended_with, uncompiled, unwrapped
 from dsp_plugin.training.extents import Running
 from dsp_plugin.training.randomness import RegionVisit
 
@@ -114,12 +114,12 @@ class ShardedRegion:
                 self._route(index, undo)
             undo.append(placed.module.register_forward_hook(self._after(index)).remove)
             if self._border is None:
-                undo.append(self._passes.ended_with(placed.module, self._clean_up))
+                undo.append(ended_with(placed.module, self._passes, self._clean_up))
         if self._border is not None:
             undo.append(self._border.register_forward_hook(self._after_region).remove)
         undo.append(self._root.register_forward_hook(self._after_all).remove)
         undo.append(self._root.register_forward_hook(self._end, always_call=True).remove)
-        undo.append(self._passes.ended_with(self._root, self._clean_up))
+        undo.append(ended_with(self._root, self._passes, self._clean_up))
 
     def _route(self, index: int, undo: list[Callable[[], None]]) -> None:
         placed = self._placed[index]

@@ -9,9 +9,9 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Callable
-from functools import partial, wraps
-from types import CodeType
-from typing import ParamSpec, TypeVar
+from functools import wraps
+from types import CodeType, MethodType
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import nn
@@ -20,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dsp_plugin.errors import UnsupportedError
 from dsp_plugin.patches.post_import import after_import
+from dsp_plugin.training.extents import Running
 
 Given = ParamSpec("Given")
 Result = TypeVar("Result")
@@ -66,16 +67,68 @@ def uncompiled(function: Callable[Given, Result]) -> Callable[Given, Result]:
         # Where nothing is compiled, the compiler need not be imported: that takes seconds.
         return (shielded if "torch._dynamo" in sys.modules else function)(*args, **kwargs)
 
-    # Both are needed: what calls it is compiled up to the call, and then its own frame comes to the compiler, which
-    # would compile one code anew for each of our hooks, up to its limit.
-    call._torchdynamo_disable = True  # type: ignore[attr-defined]
-    after_import("torch._dynamo", partial(_leave_alone, call.__code__))
+    _pass_over(call)
     return wraps(function)(call)
 
 
-def _leave_alone(code: CodeType) -> None:
-    """Let the compiler, once it is imported, pass over the frames of a function."""
-    importlib.import_module("torch._dynamo.eval_frame").skip_code(code)
+def ended_with(module: nn.Module, passes: Running[Any], leave: Callable[[], object]) -> Callable[[], None]:
+    """End, with a call of ``module``, the passes that began in it, if it is left by anything raised.
+
+    torch runs hooks with ``always_call`` for an `Exception` only, and never for Ctrl-C.
+
+    Args:
+        leave: called before, in the state of the pass.
+
+    Returns:
+        What undoes it.
+    """
+    own: MethodType | None = vars(module).get("_call_impl")
+    call_impl = type(module)._call_impl if own is None else own.__func__
+
+    def call(called: nn.Module, *args: object, **kwargs: object) -> object:
+        begun = passes.begun
+        try:
+            return call_impl(called, *args, **kwargs)
+        except BaseException:
+            if passes.begun > begun:
+                leave()
+            while passes.begun > begun:
+                passes.end()
+            raise
+
+    def undo() -> None:
+        if own is None:
+            del vars(module)["_call_impl"]
+        else:
+            vars(module)["_call_impl"] = own
+
+    _pass_over(call)
+    # Bound, so that a copy of the module calls itself.
+    vars(module)["_call_impl"] = MethodType(call, module)
+    return undo
+
+
+_passed_over: set[CodeType] = set()
+
+
+def _pass_over(function: Callable[..., object]) -> None:
+    """Let the compiler leave the frames of a function alone, though not what it calls.
+
+    Both ways are needed: what calls it is compiled up to the call, and then its own frame comes to the compiler, which
+    would compile one code anew for each closure, up to its limit.
+    """
+    marks = {"_torchdynamo_disable": True, "_torchdynamo_disable_recursive": False}
+    vars(function).update(marks)
+    _passed_over.add(function.__code__)
+    after_import("torch._dynamo", _skip)
+    if "torch._dynamo" in sys.modules:
+        _skip()
+
+
+def _skip() -> None:
+    skip_code = importlib.import_module("torch._dynamo.eval_frame").skip_code
+    for code in _passed_over:
+        skip_code(code)
 
 
 def forget_compiled() -> None:

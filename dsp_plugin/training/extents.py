@@ -13,11 +13,10 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import wraps
-from types import MethodType
 from typing import Generic, ParamSpec, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dsp_plugin.errors import UnsupportedError
 
@@ -181,40 +180,10 @@ class Running(Generic[State]):
         if self._begun:
             self._begun.pop()[1].close()
 
-    def ended_with(self, module: nn.Module, leave: Callable[[], object]) -> Callable[[], None]:
-        """End, with a call of ``module``, the passes that began in it, if it is left by anything raised.
-
-        torch runs hooks with ``always_call`` for an `Exception` only, and never for Ctrl-C.
-
-        Args:
-            leave: called before, in the state of the pass.
-
-        Returns:
-            What undoes it.
-        """
-        own: MethodType | None = vars(module).get("_call_impl")
-        call_impl = type(module)._call_impl if own is None else own.__func__
-
-        def call(called: nn.Module, *args: object, **kwargs: object) -> object:
-            begun = len(self._begun)
-            try:
-                return call_impl(called, *args, **kwargs)
-            except BaseException:
-                if len(self._begun) > begun:
-                    leave()
-                while len(self._begun) > begun:
-                    self.end()
-                raise
-
-        def undo() -> None:
-            if own is None:
-                del vars(module)["_call_impl"]
-            else:
-                vars(module)["_call_impl"] = own
-
-        # Bound, so that a copy of the module calls itself.
-        vars(module)["_call_impl"] = MethodType(call, module)
-        return undo
+    @property
+    def begun(self) -> int:
+        """How many passes, one inside the other, have begun and not ended."""
+        return len(self._begun)
 
     def recall_by(self, outputs: Iterable[Tensor], state: State) -> None:
         """Bring ``state`` back while the backward pass of any of ``outputs`` runs."""

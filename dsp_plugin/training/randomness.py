@@ -53,9 +53,16 @@ class RegionVisit:
         self.seed = RegionSeed(blake2b(self._outer[0].numpy().tobytes(), digest_size=16).hexdigest(), axis.rank)
         self.seed.apply()
         self._entered = _state()
+        self._left = False
 
     def leave(self) -> None:
-        """Put the generators back; one step further if the region drew from them, so that the next visit differs."""
+        """Put the generators back; one step further if the region drew from them, so that the next visit differs.
+
+        Once: whoever ends a pass may come after others that did.
+        """
+        if self._left:
+            return
+        self._left = True
         drew = any(not torch.equal(now, then) for now, then in zip(_state(), self._entered, strict=True))
         torch.set_rng_state(self._outer[0])
         if len(self._outer) > 1:

@@ -34,6 +34,7 @@ from dsp_plugin.plans.plan import matching_modules, outermost
 from dsp_plugin.sharding.batch import BatchSharder
 from dsp_plugin.sharding.parallelize import global_loss
 from dsp_plugin.sharding.routing import AttentionRoute
+from dsp_plugin.sharding.wrappers import ended_with
 from dsp_plugin.training.extents import Running
 from dsp_plugin.training.randomness import RegionSeed, RegionVisit
 
@@ -169,7 +170,7 @@ class PipelineStage:
         with ExitStack() as undo:
             undo.callback(enter_again())
             undo.callback(self._passes.close)
-            undo.callback(self._passes.ended_with(module, self._leave))
+            undo.callback(ended_with(module, self._passes, self._leave))
             self._route(module, device(), undo)
             undo.callback(module.register_forward_pre_hook(self._before).remove)
             undo.callback(module.register_forward_hook(self._leave, always_call=True).remove)

@@ -47,19 +47,27 @@ def _releasing(upstream: Callable[..., None]) -> Callable[..., None]:
     return destroy
 
 
+CHECKPOINTS = recompute.known(
+    PatchSet(
+        "what DeepSpeed runs again",
+        (
+            recompute.checkpoint_function(_MODULE, DISTRIBUTION, SUPPORTED),
+            Patch(
+                recompute.name_of_non_reentrant(_MODULE),
+                f"{_MODULE}:non_reentrant_checkpoint",
+                DISTRIBUTION,
+                SUPPORTED,
+                _function,
+                ("function",),
+            ),
+        ),
+    )
+)
 PATCHES = PatchSet(
-    "what DeepSpeed runs again",
+    "what an engine's model runs again",
     (
         *recompute.TORCH,
-        recompute.checkpoint_function(_MODULE, DISTRIBUTION, SUPPORTED),
-        Patch(
-            f"what {_MODULE} runs again, non-reentrant",
-            f"{_MODULE}:non_reentrant_checkpoint",
-            DISTRIBUTION,
-            SUPPORTED,
-            _function,
-            ("function",),
-        ),
+        *CHECKPOINTS,
         Patch(
             "end with the engine what it asked of checkpointing",
             "deepspeed.runtime.engine:DeepSpeedEngine.destroy",
@@ -84,7 +92,7 @@ def hold_for(engine: Any, module: nn.Module, *, keep: bool) -> Callable[[], obje
     Raises:
         PatchError: torch or DeepSpeed is not one that the patches fit, and attention is to be kept.
     """
-    held = recompute.hold(PATCHES, keep=True) if keep else recompute.enter_again(PATCHES)
+    held = recompute.hold(PATCHES, keep=True) if keep else recompute.hold_where_it_fits(PATCHES)
     release = weakref.finalize(module, held)
     # An engine that is only dropped stays, and its module with it: DeepSpeed's hooks form cycles through autograd.
     setattr(engine, _RELEASE, release)

@@ -26,6 +26,7 @@ from dsp_plugin.patches.transformers.passes import ModelPass
 from dsp_plugin.patches.transformers.seams import DISTRIBUTION, SEAMS
 from dsp_plugin.patches.transformers.whole_logits import OutermostHook
 from dsp_plugin.sharding.outputs import all_tensors, first_tensor
+from dsp_plugin.sharding.wrappers import ended_with
 from dsp_plugin.training.extents import Running
 from dsp_plugin.training.randomness import RegionVisit
 
@@ -62,7 +63,7 @@ class ShardedCausalLM:
             _set_loss(model, self._loss, undo)
             undo.callback(enter_again())
             undo.callback(self._passes.close)
-            undo.callback(self._passes.ended_with(model, self._leave))
+            undo.callback(ended_with(model, self._passes, self._leave))
             undo.callback(model.register_forward_pre_hook(self._before, with_kwargs=True).remove)
             # Before what follows, which all ranks do alike; also where the forward pass fails.
             undo.callback(model.register_forward_hook(self._leave, always_call=True).remove)

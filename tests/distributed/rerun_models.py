@@ -10,6 +10,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from checkpointed import Through, whole
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 
 from dsp_plugin import Plan, SequenceParallelConfig, SequenceParallelGroups, Stage, parallelize
 from dsp_plugin.kernels.convolution import short_convolution
@@ -51,6 +52,26 @@ class Unknown(torch.autograd.Function):
 
 def unknown(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     return Unknown.apply(function, x)
+
+
+def unknown_non_reentrant(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """Non-reentrant activation checkpointing, likewise: what autograd would save is made again when it is asked for."""
+    places: list[None] = []
+    made: list[Tensor] = []
+
+    def pack(saved: Tensor) -> int:
+        places.append(None)
+        return len(places) - 1
+
+    def unpack(place: int) -> Tensor:
+        if not made:
+            keep = saved_tensors_hooks(lambda saved: made.append(saved.detach()), lambda nothing: made[0])
+            with torch.enable_grad(), keep:
+                function(x.detach().requires_grad_())
+        return made[place]
+
+    with saved_tensors_hooks(pack, unpack):
+        return function(x)
 
 
 class Attention(nn.Module):

@@ -22,6 +22,7 @@ from rerun_models import (
     settings_of,
     sharded,
     unknown,
+    unknown_non_reentrant,
 )
 from torch import Tensor
 
@@ -63,7 +64,11 @@ def _inside(route: str) -> dict[tuple[str, str], float]:
     oracle = model(**settings_of(route))
     loss_of(oracle(example())).backward()
     for place in PLACES:
-        for name, way in (("reentrant", reentrant), ("non-reentrant", non_reentrant)):
+        for name, way in (
+            ("reentrant", reentrant),
+            ("non-reentrant", non_reentrant),
+            ("unknown, non-reentrant", unknown_non_reentrant),
+        ):
             mine = sharded(checkpointed(model(**settings_of(route)), place, way), route)
             # A reentrant checkpoint gives no gradients where nothing that enters needs one.
             loss_of(mine(example().requires_grad_())).backward()

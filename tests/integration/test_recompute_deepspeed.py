@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils import checkpoint as torch_checkpoint
 
-from dsp_plugin import ledger
+from dsp_plugin import SequenceParallelConfig, SequenceParallelGroups, ledger, parallelize
 from dsp_plugin.kernels import calls
 from dsp_plugin.patches import recompute as patches
 from dsp_plugin.spawn import spawn
@@ -35,8 +36,13 @@ class Attention(nn.Module):
         super().__init__()
         self.qkv = nn.Linear(WIDTH, WIDTH + 2 * WIDTH * KV_HEADS // HEADS)
         self.out = nn.Linear(WIDTH, WIDTH)
+        self.checkpointed: Any = lambda body, x: body(x)
 
     def forward(self, x_BLC: Tensor) -> Tensor:
+        found: Tensor = self.checkpointed(self.body, x_BLC)
+        return found
+
+    def body(self, x_BLC: Tensor) -> Tensor:
         heads_BHLD = self.qkv(x_BLC).unflatten(-1, (-1, WIDTH // HEADS)).transpose(1, 2)
         q, k, v = heads_BHLD.split((HEADS, KV_HEADS, KV_HEADS), dim=1)
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
@@ -242,3 +248,44 @@ def test_layers_that_transformers_checkpoints() -> None:
             assert rank[reentrant, "keep_attention"]["again"] == [(0, 0)] * STEPS
             assert rank[reentrant, "keep_attention"]["losses"] == pytest.approx(rank[None, "full"]["losses"], rel=1e-6)
         assert all(attention > 0 and sent > 0 for attention, sent in rank[False, "full"]["again"])
+
+
+def _plain() -> dict[str, float]:
+    """DeepSpeed's checkpoints inside routed modules that `parallelize` has sharded, without an engine."""
+    os.environ.update(DS_ACCELERATOR="cpu", LOCAL_SIZE=str(WORLD))
+    config = SequenceParallelConfig(
+        method="ring", size=WORLD, attention=["layers.*.attn"], batch=dict.fromkeys(batch(0), 1), loss={}, quiet=True
+    )
+    groups = SequenceParallelGroups.build(config)
+    early = CausalLM().double()
+    # Sharded before DeepSpeed is imported.
+    parallelize(early, config=config, groups=groups)
+    import deepspeed
+
+    deepspeed.init_distributed()
+    whole = CausalLM().double()
+    whole(**batch(0)).backward()
+    found = {}
+    for way in ("deepspeed", "deepspeed, non-reentrant"):
+        for name, model in (("sharded before", early), ("sharded after", CausalLM().double())):
+            model.load_state_dict(whole.state_dict())
+            model.zero_grad()
+            for layer in model.layers:
+                layer.attn.checkpointed = checkpoint_function(way, deepspeed)
+            handle = None if model is early else parallelize(model, config=config, groups=groups)
+            model(**batch(0)).backward()
+            worst = 0.0
+            for parameter, wanted in zip(model.parameters(), whole.parameters(), strict=True):
+                dist.all_reduce(parameter.grad)
+                difference = parameter.grad / WORLD - wanted.grad
+                worst = max(worst, (difference.abs().max() / wanted.grad.abs().max()).item())
+            found[f"{way}, {name}"] = worst
+            if handle is not None:
+                handle.remove()
+    return found
+
+
+def test_deepspeeds_checkpoints_are_exact_inside_modules_that_no_engine_has_sharded() -> None:
+    for found in spawn(_plain, WORLD, timeout=150):
+        assert len(found) == 4
+        assert max(found.values()) < 1e-10, found
