@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +20,7 @@ from dsp_plugin.errors import SequenceParallelConfigError, UnsupportedError
 from dsp_plugin.groups import SequenceParallelGroups
 from dsp_plugin.layout import Layout
 from dsp_plugin.methods import METHODS
-from dsp_plugin.patches.recompute import enter_again
+from dsp_plugin.patches.recompute import TORCH, enter_again, hold
 from dsp_plugin.planner.stages import StagePlan
 from dsp_plugin.plans.known_models import complete
 from dsp_plugin.plans.plan import Plan, matching_modules, outermost, resolve_plan
@@ -41,7 +42,7 @@ class Parallelized:
 
     def __init__(self, config: SequenceParallelConfig) -> None:
         self._config = config
-        self._undo: list[Callable[[], None]] = []
+        self._undo: list[Callable[[], object]] = []
         self._region: ShardedRegion | None = None
         self._integrated: Sharded | None = None
 
@@ -105,13 +106,16 @@ def parallelize(
     Raises:
         SequenceParallelConfigError: the model does not fit the config or the plan.
         UnsupportedError: the model is in a wrapper that has to come after, or of a kind that cannot be sharded.
+        PatchError: attention is to be kept (``config.recompute``), and torch is not one that our patches fit.
     """
-    checks: list[Callable[[], None]] = []
+    checks: list[Callable[[], object]] = []
     inside = unwrapped(module)
     # Before what shards the model, to see whole inputs.
     for check in (AveragedGradients(inside, groups), EqualPeers(inside, groups)):
         check.attach(checks)
     try:
+        if config.recompute == "keep_attention":
+            checks.append(weakref.finalize(inside, hold(TORCH, keep=True)))
         handle = hooked(module, plan, config=config, groups=groups)
     except BaseException:
         for undo in checks:
@@ -126,6 +130,7 @@ def parallelize(
         dropout=handle.may_drop,
         attention=handle.serves_attention,
         patched=handle.changed,
+        checkpointing=config.recompute == "keep_attention",
     )
     return handle
 
@@ -208,7 +213,7 @@ def _shard_batch(
     module: nn.Module,
     config: SequenceParallelConfig,
     groups: SequenceParallelGroups,
-    undo: list[Callable[[], None]],
+    undo: list[Callable[[], object]],
     given: nn.Module,
 ) -> None:
     sharder, attention = BatchSharder(module, config, groups.sp), attention_of(config, config.for_softmax)
