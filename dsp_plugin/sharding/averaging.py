@@ -120,6 +120,7 @@ class AveragedGradients:
                 remedy=f"leave the factor, which is {len(over.ranks)} then, and scale the loss in its place",
             )
 
+    @uncompiled
     def _before_step(self, optimizer: Optimizer) -> None:
         sp = self._groups.sp
         if not answers(sp) or self._steps >= CHECKED_STEPS:
