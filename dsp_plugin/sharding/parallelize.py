@@ -314,7 +314,9 @@ def global_loss(local_mean: Tensor, count: Tensor, groups: SequenceParallelGroup
     wide = local_mean.to(torch.promote_types(local_mean.dtype, torch.float32))
     # The mean over a shard of no tokens is NaN, and NaN times a count of 0 too.
     local_sum = torch.where(count > 0, wide * count, torch.zeros_like(wide))
-    return loss.contract(local_sum.reshape(()), count, groups.sp).reshape(local_mean.shape).to(local_mean.dtype)
+    whole = loss.contract(local_sum.reshape(()), count, groups.sp).to(local_mean.dtype)
+    # No view where it need not be one: ``loss /= steps`` on a view would lose the hooks that fully_shard puts on it.
+    return whole if local_mean.dim() == 0 else whole.reshape(local_mean.shape)
 
 
 def _global_output(output: Tensor, dim: int, layout: Layout, method: str, groups: SequenceParallelGroups) -> Tensor:
