@@ -51,7 +51,7 @@ class AveragedGradients:
         # A copy of the model, such as one of averaged weights, is sharded by the same groups.
         return self
 
-    def attach(self, undo: list[Callable[[], None]]) -> None:
+    def attach(self, undo: list[Callable[[], object]]) -> None:
         """Hook the module and all optimizers, adding to ``undo`` what takes the hooks off."""
         undo.append(self._module.register_forward_pre_hook(self._before).remove)
         # Torch's table of hooks outlives the model.
@@ -63,7 +63,7 @@ class AveragedGradients:
                 looking_after._before_step(optimizer)
 
         handle = register_optimizer_step_pre_hook(before_step)
-        undo.append(weakref.finalize(self._module, handle.remove).__call__)
+        undo.append(weakref.finalize(self._module, handle.remove))
 
     @uncompiled
     def _before(self, module: nn.Module, args: object) -> None:
@@ -88,7 +88,7 @@ class AveragedGradients:
 
     def _refuse_flattened(self, module: nn.Module) -> None:
         parameters = list(module.parameters())
-        flattened = any(getattr(parameter, "_fsdp_flattened", False) for parameter in parameters)
+        flattened = any(getattr(parameter, "_fsdp_flattened", False) for parameter in (*parameters, self._witness))
         if flattened or (self._witness is not None and not parameters):
             raise UnsupportedError(
                 setting="module",
@@ -120,6 +120,7 @@ class AveragedGradients:
                 remedy=f"leave the factor, which is {len(over.ranks)} then, and scale the loss in its place",
             )
 
+    @uncompiled
     def _before_step(self, optimizer: Optimizer) -> None:
         sp = self._groups.sp
         if not answers(sp) or self._steps >= CHECKED_STEPS:

@@ -14,6 +14,7 @@ from torch import nn
 
 from dsp_plugin.config.schema import SequenceParallelConfig
 from dsp_plugin.groups import SequenceParallelGroups
+from dsp_plugin.plans.plan import known_plan
 
 
 class Sharded(Protocol):
@@ -66,13 +67,13 @@ def enter(library: str, integration: Integration) -> None:
 
 
 def integration_of(module: nn.Module, config: SequenceParallelConfig) -> Integration | None:
-    """Who serves ``module`` under ``config``; None where the config, a plan or a known model says how to shard it.
+    """Who serves ``module`` under ``config``; None where the config or a known plan says how to shard it.
 
     Raises:
         SequenceParallelConfigError: the config describes it as it is not.
     """
     for integration in _entered.values():
-        if integration.serves(module, config):
+        if integration.serves(module, config) and known_plan(module) is None:
             return integration
     for integration in _entered.values():
         integration.check_described(module, config)

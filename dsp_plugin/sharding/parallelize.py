@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +20,7 @@ from dsp_plugin.errors import SequenceParallelConfigError, UnsupportedError
 from dsp_plugin.groups import SequenceParallelGroups
 from dsp_plugin.layout import Layout
 from dsp_plugin.methods import METHODS
-from dsp_plugin.patches.recompute import enter_again
+from dsp_plugin.patches.recompute import TORCH, enter_again, hold
 from dsp_plugin.planner.stages import StagePlan
 from dsp_plugin.plans.known_models import complete
 from dsp_plugin.plans.plan import Plan, matching_modules, outermost, resolve_plan
@@ -41,7 +42,7 @@ class Parallelized:
 
     def __init__(self, config: SequenceParallelConfig) -> None:
         self._config = config
-        self._undo: list[Callable[[], None]] = []
+        self._undo: list[Callable[[], object]] = []
         self._region: ShardedRegion | None = None
         self._integrated: Sharded | None = None
 
@@ -117,13 +118,16 @@ def parallelize(
     Raises:
         SequenceParallelConfigError: the model does not fit the config or the plan.
         UnsupportedError: the model is in a wrapper that has to come after, or of a kind that cannot be sharded.
+        PatchError: attention is to be kept (``config.recompute``), and torch is not one that our patches fit.
     """
-    checks: list[Callable[[], None]] = []
+    checks: list[Callable[[], object]] = []
     inside = unwrapped(module)
     # Before what shards the model, to see whole inputs.
     for check in (AveragedGradients(inside, groups), EqualPeers(inside, groups)):
         check.attach(checks)
     try:
+        if config.recompute == "keep_attention":
+            checks.append(weakref.finalize(inside, hold(TORCH, keep=True)))
         handle = hooked(module, plan, config=config, groups=groups)
     except BaseException:
         for undo in checks:
@@ -139,6 +143,7 @@ def parallelize(
         dropout=handle.may_drop,
         attention=handle.serves_attention,
         patched=handle.changed,
+        checkpointing=config.recompute == "keep_attention",
     )
     return handle
 
@@ -221,7 +226,7 @@ def _shard_batch(
     module: nn.Module,
     config: SequenceParallelConfig,
     groups: SequenceParallelGroups,
-    undo: list[Callable[[], None]],
+    undo: list[Callable[[], object]],
     given: nn.Module,
 ) -> None:
     sharder, attention = BatchSharder(module, config, groups.sp), attention_of(config, config.for_softmax)
@@ -323,7 +328,9 @@ def global_loss(local_mean: Tensor, count: Tensor, groups: SequenceParallelGroup
     wide = local_mean.to(torch.promote_types(local_mean.dtype, torch.float32))
     # The mean over a shard of no tokens is NaN, and NaN times a count of 0 too.
     local_sum = torch.where(count > 0, wide * count, torch.zeros_like(wide))
-    return loss.contract(local_sum.reshape(()), count, groups.sp).reshape(local_mean.shape).to(local_mean.dtype)
+    whole = loss.contract(local_sum.reshape(()), count, groups.sp).to(local_mean.dtype)
+    # No view where it need not be one: ``loss /= steps`` on a view would lose the hooks that fully_shard puts on it.
+    return whole if local_mean.dim() == 0 else whole.reshape(local_mean.shape)
 
 
 def _global_output(output: Tensor, dim: int, layout: Layout, method: str, groups: SequenceParallelGroups) -> Tensor:

@@ -49,7 +49,7 @@ class EqualPeers:
         # A copy of the model, such as one of averaged weights, is sharded by the same groups.
         return self
 
-    def attach(self, undo: list[Callable[[], None]]) -> None:
+    def attach(self, undo: list[Callable[[], object]]) -> None:
         """Hook the module, adding to ``undo`` what takes the hook off."""
         undo.append(self._module.register_forward_pre_hook(self._before, with_kwargs=True).remove)
 

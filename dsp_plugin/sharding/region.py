@@ -100,7 +100,7 @@ class ShardedRegion:
         assert self._now.entered is not None
         return self._now.entered
 
-    def install(self, undo: list[Callable[[], None]]) -> None:
+    def install(self, undo: list[Callable[[], object]]) -> None:
         """Hook the stages, adding to ``undo`` what takes each hook off."""
         undo.append(enter_again())
         undo.append(self._attributes.restore)
@@ -121,7 +121,7 @@ class ShardedRegion:
         undo.append(self._root.register_forward_hook(self._end, always_call=True).remove)
         undo.append(ended_with(self._root, self._passes, self._clean_up))
 
-    def _route(self, index: int, undo: list[Callable[[], None]]) -> None:
+    def _route(self, index: int, undo: list[Callable[[], object]]) -> None:
         placed = self._placed[index]
         assert placed.stage.attention is not None
         parts = matching_modules(placed.module, placed.stage.attention, f"plan attention of {placed.name}")

@@ -92,7 +92,7 @@ def build_model(width: int, seed: int) -> nn.Module:
     )
 
 
-def wrap(model: Any, args: argparse.Namespace, device: torch.device) -> nn.Module:
+def wrap(model: Any, args: argparse.Namespace, device: torch.device) -> Any:
     """Over all ranks, those that share a sequence included: their mean of the gradients is the exact one."""
     if args.ddp:
         return DistributedDataParallel(model)
@@ -206,7 +206,8 @@ def save(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, losse
 
 def load(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> list[float]:
     """The losses of the steps before. Collective; the checkpoint may be of other ranks, and of another wrapper."""
-    steps = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata["losses"].size.numel()
+    saved: Any = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
+    steps = saved["losses"].size.numel()
     weights, states = get_state_dict(model, optimizer)
     counted = {"losses": torch.zeros(steps, dtype=torch.float64)}
     dcp.load({"model": weights, "optimizer": states, **counted}, checkpoint_id=folder)

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from checkpointed import ORDINARY, WAYS, Storages, Through, whole
 from torch import Tensor, nn
 
-from dsp_plugin import Layout, MaskSpec, SequenceParallelConfig, SequenceParallelGroups, ledger
+from dsp_plugin import Layout, MaskSpec, SequenceParallelConfig, SequenceParallelGroups, ledger, parallelize
 from dsp_plugin.kernels import calls
 from dsp_plugin.kernels.spec import AttentionSpec
 from dsp_plugin.methods import METHODS
@@ -204,3 +204,22 @@ def test_bytes_kept_are_those_of_the_formula_and_of_the_process(method: str) -> 
             assert kept == expected > 0, name
             assert held == kept, name
             assert after == 0, name
+
+
+def test_parallelize_keeps_attention_as_long_as_its_hooks_are_on() -> None:
+    for setting, kept in (("full", False), ("keep_attention", True)):
+        settings = {"attention": ["attn"], "batch": {"x": 1}, "gather_output": 1, "positions": None}
+        config = SequenceParallelConfig(method="ring", size=1, recompute=setting, quiet=True, **settings)
+        handle = parallelize(Attending(), config=config, groups=SequenceParallelGroups.single())
+        assert patches.kept() == kept
+        handle.remove()
+        assert not patches.kept()
+
+
+class Attending(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attn = nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x

@@ -1,4 +1,4 @@
-"""The example script stops and goes on with other ranks, method and wrapper, as if it had not stopped."""
+"""The example stops and goes on with other ranks, another method and another wrapper, as if it had not stopped."""
 
 from __future__ import annotations
 
@@ -16,16 +16,8 @@ from dsp_plugin.launch.examples import train_fsdp
 from dsp_plugin.spawn import spawn
 
 SMALL = [
-    "--width",
-    "16",
-    "--seq-length",
-    "19",
-    "--samples",
-    "10",
-    "--global-batch-size",
-    "4",
-    "--micro-batch-size",
-    "1",
+    *("--width", "16", "--seq-length", "19", "--samples", "10"),
+    *("--global-batch-size", "4", "--micro-batch-size", "1"),
 ]
 TOLERANCE = 1e-5
 

@@ -31,7 +31,7 @@ OTHERS = {
         *(Case("batch", "ulysses", 2, wrap) for wrap in ("ddp", "ddp first", "fsdp", "fsdp first")),
         *(Case("llama", method, 2, "ddp", checkpointed=True) for method in ("ring", "ulysses")),
         *(Case("llama", method, 2, "ddp first", accumulate=2) for method in ("ring", "lightseq")),
-        *(Case("plan", method, 2, wrap) for method in ("dsp", "ulysses") for wrap in ("ddp", "fsdp first")),
+        *(Case("plan", "dsp", 2, wrap) for wrap in ("ddp", "fsdp first")),
         Case("batch", "ring", 2, "fsdp", accumulate=2, checkpointed=True),
         *(Case(kind, method, 2, "fsdp", bf16=True) for kind, method in (("batch", "ring"), ("llama", "ulysses"))),
     ],
@@ -41,7 +41,7 @@ OTHERS = {
         *(Case("llama", method, 4, wrap) for method in ("ring", "ulysses", "usp") for wrap in ("ddp", "fsdp first")),
         *(Case("llama", "ulysses", 2, wrap, accumulate=2) for wrap in ("ddp", "hsdp")),
         *(Case("plan", "dsp", size, "fsdp", checkpointed=True) for size in (2, 4)),
-        Case("plan", "ulysses", 4, "hsdp"),
+        Case("plan", "dsp", 4, "hsdp first", checkpointed=True),
         Case("llama", "ring", 2, "fsdp", bf16=True),
     ],
 }
