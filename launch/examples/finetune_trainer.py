@@ -61,7 +61,8 @@ def made_up(count: int) -> torch.Tensor:
 
 def main() -> None:
     """Trains and evaluates."""
-    options, training = HfArgumentParser([Arguments, TrainingArguments]).parse_args_into_dataclasses()
+    parser = HfArgumentParser((Arguments, TrainingArguments))  # type: ignore[arg-type]
+    options, training = parser.parse_args_into_dataclasses()
     set_seed(training.seed)
     model: PreTrainedModel
     if options.model is None:

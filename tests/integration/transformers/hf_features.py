@@ -14,6 +14,8 @@ from hf_models import FAMILIES, SHAPE, build_model, micro_batch
 from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from dsp_plugin import ledger
+
 
 def start(model: PreTrainedModel, method: str = "ring", zero: int = 0, **section: Any) -> Any:
     """An engine around the model."""
@@ -25,10 +27,18 @@ def start(model: PreTrainedModel, method: str = "ring", zero: int = 0, **section
 
 
 def logits_of_shards() -> dict[str, Any]:
-    """With labels a rank gets the logits of its tokens, without them all; in training and in evaluation."""
+    """Whole where they are read, and those of the rank's tokens where the section says so and there are labels."""
     torch.manual_seed(0)
     engine = start(build_model("llama"))
     batch = micro_batch("tokens", 0, 0, 0)
+    with ledger() as log:
+        unread = engine(**batch)
+        unread.loss.item()
+        before = log.bytes()
+        read = unread.logits
+        after = log.bytes()
+    torch.manual_seed(0)
+    engine = start(build_model("llama"), logits="local")
     local = engine(**batch)
     whole = engine(input_ids=batch["input_ids"]).logits
     engine.eval()
@@ -37,6 +47,8 @@ def logits_of_shards() -> dict[str, Any]:
         as_tuple = engine(**batch, return_dict=False)
     return {
         "local": local.logits.tolist(),
+        "read": read.tolist(),
+        "gathered": after - before,
         "whole": whole.tolist(),
         "losses": [local.loss.item(), evaluated.loss.item(), as_tuple[0].item()],
         "cache": evaluated.past_key_values is not None,

@@ -26,14 +26,16 @@ def _results(hf_world: Callable[[int], Any]) -> Results:
     return lambda case: hf_world(2).results(case)
 
 
-def test_logits_are_local_with_labels_and_whole_without(results: Results) -> None:
+def test_logits_are_whole_where_they_are_read(results: Results) -> None:
     """Local ones are those at the rank's positions; loss is the whole sequence's in training and evaluation."""
     torch.manual_seed(0)
     alone = build_model("llama")(**micro_batch("tokens", 0, 0, 0))
     layout = Layout("zigzag", LENGTH, 2)
     for rank, result in enumerate(results("logits")):
         torch.testing.assert_close(torch.tensor(result["whole"]), alone.logits, rtol=0, atol=1e-6)
+        torch.testing.assert_close(torch.tensor(result["read"]), alone.logits, rtol=0, atol=1e-6)
         own = layout.shard(alone.logits, 1, rank)
+        assert result["gathered"] == own.numel() * own.element_size()
         torch.testing.assert_close(torch.tensor(result["local"]), own, rtol=0, atol=1e-6)
         assert result["losses"] == pytest.approx([alone.loss.item()] * 3, rel=1e-6)
         assert not result["cache"]
