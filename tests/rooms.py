@@ -50,7 +50,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "spawn": ("comm",),
     "groups": ("comm",),
     "comm": ("errors", "derivatives", "layout"),
-    "kernels": ("errors", "derivatives", "mask"),
+    "kernels": ("errors", "integers", "derivatives", "mask"),
     "training": ("errors", "integers", "derivatives", "comm", "groups"),
     "watch": ("errors", "comm"),
     "methods": ("errors", "derivatives", "layout", "mask", "groups", "comm", "kernels", "training"),

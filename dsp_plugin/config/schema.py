@@ -13,7 +13,8 @@ from dsp_plugin.config.section_names import DEEPSPEED_SECTION, misnamed
 from dsp_plugin.config.settings import LossConfig, Settings
 from dsp_plugin.config.sizes import complete_sizes
 from dsp_plugin.errors import SequenceParallelConfigError
-from dsp_plugin.layout import LayoutKind
+from dsp_plugin.integers import integer
+from dsp_plugin.layout import MOST_RANKS, LayoutKind
 from dsp_plugin.methods import METHODS, Workload
 
 _MEGATRON_FLAGS = {
@@ -198,7 +199,11 @@ class SequenceParallelConfig(Settings):
         tp = tensor_parallel_size
         shapes = f"heads={heads}, kv_heads={kv_heads}, tensor_parallel_size={tp}"
         if not all(map(_is_count, (heads, kv_heads, tp))):
-            raise SequenceParallelConfigError(f"{shapes}: each must be an integer of 1 or more. Correct the model.")
+            raise SequenceParallelConfigError(
+                f"{shapes}: each must be an integer of 1 or more, and no more than {MOST_RANKS:,}. Correct the model."
+            )
+        if length is not None:
+            length = integer(length, "length", remedy="pass the number of tokens of a sequence, or None")
         if heads % tp or (kv_heads % tp and tp % kv_heads):
             which, count = ("query", heads) if heads % tp else ("key/value", kv_heads)
             raise SequenceParallelConfigError(
@@ -232,7 +237,7 @@ class SequenceParallelConfig(Settings):
 
 
 def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+    return isinstance(value, int) and not isinstance(value, bool) and 0 < value <= MOST_RANKS
 
 
 def _flag(attribute: str) -> str:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from itertools import groupby
+from math import isfinite
+from numbers import Integral, Real
 from typing import Self
 
 from dsp_plugin.errors import SequenceParallelConfigError
+from dsp_plugin.integers import integer, integers
 from dsp_plugin.kernels.dropout import Dropout
 from dsp_plugin.mask import MaskSpec
 
@@ -29,7 +32,8 @@ class AttentionSpec:
             unlike.
 
     Raises:
-        SequenceParallelConfigError: dropout without a seed, or no probability; borders by row and for all rows.
+        SequenceParallelConfigError: dropout without a seed, a value that is not of its kind, or borders by row and for
+            all rows.
     """
 
     mask: MaskSpec = field(default_factory=MaskSpec)
@@ -43,14 +47,49 @@ class AttentionSpec:
     cu_seqlens_by_row: tuple[tuple[int, ...], ...] | None = None
 
     def __post_init__(self) -> None:
+        if not isinstance(self.mask, MaskSpec):
+            raise SequenceParallelConfigError(
+                setting="mask",
+                value=self.mask,
+                why=f"it is {type(self.mask).__name__}, not a MaskSpec",
+                remedy="write MaskSpec(causal=True), or the mask that is meant",
+            )
         self._check_rows()
-        if not 0.0 <= self.dropout_p < 1.0:
+        if not _is_number(self.dropout_p) or not 0.0 <= self.dropout_p < 1.0:
             raise SequenceParallelConfigError(
                 setting="dropout_p",
                 value=self.dropout_p,
-                why="a dropout probability lies in [0, 1)",
+                why="a dropout probability is a number in [0, 1)",
                 remedy="correct it",
             )
+        if self.scale is not None and not _is_number(self.scale):
+            raise SequenceParallelConfigError(
+                setting="scale",
+                value=self.scale,
+                why="the factor on the scores is a finite number, or None for D ** -0.5",
+                remedy="correct it",
+            )
+        if self.dropout_seed is not None and (
+            not isinstance(self.dropout_seed, Integral) or isinstance(self.dropout_seed, bool)
+        ):
+            raise SequenceParallelConfigError(
+                setting="dropout_seed",
+                value=self.dropout_seed,
+                why=f"a seed is an integer, not {type(self.dropout_seed).__name__}",
+                remedy="pass an integer, the same on every rank of the sequence group",
+            )
+        if not isinstance(self.kernel, str):
+            raise SequenceParallelConfigError(
+                setting="kernel",
+                value=self.kernel,
+                why=f"it is {type(self.kernel).__name__}, not the name of a kernel",
+                remedy="write 'auto'",
+            )
+        for name in ("head_offset", "batch_offset"):
+            object.__setattr__(self, name, integer(getattr(self, name), name))
+        if self.q_per_kv is not None:
+            remedy = "pass the number of query heads that each kv head serves, such as (2, 2)"
+            object.__setattr__(self, "q_per_kv", integers(self.q_per_kv, "q_per_kv", remedy=remedy))
         if self.dropout_p > 0.0 and self.dropout_seed is None:
             raise SequenceParallelConfigError(
                 setting="dropout_seed",
@@ -108,3 +147,10 @@ class AttentionSpec:
         if self.dropout_p == 0.0 or self.dropout_seed is None:
             return None
         return Dropout(self.dropout_p, self.dropout_seed, q_positions, k_positions, self.head_offset, self.batch_offset)
+
+
+def _is_number(value: object) -> bool:
+    try:
+        return isinstance(value, Real) and not isinstance(value, bool) and isfinite(value)
+    except OverflowError:
+        return False

@@ -262,7 +262,6 @@ def _plain() -> dict[str, float]:
     parallelize(early, config=config, groups=groups)
     import deepspeed
 
-    deepspeed.init_distributed()
     whole = CausalLM().double()
     whole(**batch(0)).backward()
     found = {}
