@@ -17,6 +17,7 @@ from dsp_plugin.comm.axis import Axis
 from dsp_plugin.config.schema import DEEPSPEED_SECTION, SequenceParallelConfig
 from dsp_plugin.config.start_line import announce, dtype_of
 from dsp_plugin.groups import SequenceParallelGroups
+from dsp_plugin.patches.copies import Undo
 from dsp_plugin.patches.deepspeed import pipeline, random_state, recompute, step_log, tensor_parallel
 from dsp_plugin.patches.deepspeed.refusals import refuse_conflicts
 from dsp_plugin.patches.deepspeed.same_sample import SameSampleCheck
@@ -61,7 +62,7 @@ def parallelizing(upstream: Callable[..., None], patched: Callable[[], str]) -> 
             tensor_parallel.keep_vocabulary_whole(given["config_class"])
         # The check comes first among the hooks, to see the inputs whole. A stage has its own, of what it is fed.
         check = SameSampleCheck(groups.sp, _device, always=groups.sp.debug)
-        undo: list[Callable[[], object]] = [] if staged else [check.attach(module).remove]
+        undo = Undo([] if staged else [check.attach(module).remove])
         setattr(module, UNDO, undo)
         buffers = {name for name, _ in module.named_buffers()}
         # torch.nn.Module takes plain attributes before its own __init__; deepspeed_io needs these during upstream's.
@@ -71,6 +72,8 @@ def parallelizing(upstream: Callable[..., None], patched: Callable[[], str]) -> 
             undo.append(recompute.hold_for(self, module, keep=section.recompute == "keep_attention"))
             handle = hook(module, config=section, groups=groups)
             undo.append(handle.remove)
+            if isinstance(handle, ShardedCausalLM):
+                check.alone = handle.aside
             upstream(self, *args, **kwargs)
         except BaseException:
             _unhook(module)

@@ -18,6 +18,7 @@ from torch.utils.hooks import RemovableHandle
 
 from dsp_plugin.comm.axis import Axis
 from dsp_plugin.errors import SequenceParallelConfigError
+from dsp_plugin.patches.copies import LeftBehind
 
 CHECKED_FORWARDS = 4
 SAMPLED_ELEMENTS = 1 << 16
@@ -27,6 +28,9 @@ _STEP, _START = 0x1E3779B97F4A7C15, 0x2545F4914F6CDD1D
 
 class SameSampleCheck:
     """Compares a module's forward inputs across a sequence group.
+
+    Attributes:
+        alone: whether the module now computes without its peers, who may not call it at all.
 
     Args:
         sp: the sequence axis.
@@ -38,13 +42,15 @@ class SameSampleCheck:
     def __init__(self, sp: Axis, device: Callable[[], torch.device], always: bool) -> None:
         self._sp, self._device, self._always = sp, device, always
         self._seen = {True: 0, False: 0}
+        self.alone: Callable[[], bool] = lambda: False
 
     def attach(self, module: nn.Module) -> RemovableHandle:
         """Hooks the module. Call before the module is parallelized: inputs are compared before they are sharded."""
-        return module.register_forward_pre_hook(self._check, with_kwargs=True)
+        return module.register_forward_pre_hook(LeftBehind(self._check), with_kwargs=True)
 
     def _check(self, module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
-        self.compare(module.training, args, kwargs)
+        if not self.alone():
+            self.compare(module.training, args, kwargs)
 
     def compare(self, training: bool, args: Sequence[object], kwargs: Mapping[str, object]) -> None:
         """Compares what a forward, or a loss, is about to be given whole. Collective.

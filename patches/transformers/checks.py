@@ -7,10 +7,14 @@ import sys
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from torch import nn
+
 from dsp_plugin.config.schema import DEEPSPEED_SECTION, SequenceParallelConfig
 from dsp_plugin.errors import SequenceParallelConfigError, UnsupportedError
+from dsp_plugin.patches.transformers import adapters
 from dsp_plugin.patches.transformers.seams import SEAMS
 from dsp_plugin.patches.transformers.verified import SETTING, unverified
+from dsp_plugin.patches.transformers.wrapped import model_in
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -42,23 +46,28 @@ def heads_of(model: PreTrainedModel) -> Heads:
 
 
 def checked_section(
-    model: PreTrainedModel, section: Mapping[str, Any], tensor_parallel_size: int = 1
+    module: nn.Module, section: Mapping[str, Any], tensor_parallel_size: int = 1
 ) -> SequenceParallelConfig:
     """The user's section, with sizes that fit the model's heads. Refuses what cannot be sharded.
+
+    Args:
+        module: the model, or PEFT's wrapper of it.
 
     Raises:
         PatchError: this Transformers is not one that we fit.
         UnsupportedError: the model does not go through the interfaces that we use, computes over whole sequences, or is
-            of a family that no page calls exact, and the section does not take it unverified.
+            of a family that no page calls exact, and the section does not take it unverified; or its adapters do.
         SequenceParallelConfigError: the method cannot serve its head counts.
     """
     for seam in SEAMS:
         seam.verify()
-    for what, value, why, remedy in _obstacles(model):
+    model = model_in(module)
+    assert model is not None
+    for what, value, why, remedy in (*_obstacles(model), *adapters.obstacles(module, model)):
         raise UnsupportedError(
             setting=f"{what} of {type(model).__name__} with sequence_parallel", value=value, why=why, remedy=remedy
         )
-    unknown = None if section.get(SETTING) else unverified(model)
+    unknown = None if section.get(SETTING) else unverified(model) or adapters.unknown(module, model)
     if unknown is not None:
         raise UnsupportedError(
             setting=f"{type(model).__name__} with sequence_parallel",

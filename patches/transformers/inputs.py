@@ -26,10 +26,13 @@ IGNORED = -100
 SEQUENCE_DIM = 1
 # Tensors that forward may be given; of any other nobody would know along which dim its sequence runs.
 KNOWN = ("input_ids", "inputs_embeds", "labels", "shift_labels", "position_ids", "attention_mask", "num_items_in_batch")
+GENERATE = "set it to false; to generate, call the model's generate, which computes whole sequences on every rank"
 # What forward may be asked for that needs, or would return, whole sequences: why, and the remedy.
 REFUSED = {
-    "past_key_values": ("a cache holds whole sequences of keys", "generate with a model outside this engine"),
-    "use_cache": ("a cache holds whole sequences of keys", "generate with a model outside this engine"),
+    "past_key_values": ("a cache holds whole sequences of keys", GENERATE),
+    # Its name since Transformers 5.24.
+    "cache": ("a cache holds whole sequences of keys", GENERATE),
+    "use_cache": ("a cache holds whole sequences of keys", GENERATE),
     "logits_to_keep": ("it counts tokens from the end of the sequence, of which a rank holds a part", "leave it out"),
     "output_attentions": ("no rank ever has the weights of whole rows", "set it to false"),
     "output_hidden_states": ("they would be those of this rank's tokens only", "set it to false"),

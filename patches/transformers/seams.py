@@ -7,7 +7,7 @@ from typing import Any
 from dsp_plugin.patches.patch import Patch
 
 DISTRIBUTION = "transformers"
-SUPPORTED = ">=4.57,<5.24"
+SUPPORTED = ">=4.57,<5.25"
 
 
 def _as_it_is(upstream: Any) -> Any:
@@ -15,7 +15,7 @@ def _as_it_is(upstream: Any) -> Any:
 
 
 # Nothing in the package itself is replaced: these are the places that one model's own attributes reach into. Tried with
-# 4.57.6, 5.0.0 and 5.23.0.
+# 4.57.6, 5.0.0, 5.23.0 and 5.24.0.
 SEAMS = (
     Patch(
         name="run attention of one model by a method",
