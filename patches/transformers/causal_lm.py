@@ -1,4 +1,8 @@
-"""A causal language model of Transformers, sharded: its batch, its attention and its loss."""
+"""A model of Transformers, sharded: its batch, its attention and its loss.
+
+Of a causal language model everything is sharded, up to the loss. Of others the backbone is: it gives whole hidden
+states, and on these a head computes on every rank alike what it computes unsharded.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from dsp_plugin.comm.collectives import gather
 from dsp_plugin.config.schema import SequenceParallelConfig
@@ -23,7 +27,7 @@ from dsp_plugin.patches.transformers.overlay import Overlay, unsharded_generate
 from dsp_plugin.patches.transformers.passes import ModelPass
 from dsp_plugin.patches.transformers.seams import DISTRIBUTION, SEAMS
 from dsp_plugin.patches.transformers.selection import select
-from dsp_plugin.patches.transformers.wrapped import model_in
+from dsp_plugin.patches.transformers.wrapped import is_causal_lm, model_in, sharded_part
 from dsp_plugin.sharding.outputs import all_tensors, first_tensor
 from dsp_plugin.training.extents import Running, in_unknown_rerun
 from dsp_plugin.training.randomness import RegionVisit
@@ -47,18 +51,19 @@ class ShardedCausalLM:
     """
 
     def __init__(self, module: nn.Module, config: SequenceParallelConfig, groups: SequenceParallelGroups) -> None:
-        model = model_in(module)
-        assert model is not None
+        found = model_in(module)
+        assert found is not None
+        model = sharded_part(found)
         # Of an engine around another wrapper.
         vars(model).get(_REMOVE, _nothing)()
         self._config, self._groups = config, groups
         declared = model.config.get_text_config()
-        self._layers, self._name = declared.num_hidden_layers, type(model).__name__
+        self._layers, self._name = declared.num_hidden_layers, type(found).__name__
         self.may_drop = getattr(declared, "attention_dropout", None) != 0
         self._inputs = InputSharder(config, groups.sp)
         self._passes: Running[ModelPass] = Running(again=lambda _: selection.selected())
         self._attention = SequenceAttention(config, groups, self._passes)
-        self._loss = SequenceLoss(model.loss_function, groups.sp, self._passes)
+        self._loss = SequenceLoss(groups.sp, self._passes)
         self._visit: RegionVisit | None = None
         self._unscale: Callable[[], None] = _nothing
         with ExitStack() as undo:
@@ -69,10 +74,14 @@ class ShardedCausalLM:
             undo.callback(enter_again())
             undo.callback(self._passes.close)
             self._overlay = Overlay(model, undo)
-            self._overlay.put("_loss_function", self._loss)
+            if is_causal_lm(model):
+                self._overlay.put("_loss_function", self._loss)
             self._overlay.replace("forward", self._sharded(model, model.forward))
             if hasattr(model, "generate"):
                 self._overlay.replace("generate", unsharded_generate(model, self._overlay))
+            pooler = getattr(model, "pooler", None)
+            if isinstance(pooler, nn.Module):
+                Overlay(pooler, undo).replace("forward", self._pooled(pooler.forward))
             self._overlay.put(_REMOVE, LeftBehind(self.remove))
             self._undo = undo.pop_all()
 
@@ -109,6 +118,19 @@ class ShardedCausalLM:
 
         return forward
 
+    def _pooled(self, upstream: Callable[..., Any]) -> Callable[..., Any]:
+        """Stands in for what a backbone takes of a sequence: of its first token, mostly."""
+
+        def pool(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+            running = self._passes.now
+            return upstream(hidden if running is None else self._whole(hidden, running), *args, **kwargs)
+
+        return pool
+
+    def _whole(self, x: Tensor, running: ModelPass) -> Tensor:
+        layout = running.placement.layout
+        return gather(x, SEQUENCE_DIM, layout, axis=self._groups.sp, method=self._config.method)
+
     def _begin(self, model: PreTrainedModel, placement: Placement) -> None:
         self._unscale = scale_noise(model, placement.layout, self._groups.sp.rank)
         self._visit = RegionVisit(self._groups.sp) if model.training else None
@@ -139,8 +161,7 @@ class ShardedCausalLM:
                 )
         first, rebuild = first_tensor(output)
         if not placement.labelled:
-            layout, method = placement.layout, self._config.method
-            first = gather(first, SEQUENCE_DIM, layout, axis=self._groups.sp, method=method)
+            first = self._whole(first, running)
         output = rebuild(first)
         self._passes.recall_by(all_tensors(output), running)
         return output

@@ -21,13 +21,15 @@ class SequenceLoss:
         calls: how often the model took a loss in the running forward pass.
 
     Args:
-        upstream: `ForCausalLMLoss`.
         sp: the sequence axis.
         passes: the model's; outside of them a script takes a loss of whole logits, as upstream has it.
     """
 
-    def __init__(self, upstream: Callable[..., Tensor], sp: Axis, passes: Running[ModelPass]) -> None:
-        self._upstream, self._sp, self._passes = upstream, sp, passes
+    def __init__(self, sp: Axis, passes: Running[ModelPass]) -> None:
+        from transformers.loss.loss_utils import ForCausalLMLoss
+
+        self._upstream: Callable[..., Tensor] = ForCausalLMLoss
+        self._sp, self._passes = sp, passes
         self.calls = 0
 
     def __call__(

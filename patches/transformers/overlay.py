@@ -12,14 +12,11 @@ import functools
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from types import MethodType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 
 from dsp_plugin.errors import UnsupportedError
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 ABSENT = object()
 
@@ -33,7 +30,7 @@ class Standin:
         own: what the model itself, not its class, had by this name.
     """
 
-    def __init__(self, model: PreTrainedModel, name: str, call: Callable[..., Any], own: object) -> None:
+    def __init__(self, model: nn.Module, name: str, call: Callable[..., Any], own: object) -> None:
         # Signatures are read of it.
         functools.update_wrapper(self, getattr(model, name))
         self._model, self._name, self._call, self._own = model, name, call, own
@@ -66,7 +63,7 @@ class Overlay:
         undo: gets what takes them off.
     """
 
-    def __init__(self, model: PreTrainedModel, undo: ExitStack) -> None:
+    def __init__(self, model: nn.Module, undo: ExitStack) -> None:
         self._model, self._undo = model, undo
         self.aside = False
 

@@ -28,6 +28,26 @@ def model_in(module: nn.Module) -> PreTrainedModel | None:
     return inner if isinstance(inner, modeling.PreTrainedModel) else None
 
 
+def sharded_part(model: PreTrainedModel) -> PreTrainedModel:
+    """What of a model gets a shard: a causal language model itself, whose loss is a sum over tokens, else its backbone.
+
+    A head that pools, or labels tokens, or a script's own gets whole hidden states, on every rank alike.
+    """
+    if is_causal_lm(model):
+        return model
+    backbone: Any = model.base_model
+    part: PreTrainedModel = backbone
+    return part
+
+
+def is_causal_lm(model: PreTrainedModel) -> bool:
+    """Whether Transformers counts it among them."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    known = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
+    return any(kind.__name__ in known for kind in type(model).__mro__)
+
+
 def _is_wrapper(module: nn.Module) -> bool:
     wrappers = [sys.modules.get("peft.peft_model"), sys.modules.get("peft.mixed_model")]
     kinds = tuple(

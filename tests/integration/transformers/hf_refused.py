@@ -13,16 +13,17 @@ import torch.distributed as dist
 from hf_features import start
 from hf_models import LENGTH, MICRO, SHAPE, build_model, micro_batch
 from transformers import (
-    BertConfig,
-    BertForMaskedLM,
+    EsmConfig,
+    EsmForMaskedLM,
     Gemma2Config,
     Gemma2ForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
-    LlamaModel,
     MambaConfig,
     MambaForCausalLM,
     PreTrainedModel,
+    T5Config,
+    T5ForConditionalGeneration,
 )
 
 CONFIG, UNSUPPORTED = "SequenceParallelConfigError", "UnsupportedError"
@@ -92,15 +93,29 @@ def positions(*documents: tuple[int, ...]) -> torch.Tensor:
 DYNAMIC = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
 SOFT_CAPPED = partial(Gemma2ForCausalLM, Gemma2Config(**NARROW, head_dim=8, query_pre_attn_scalar=8))
 REFUSED = {
-    "masked_lm": Refused(
+    "encoder_and_decoder": Refused(
         UNSUPPORTED,
-        ("BertForMaskedLM", "causal language models", '"attention"'),
+        ("T5ForConditionalGeneration", "one sequence of tokens", '"attention"'),
         partial(
-            BertForMaskedLM,
-            BertConfig(vocab_size=31, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8),
+            T5ForConditionalGeneration, T5Config(vocab_size=31, d_model=16, d_ff=8, num_layers=1, num_heads=2, d_kv=8)
         ),
     ),
-    "headless": Refused(UNSUPPORTED, ("LlamaModel", "labels"), partial(LlamaModel, LlamaConfig(**NARROW))),
+    "unverified_encoder": Refused(
+        UNSUPPORTED,
+        ("EsmForMaskedLM", "is not among them", "a run without the section", '"unverified_model": true'),
+        partial(
+            EsmForMaskedLM,
+            EsmConfig(
+                vocab_size=31,
+                hidden_size=16,
+                num_hidden_layers=1,
+                num_attention_heads=2,
+                intermediate_size=8,
+                pad_token_id=0,
+                mask_token_id=1,
+            ),
+        ),
+    ),
     "recurrent": Refused(
         UNSUPPORTED,
         ("MambaForCausalLM", "is not attention", "attention layers only"),

@@ -35,12 +35,12 @@ def close(expected: Any) -> Any:
     return pytest.approx(expected, rel=1e-5, abs=1e-6)
 
 
-def test_one_rank_copies_averages_generates_and_saves(hf_world: Callable[[int], Any], tmp_path: Path) -> None:
+def test_one_rank_copies_averages_generates_and_saves(hf_world: Callable[..., Any], tmp_path: Path) -> None:
     """The first rank does it alone, so nothing of it waits for others; the step after it is the unsharded one."""
     model, optimizer, losses = trained()
     expected = used(model, tmp_path)
     losses.append(step(model, optimizer, 1))
-    first, second = hf_world(2).results("living")
+    first, second = hf_world(2, "living").results("living")
     assert first.pop("losses") == close(losses)
     assert second["losses"] == close(losses)
     for name in ("keys", "generated", "another", "config"):
@@ -49,7 +49,7 @@ def test_one_rank_copies_averages_generates_and_saves(hf_world: Callable[[int], 
         assert first[name] == close(expected[name]), name
     for name in ("copied_logits", "backbone"):
         torch.testing.assert_close(torch.tensor(first[name]), torch.tensor(expected[name]), rtol=1e-5, atol=1e-6)
-    saved = hf_world(2).folder / "saved"
+    saved = hf_world(2, "living").folder / "saved"
     assert sorted(path.name for path in saved.iterdir()) == sorted(path.name for path in tmp_path.iterdir())
     for name in ("config.json", "generation_config.json"):
         assert json.loads((saved / name).read_text()) == json.loads((tmp_path / name).read_text())
@@ -59,12 +59,12 @@ def test_one_rank_copies_averages_generates_and_saves(hf_world: Callable[[int], 
         torch.testing.assert_close(weights[name], value, rtol=0, atol=1e-6)
 
 
-def test_under_zero_3_ranks_generate_together_and_copies_are_refused(hf_world: Callable[[int], Any]) -> None:
+def test_under_zero_3_ranks_generate_together_and_copies_are_refused(hf_world: Callable[..., Any]) -> None:
     model, optimizer, losses = trained()
     tokens = batch(0)["input_ids"]
     expected, backbone = generated(model), model.model(input_ids=tokens).last_hidden_state[:, -1]
     losses.append(step(model, optimizer, 1))
-    for result in hf_world(2).results("living-zero3"):
+    for result in hf_world(2, "living").results("living-zero3"):
         assert result["generated"] == expected
         torch.testing.assert_close(torch.tensor(result["backbone"]), backbone, rtol=1e-5, atol=1e-6)
         assert result["losses"] == close(losses)
@@ -72,17 +72,17 @@ def test_under_zero_3_ranks_generate_together_and_copies_are_refused(hf_world: C
         assert "before deepspeed.initialize" in result["refused"]
 
 
-def test_a_head_on_the_backbone_learns_as_alone(hf_world: Callable[[int], Any]) -> None:
+def test_a_head_on_the_backbone_learns_as_alone(hf_world: Callable[..., Any]) -> None:
     torch.manual_seed(0)
     model = build_model("llama")
     headed(model).backward()
     expected = {name: p.grad.norm().item() for name, p in model.named_parameters() if p.grad is not None}
-    for result in hf_world(2).results("backbone"):
+    for result in hf_world(2, "living").results("backbone"):
         for found in result.values():
             assert found == close(expected)
 
 
-def test_models_in_one_process_keep_out_of_each_others_way(hf_world: Callable[[int], Any]) -> None:
+def test_models_in_one_process_keep_out_of_each_others_way(hf_world: Callable[..., Any]) -> None:
     """A student and its teacher by unlike methods and an unsharded critic, of which two came from one config."""
     student, teacher, critic = three_models()
     optimizer, losses = torch.optim.SGD(student.parameters(), lr=0.1), []
@@ -92,13 +92,13 @@ def test_models_in_one_process_keep_out_of_each_others_way(hf_world: Callable[[i
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
-    for result in hf_world(2).results("company"):
+    for result in hf_world(2, "living").results("company"):
         assert result["losses"] == pytest.approx(losses, rel=1e-6)
 
 
-def test_an_implementation_chosen_later_is_that_outside_of_passes(hf_world: Callable[[int], Any]) -> None:
+def test_an_implementation_chosen_later_is_that_outside_of_passes(hf_world: Callable[..., Any]) -> None:
     torch.manual_seed(0)
     expected = build_model("llama")(**batch(0)).loss.item()
-    for result in hf_world(2).results("attention_changed_later"):
+    for result in hf_world(2, "living").results("attention_changed_later"):
         assert result["loss"] == pytest.approx(expected, rel=1e-6)
         assert result["implementation"] == "sdpa"

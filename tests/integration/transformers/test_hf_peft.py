@@ -34,9 +34,9 @@ def settings(path: Path) -> dict[str, Any]:
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=() if name in COVERING else pytest.mark.matrix) for name in ADAPTED]
 )
-def test_adapters_train_and_save_as_alone(name: str, hf_world: Callable[[int], Any], tmp_path: Path) -> None:
+def test_adapters_train_and_save_as_alone(name: str, hf_world: Callable[..., Any], tmp_path: Path) -> None:
     """Losses of every step, the trained weights, and the files of the adapter and of the model merged with it."""
-    case, world = ADAPTED[name], hf_world(2)
+    case, world = ADAPTED[name], hf_world(2, "living")
     expected, results = train_alone(case, tmp_path if name in SAVED else None), world.results(f"peft-{name}")
     for result in results:
         assert result["losses"] == pytest.approx(expected.losses, rel=LOSS_TOLERANCE)
@@ -54,9 +54,9 @@ def test_adapters_train_and_save_as_alone(name: str, hf_world: Callable[[int], A
                 assert_close(load_file(found / path.name), load_file(path))
 
 
-def test_ranks_drop_other_entries_and_the_same_ones_again(hf_world: Callable[[int], Any]) -> None:
+def test_ranks_drop_other_entries_and_the_same_ones_again(hf_world: Callable[..., Any]) -> None:
     """LoRA's dropout draws for a rank's tokens; a run is the same a second time, and where layers are recomputed."""
-    first, second = hf_world(2).results("peft-dropout")
+    first, second = hf_world(2, "living").results("peft-dropout")
     for result in (first, second):
         assert result["again"] == result["first"]
         assert result["recomputed"]["losses"] == pytest.approx(result["first"]["losses"], rel=1e-6)
@@ -67,8 +67,8 @@ def test_ranks_drop_other_entries_and_the_same_ones_again(hf_world: Callable[[in
         assert kept.mean() == pytest.approx(0.5, abs=0.1)
 
 
-def test_noise_on_embeddings_in_a_wrapper_has_the_scale_of_the_whole_sequence(hf_world: Callable[[int], Any]) -> None:
+def test_noise_on_embeddings_in_a_wrapper_has_the_scale_of_the_whole_sequence(hf_world: Callable[..., Any]) -> None:
     """NEFTune draws up to alpha / sqrt(L * D)."""
-    for result in hf_world(2).results("peft-noise"):
+    for result in hf_world(2, "living").results("peft-noise"):
         bound = ALPHA / math.sqrt(LENGTH * result["width"])
         assert 0.95 * bound < result["largest"] <= bound * (1 + 1e-5)
