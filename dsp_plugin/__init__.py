@@ -21,6 +21,7 @@ from dsp_plugin.errors import (
 from dsp_plugin.groups import SequenceParallelGroups
 from dsp_plugin.kernels.convolution import short_convolution
 from dsp_plugin.kernels.linear import linear_attention
+from dsp_plugin.kernels.softmax import attention as softmax_attention
 from dsp_plugin.kernels.spec import AttentionSpec
 from dsp_plugin.layout import Layout
 from dsp_plugin.mask import MaskSpec
@@ -57,6 +58,7 @@ __all__ = [
     "linear_attention",
     "parallelize",
     "short_convolution",
+    "softmax_attention",
 ]
 
 for _integration in entry_points(group="dsp_plugin.autoload"):

@@ -9,12 +9,17 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol, Self
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
 from dsp_plugin.comm.axis import Axis, timeout_of
+
+# The groups that were made inside a world: what builds the same grid again, such as a second engine, shares them, for
+# each has communicators, and buffers on every device, of its own.
+_made: WeakKeyDictionary[ProcessGroup, dict[tuple[int, ...], ProcessGroup]] = WeakKeyDictionary()
 
 
 class Grid(Protocol):
@@ -123,10 +128,18 @@ def _axis(name: str, rows: torch.Tensor) -> Axis:
     here = dist.get_rank()
     mine: Axis | None = None
     for row in rows.tolist():
-        # Else it is torch's ten or thirty minutes, whatever the script has set for the world.
-        timeout = timeout_of(dist.distributed_c10d._get_default_group())
-        group = dist.new_group(row, timeout=timeout) if len(row) > 1 else None
+        group = _group(tuple(row)) if len(row) > 1 else None
         if here in row:
             mine = Axis(name, group, row.index(here), len(row), tuple(row))
     assert mine is not None, f"rank {here} is in no {name} group"
     return mine
+
+
+def _group(ranks: tuple[int, ...]) -> ProcessGroup:
+    """The process group of some ranks, which may be without this one; every rank of the world calls it."""
+    world = dist.distributed_c10d._get_default_group()
+    made = _made.setdefault(world, {})
+    if ranks not in made:
+        # Else the timeout is torch's ten or thirty minutes, whatever the script has set for the world.
+        made[ranks] = dist.new_group(list(ranks), timeout=timeout_of(world))
+    return made[ranks]

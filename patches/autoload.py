@@ -1,8 +1,8 @@
 """What `import dsp_plugin` sets in motion, through the entry point group ``dsp_plugin.autoload``.
 
 Only import hooks are registered here, so the import stays cheap: no upstream package is imported before the user
-imports it. Megatron is not hooked: its patches need a configuration, which the launcher or
-`dsp_plugin.patches.megatron.install` gives them.
+imports it. Transformers is not changed, only learnt of. Megatron is not hooked: its patches need a configuration, which
+the launcher or `dsp_plugin.patches.megatron.install` gives them.
 """
 
 from __future__ import annotations
@@ -13,12 +13,32 @@ from dsp_plugin.patches.post_import import after_import
 
 
 def install() -> None:
-    """Registers the hooks, once per process: importing ``deepspeed``, or having imported it, installs our patches.
+    """Registers the hooks, once per process: importing a framework, or having imported it, installs our patches.
 
-    A DeepSpeed that they do not fit can be imported all the same.
+    One that they do not fit can be imported all the same. With the models of ``transformers`` comes who shards them.
     """
     after_import("deepspeed", _install_deepspeed)
+    after_import("accelerate", _install_accelerate)
+    after_import("transformers.modeling_utils", _enter_transformers)
+    after_import("transformers.training_args", _install_training_arguments)
+    after_import("transformers.trainer", _install_trainer)
 
 
 def _install_deepspeed() -> None:
     importlib.import_module("dsp_plugin.patches.deepspeed").install_where_it_fits()
+
+
+def _install_accelerate() -> None:
+    importlib.import_module("dsp_plugin.patches.accelerate").install_where_it_fits()
+
+
+def _install_training_arguments() -> None:
+    importlib.import_module("dsp_plugin.patches.accelerate.trainer").install_arguments()
+
+
+def _install_trainer() -> None:
+    importlib.import_module("dsp_plugin.patches.accelerate.trainer").install()
+
+
+def _enter_transformers() -> None:
+    importlib.import_module("dsp_plugin.patches.transformers")

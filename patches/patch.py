@@ -11,6 +11,7 @@ import importlib
 import inspect
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ from types import FunctionType, MethodType, ModuleType, TracebackType
 from typing import Any, cast
 
 from packaging.specifiers import SpecifierSet
+from packaging.version import Version
 
 from dsp_plugin.errors import PatchError
 
@@ -53,6 +55,7 @@ class Patch:
             None.
         parameters: names that the upstream callable must accept, because the replacement relies on them.
         creates: the target must not exist upstream; the patch adds it.
+        tested: the newest version that it was tried with; a newer one that is supported is named in a warning.
     """
 
     name: str
@@ -62,6 +65,7 @@ class Patch:
     make: Callable[[Any], Any] = field(repr=False)
     parameters: tuple[str, ...] = ()
     creates: bool = False
+    tested: str | None = None
 
     def verify(self) -> None:
         """Checks version, target and signature; changes nothing.
@@ -180,6 +184,7 @@ class Patch:
                 f"Install it: pip install '{self.distribution}{self.supported}'."
             )
         if SpecifierSet(self.supported).contains(version, prereleases=True):
+            self._warn_of(version)
             return
         if os.environ.get(ALLOW_UNTESTED) == "1":
             return
@@ -189,6 +194,15 @@ class Patch:
             f"'{self.distribution}{self.supported}'), or set {ALLOW_UNTESTED}=1 to skip this version check; signatures "
             "are checked all the same."
         )
+
+    def _warn_of(self, version: str) -> None:
+        """One line for all patches of a distribution: Python shows equal warnings of one place once."""
+        if self.tested is not None and Version(version).release[:2] > Version(self.tested).release[:2]:
+            warnings.warn(
+                f"{self.distribution} {version} is newer than {self.tested}, the last that dsp_plugin was tested with",
+                RuntimeWarning,
+                stacklevel=1,
+            )
 
     def _verify_signature(self, upstream: object) -> None:
         if not callable(upstream):

@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from contextlib import suppress
 from typing import Any
 
@@ -20,7 +20,7 @@ import torch
 
 from dsp_plugin.errors import PatchError
 from dsp_plugin.patches.patch import Patch, PatchSet
-from dsp_plugin.training.extents import entering_again
+from dsp_plugin.training.extents import entering_again, noting
 from dsp_plugin.training.recompute import keep_attention, keeping_attention
 
 _holders: Counter[str] = Counter()
@@ -75,15 +75,22 @@ def _generator(upstream: Callable[..., Any]) -> Callable[..., Any]:
         call.apply_defaults()
         if torch.compiler.is_compiling():
             return upstream(*args, **kwargs)
-        call.arguments["fn"] = entering_again(call.arguments["fn"], runs_first=False)
+        begun: list[Any] = []
+        call.arguments["fn"] = entering_again(call.arguments["fn"], runs_first=False, begun=begun)
         debug = checkpoint._checkpoint_debug_enabled
         # Its debug mode has contexts of its own.
         taken = call.arguments["debug"] if debug is None else debug
         if kept() and call.arguments["context_fn"] is checkpoint.noop_context_fn and not taken:
             call.arguments["context_fn"] = keep_attention
-        return upstream(*call.args, **call.kwargs)
+        return _noting(begun, upstream(*call.args, **call.kwargs))
 
     return generator
+
+
+def _noting(begun: list[Any], around: Generator[Any, Any, Any]) -> Generator[Any, Any, Any]:
+    """A generator whose caller runs the checkpointed function for the first time where it yields."""
+    with noting(begun):
+        yield from around
 
 
 _TORCH, _TORCH_SUPPORTED = "torch.utils.checkpoint", ">=2.6,<2.14"

@@ -19,7 +19,7 @@ NOUNS = ("errors", "integers", "derivatives", "layout", "mask", "groups", "spawn
 # The folders that are rooms of their own, the innermost first.
 FOLDERS = (
     "patches/megatron/models",
-    *(f"patches/{framework}" for framework in ("megatron", "deepspeed", "transformers", "diffusers")),
+    *(f"patches/{framework}" for framework in ("megatron", "deepspeed", "transformers", "accelerate", "diffusers")),
     "launch/examples",
     *(
         f"dsp_plugin/{room}"
@@ -69,21 +69,24 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         room for room in _LIBRARY if room not in ("integers", "derivatives", "spawn", "planner", "watch")
     ),
     "patches": ("errors", "integers", "comm", "training", "watch"),
-    "patches/autoload": ("patches", "patches/deepspeed"),
+    "patches/autoload": ("patches", "patches/deepspeed", "patches/accelerate", "patches/transformers"),
     "patches/diffusers": ("errors", "plans"),
     "patches/transformers": (*_SEAM, "mask", "kernels", "plans", "sharding", "training", "patches"),
     "patches/deepspeed": (*_SEAM, "plans", "sharding", "training", "patches", "patches/transformers"),
+    "patches/accelerate": (
+        *("errors", "groups", "comm", "config", "patches", "patches/deepspeed", "patches/transformers"),
+    ),
     "patches/megatron": (*_SEAM, "mask", "kernels", "training", "patches"),
     "patches/megatron/models": (*_SEAM, "kernels", "planner", "models", "patches/megatron"),
     **dict.fromkeys(DOORS, ("patches/megatron/models",)),
     "launch": ("errors", "comm", "watch", "patches", "patches/megatron"),
-    "launch/examples": ("kernels", "models", "patches/megatron/models", *DOORS),
+    "launch/examples": ("dsp_plugin", "kernels", "models", "patches/megatron/models", *DOORS),
 }
 # Of a room that others may know in part only, the files that they may know.
 ONLY = {
     ("groups", "comm"): ("axis",),
     ("methods", "training"): ("recompute",),
-    ("sharding", "patches"): ("recompute",),
+    ("sharding", "patches"): ("recompute", "post_import"),
     ("watch", "comm"): ("ledger", "agreement"),
     ("spawn", "comm"): ("agreement",),
     ("config", "kernels"): ("spec", "candidates"),

@@ -6,7 +6,7 @@ one rank and leave the others waiting in the next collective. `go_on` raises on 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from zlib import crc32
 
@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from dsp_plugin.comm.axis import Axis
-from dsp_plugin.comm.ledger import AGREEMENT
+from dsp_plugin.comm.ledger import AGREEMENT, COMPARISON
 from dsp_plugin.comm.wire import Sender, collect
 from dsp_plugin.errors import CollectiveMismatchError, SequenceParallelConfigError, UnsupportedError
 
@@ -51,17 +51,17 @@ def go_on(step: str, refusal: Refusal | None, axis: Axis) -> None:
         SequenceParallelConfigError, UnsupportedError: the refusal of the first rank that has one.
         CollectiveMismatchError: ranks came to different steps.
     """
-    if _each_for_itself or axis.size == 1 or dist.get_backend(axis.group) == "fake":
+    if _each_for_itself or not answers(axis):
         if refusal is not None:
             raise refusal
         return
     words = (step if refusal is None else str(refusal)).encode()
     kind = 0 if refusal is None else 1 + _KINDS.index(type(refusal))
-    heads = _of_all([crc32(step.encode()), kind, len(words)], axis)
+    heads = of_all([crc32(step.encode()), kind, len(words)], axis, AGREEMENT)
     if not any(kind for _, kind, _ in heads) and len({head[0] for head in heads}) == 1:
         return
     longest = max(length for *_, length in heads)
-    texts = [bytes(row) for row in _of_all([*words.ljust(longest, b" ")], axis)]
+    texts = [bytes(row) for row in of_all([*words.ljust(longest, b" ")], axis, AGREEMENT)]
     said = [text[:length].decode() for text, (*_, length) in zip(texts, heads, strict=True)]
     for rank, (_, kind, _), text in zip(axis.ranks, heads, said, strict=True):
         if kind:
@@ -73,14 +73,24 @@ def go_on(step: str, refusal: Refusal | None, axis: Axis) -> None:
     )
 
 
-def _of_all(values: list[int], axis: Axis) -> list[list[int]]:
-    """The integers of every rank, in rank order; each gives as many."""
-    mine = torch.tensor(values, dtype=torch.int64, device=_device(axis))
-    rows = collect(mine, [len(values)] * axis.size, Sender(axis, AGREEMENT, "forward"))
+def answers(axis: Axis) -> bool:
+    """Whether there is anybody to ask: not on an axis of one rank, nor among the ranks of a dry run."""
+    return axis.size > 1 and dist.get_backend(axis.group) != "fake"
+
+
+def of_all(values: Sequence[int], axis: Axis, purpose: str = COMPARISON) -> list[list[int]]:
+    """The 64-bit integers of every rank, in rank order; each gives as many. Collective, and read on the host.
+
+    Args:
+        purpose: what the ledger books it under.
+    """
+    mine = torch.tensor(list(values), dtype=torch.int64, device=_device(axis))
+    rows = collect(mine, [len(values)] * axis.size, Sender(axis, purpose, "forward"))
     return torch.stack(rows).tolist()
 
 
 def _device(axis: Axis) -> torch.device:
+    """Where collectives of an axis take tensors: the host's, if they take any of it."""
     assert axis.group is not None
     on_host = any(device.type == "cpu" for device in axis.group._device_types)
     return torch.device("cpu") if on_host else torch.device("cuda", torch.cuda.current_device())

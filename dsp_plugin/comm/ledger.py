@@ -18,6 +18,10 @@ Phase = Literal["forward", "backward"]
 AGREEMENT = "agreement"
 """The method under which ranks tell each other that they go on (`dsp_plugin.comm.consent`): what the first pass of a
 kind sends beside what its methods do."""
+COMPARISON = "comparison"
+"""That under which they compare what they must have alike, in the first passes of a run."""
+ASIDE = (AGREEMENT, COMPARISON)
+"""What is sent beside what a step sends, by these methods; not part of any total."""
 
 
 class LedgerRow(NamedTuple):
@@ -70,7 +74,7 @@ class Ledger:
         group: str | None = None,
         phase: Phase | None = None,
     ) -> int:
-        """Bytes that left this rank, of the rows that match every name given; of `AGREEMENT` only by that name."""
+        """Bytes that left this rank, of the rows that match every name given; `ASIDE` only by its names."""
         return sum(row.bytes for row in self._matching(method, collective, group, phase))
 
     def calls(
@@ -81,14 +85,14 @@ class Ledger:
         group: str | None = None,
         phase: Phase | None = None,
     ) -> int:
-        """Collectives entered, of the rows that match every name given; of `AGREEMENT` only by that name."""
+        """Collectives entered, of the rows that match every name given; `ASIDE` only by its names."""
         return sum(row.calls for row in self._matching(method, collective, group, phase))
 
     def _matching(
         self, method: str | None, collective: str | None, group: str | None, phase: Phase | None
     ) -> list[LedgerRow]:
         wanted = (method, collective, group, phase)
-        rows = [row for row in self.rows() if row.method != AGREEMENT or method == AGREEMENT]
+        rows = [row for row in self.rows() if row.method not in ASIDE or method == row.method]
         return [row for row in rows if all(w is None or w == got for w, got in zip(wanted, row, strict=False))]
 
 

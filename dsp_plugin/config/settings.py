@@ -109,6 +109,9 @@ class Settings(BaseModel):
         debug: ranks compare op, shapes and dtypes before each collective; also ``DSP_PLUGIN_DEBUG=1``.
         quiet: no line at the start of a run, see `start_line`.
         unverified_model: take a causal language model of Transformers although no page of families calls it exact.
+        logits: of a causal language model of Transformers that is given labels, whether the logits that a script reads
+            are those of whole sequences (``gather``, which is done where they are read) or of this rank's tokens
+            (``local``).
         plan: ``package.module:name`` of a `Plan` for the model; needed where the model is not one we know.
         attention: globs over module names: the modules whose `scaled_dot_product_attention` or `linear_attention`
             spans the sequence.
@@ -141,6 +144,7 @@ class Settings(BaseModel):
     log_wandb: Text | None = None
     peak_tflops: Annotated[float, Field(gt=0, allow_inf_nan=False), BeforeValidator(_number)] | None = None
     unverified_model: StrictBool = False
+    logits: Literal["gather", "local"] = "gather"
     plan: Reference | None = None
     attention: Annotated[tuple[Text, ...], BeforeValidator(_listed)] = ()
     batch: dict[Argument, Dim] = Field(default_factory=dict)

@@ -84,6 +84,7 @@ def prepare(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> AttentionCa
         SequenceParallelConfigError: heads or the kernel's name are illegal.
         UnsupportedError: mixed dtypes, or the forced kernel cannot serve such tensors.
     """
+    assert spec.cu_seqlens_by_row is None, "rows that are packed unlike come one by one, see `rows.row_by_row`"
     assert q.dim() == k.dim() == v.dim() == 4
     assert q.shape[0] == k.shape[0]
     assert q.shape[3] == k.shape[3]

@@ -6,15 +6,18 @@ fp64 for fp64 inputs or the reference kernel; -inf with out 0 where a query sees
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function
 
 from dsp_plugin.derivatives import once_differentiable, refuse_transforms
 from dsp_plugin.kernels.blocks import Block, blocks
 from dsp_plugin.kernels.call import AttentionCall, prepare
 from dsp_plugin.kernels.counter import record
+from dsp_plugin.kernels.rows import row_by_row
 from dsp_plugin.kernels.spec import AttentionSpec
 
 
@@ -178,13 +181,14 @@ def attention(
 def attention(
     q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec | None = None, *, return_lse: bool = False
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Softmax attention over whole sequences that this rank holds, differentiable in q, k and v.
+    """Softmax attention over a whole sequence; in a module that `parallelize` has sharded, over a sharded one.
 
     Args:
         q: ``[B, Lq, H, D]``; k: ``[B, Lk, K, D]``; v: ``[B, Lk, K, Dv]``, one dtype. Under autocast they are cast to
             its dtype first. Positions start at 0 on both sides, also when Lq and Lk differ: causal then is ``j <= i``.
-        spec: what to compute; unmasked attention if None. A packed mask's borders end at ``max(Lq, Lk)``.
-        return_lse: also return lse ``[B, H, Lq]``, which is not differentiable.
+        spec: what to compute; unmasked attention if None. A packed mask's borders end at ``max(Lq, Lk)``, and are those
+            of the whole sequence also where it is sharded.
+        return_lse: also return lse ``[B, H, Lq]``, which is not differentiable. Not where it is sharded.
 
     Returns:
         out ``[B, Lq, H, Dv]`` in the dtype of q; 0, with gradient 0, where a query sees no key.
@@ -193,9 +197,18 @@ def attention(
         SequenceParallelConfigError: heads, document borders or the kernel's name are illegal.
         UnsupportedError: mixed dtypes, or the forced kernel cannot serve such tensors.
     """
-    spec = spec or AttentionSpec()
-    q, k, v = map(autocast, (q, k, v))
-    call = prepare(q, k, v, spec)
-    spec.mask.documents(max(q.shape[1], k.shape[1]))
-    out, lse = attend(q, k, v, call)
+    if has_torch_function((q, k, v)):
+        overloaded: Callable[..., Any] = attention
+        result: Tensor | tuple[Tensor, Tensor] = handle_torch_function(
+            overloaded, (q, k, v), q, k, v, spec, return_lse=return_lse
+        )
+        return result
+
+    def of_rows(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
+        call = prepare(q, k, v, spec)
+        spec.mask.documents(length)
+        return attend(q, k, v, call)
+
+    length = max(q.shape[1], k.shape[1])
+    out, lse = row_by_row(of_rows, map(autocast, (q, k, v)), spec or AttentionSpec(), length)
     return (out, lse) if return_lse else out

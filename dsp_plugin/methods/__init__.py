@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from dsp_plugin.comm.meter import count, metering
+from dsp_plugin.kernels.rows import row_by_row
 from dsp_plugin.kernels.softmax import autocast
 from dsp_plugin.kernels.spec import AttentionSpec
 from dsp_plugin.methods import dsp, lasp, lightseq, ring, ulysses, usp
@@ -21,16 +22,22 @@ _ALL = (dsp.METHOD, ulysses.METHOD, ring.METHOD, usp.METHOD, lightseq.METHOD, la
 
 
 def _entered(attention: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Softmax attention in autocast's dtype; 4 B H D operations a pair of tokens are counted, once if recomputed."""
+    """Softmax attention in autocast's dtype, by rows where these are packed unlike.
+
+    4 B H D operations a pair of tokens are counted, once if recomputed.
+    """
 
     @wraps(attention)
     def entered(q: Tensor, k: Tensor, v: Tensor, *, what: AttentionSpec, where: Where, **settings: Any) -> Tensor:
-        q, k, v = map(autocast, (q, k, v))
-        if metering() and torch._C._current_graph_task_id() == -1:
-            batch, _, heads, dim = q.shape
-            work = 4 * batch * heads * dim * what.mask.pairs(where.layout.length)
-            count(attention_flops=work // where.layout.size)
-        return attention(q, k, v, what=what, where=where, **settings)
+        length, size = where.layout.length, where.layout.size
+
+        def of_rows(q: Tensor, k: Tensor, v: Tensor, what: AttentionSpec) -> tuple[Tensor]:
+            if metering() and torch._C._current_graph_task_id() == -1:
+                batch, _, heads, dim = q.shape
+                count(attention_flops=4 * batch * heads * dim * what.mask.pairs(length) // size)
+            return (attention(q, k, v, what=what, where=where, **settings),)
+
+        return row_by_row(of_rows, map(autocast, (q, k, v)), what, length)[0]
 
     return entered
 

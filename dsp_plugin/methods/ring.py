@@ -58,7 +58,7 @@ def attention(
     return ring_attention(q, k, v, call, schedule_of(layout, what.mask), Sender(axis, "ring", "forward"), travel)
 
 
-@lru_cache(maxsize=16)
+@lru_cache(maxsize=64)
 def schedule_of(layout: Layout, mask: MaskSpec) -> RingSchedule:
     """The schedule of a ring over all ranks of the layout, computed once per layout and mask."""
     return RingSchedule(tuple(layout.spans(rank) for rank in range(layout.size)), mask)

@@ -91,7 +91,7 @@ def gathered_tokens(layout: Layout, ranks: tuple[int, ...]) -> tuple[Runs, tuple
     return tuple(runs), tuple(tuple(places[run] for run in layout.spans(rank)) for rank in ranks)
 
 
-@lru_cache(maxsize=16)
+@lru_cache(maxsize=64)
 def _schedule(layout: Layout, members: Members, mask: MaskSpec) -> RingSchedule:
     """Of the ring whose places hold the tokens of the given ranks, computed once per layout, grid and mask."""
     return RingSchedule(tuple(gathered_tokens(layout, ranks)[0] for ranks in members), mask)

@@ -24,8 +24,11 @@ from dsp_plugin.planner.stages import StagePlan
 from dsp_plugin.plans.known_models import complete
 from dsp_plugin.plans.plan import Plan, matching_modules, outermost, resolve_plan
 from dsp_plugin.sharding import loss
+from dsp_plugin.sharding.averaging import AveragedGradients
 from dsp_plugin.sharding.batch import BatchSharder
+from dsp_plugin.sharding.integrations import Sharded, integration_of
 from dsp_plugin.sharding.outputs import all_tensors, first_tensor
+from dsp_plugin.sharding.peers import EqualPeers
 from dsp_plugin.sharding.region import ShardedRegion
 from dsp_plugin.sharding.routing import AttentionRoute
 from dsp_plugin.sharding.wrappers import forget_compiled, uncompiled, unwrapped
@@ -40,6 +43,7 @@ class Parallelized:
         self._config = config
         self._undo: list[Callable[[], None]] = []
         self._region: ShardedRegion | None = None
+        self._integrated: Sharded | None = None
 
     @property
     def order(self) -> str:
@@ -52,9 +56,35 @@ class Parallelized:
         return self._region is None or self._region.serves_attention
 
     @property
+    def may_drop(self) -> bool:
+        """Whether attention may drop, as far as anybody knows."""
+        return self._integrated is None or self._integrated.may_drop
+
+    @property
+    def changed(self) -> str:
+        """What was changed of the library that the model is from, for the line at the start."""
+        return "" if self._integrated is None else str(self._integrated)
+
+    @property
     def stage_plan(self) -> StagePlan | None:
         """Which dim was sharded where, with bytes; None before the first forward pass and for batch sharding."""
         return self._region.stage_plan if self._region is not None else None
+
+    def aside(self) -> bool:
+        """Whether a model of another library now computes whole sequences by itself, which peers may not do at all."""
+        return self._integrated is not None and self._integrated.aside()
+
+    def make_outputs_whole(self, module: nn.Module, engine: nn.Module | None = None) -> None:
+        """Where the model is another library's, have what it returns beside a loss whole where it is read.
+
+        Call it when all other hooks are in place, for what they look at must not count as read.
+
+        Args:
+            module: the sharded one, or what is wrapped around it.
+            engine: what calls it, if something does.
+        """
+        if self._integrated is not None:
+            self._integrated.make_logits_whole(module, engine)
 
     def remove(self) -> None:
         """Leave the module as it was."""
@@ -73,28 +103,49 @@ def parallelize(
     """Shard the sequence of ``module`` by hooks, and say so; its code and its callers stay as they are.
 
     With ``config.batch``, which the models in `known_models` do without, the named forward arguments are sharded before
-    the module runs. Otherwise a plan says where inside the module tokens are split, switched and gathered. Either way
-    callers see whole tensors, and the loss of whole sequences. The first rank prints one line, see `announce`.
+    the module runs. Otherwise a plan says where inside the module tokens are split, switched and gathered. Causal
+    language models of Transformers need neither. Either way callers see whole tensors, and the loss of whole sequences.
+    The first rank prints one line, see `announce`.
 
     Of a model in `DistributedDataParallel`, or that `torch.compile` returned, the model inside is sharded. It may be
-    compiled before or after; attention and the moves of tokens stay out of what is compiled.
+    compiled, or given to ``fully_shard``, before or after; attention and the moves of tokens stay out of what is
+    compiled.
 
-    Parameter gradients come out such that their mean over the sequence ranks is exact.
+    Parameter gradients come out such that their mean over the sequence ranks is exact: DDP and ``fully_shard`` over all
+    ranks take it. In the first passes and optimizer steps the ranks of a sequence compare what they must have alike,
+    see `dsp_plugin.sharding.peers` and `dsp_plugin.sharding.averaging`.
 
     Args:
         plan: for ``module``; ``config.plan``, or the one known for the model, when None.
 
     Raises:
         SequenceParallelConfigError: the model does not fit the config or the plan.
-        UnsupportedError: the model is in a wrapper that has to come after.
+        UnsupportedError: the model is in a wrapper that has to come after, or of a kind that cannot be sharded.
     """
-    handle = hooked(module, plan, config=config, groups=groups)
+    checks: list[Callable[[], None]] = []
+    inside = unwrapped(module)
+    peers = EqualPeers(inside, groups)
+    # Before what shards the model, to see whole inputs.
+    for check in (AveragedGradients(inside, groups), peers):
+        check.attach(checks)
+    try:
+        handle = hooked(module, plan, config=config, groups=groups)
+    except BaseException:
+        for undo in checks:
+            undo()
+        raise
+    handle._undo[:0] = checks
+    if handle._integrated is not None:
+        peers.alone = handle.aside
+    handle.make_outputs_whole(module)
     announce(
         config,
         order=handle.order,
         devices=devices_of(module),
         dtype=dtype_of(module),
+        dropout=handle.may_drop,
         attention=handle.serves_attention,
+        patched=handle.changed,
     )
     return handle
 
@@ -109,14 +160,20 @@ def hooked(
     """`parallelize` without a word, for who checks a model, or has more to say of it."""
     _check_groups(config, groups)
     given, module = module, unwrapped(module)
-    if plan is None:
+    integration = integration_of(module, config) if plan is None else None
+    if integration is not None:
+        config = integration.complete(module, config.model_dump(exclude_unset=True))
+    elif plan is None:
         module, config = complete(module, config)
-    _check_fit(config)
     handle = Parallelized(config)
     try:
-        if config.batch:
+        if integration is not None:
+            handle._integrated = integration.shard(module, config, groups)
+            handle._undo.append(handle._integrated.remove)
+        elif config.batch:
             _shard_batch(module, config, groups, handle._undo, given)
         else:
+            _check_fit(config)
             root, plan = (module, plan) if plan is not None else resolve_plan(module, config.plan)
             handle._region = ShardedRegion(root, plan, config, groups)
             handle._region.install(handle._undo)
@@ -138,13 +195,14 @@ def _check_groups(config: SequenceParallelConfig, groups: SequenceParallelGroups
 
 
 def _check_fit(config: SequenceParallelConfig) -> None:
-    if not config.batch and config.method not in PLANNED:
+    """Of a config that leaves it to a plan."""
+    if config.method not in PLANNED:
         raise SequenceParallelConfigError(
             setting="plan",
             why=f"inside a plan's stages runs one of {', '.join(PLANNED)}, not {config.method}",
             remedy="use one of these, or shard the batch",
         )
-    if not config.batch and config.layout not in ("auto", "contiguous"):
+    if config.layout not in ("auto", "contiguous"):
         raise SequenceParallelConfigError(
             setting="layout",
             value=config.layout,
@@ -199,7 +257,8 @@ def _shard_batch(
     @uncompiled
     def leave(*_: object) -> None:
         if passes.now is not None and passes.now.visit is not None:
-            passes.now.visit.leave()
+            visit, passes.now.visit = passes.now.visit, None
+            visit.leave()
 
     @uncompiled
     def end(*_: object) -> None:
@@ -222,6 +281,7 @@ def _shard_batch(
 
     undo.append(enter_again())
     undo.append(passes.close)
+    undo.append(passes.ended_with(module, leave))
     undo.append(module.register_forward_pre_hook(before, with_kwargs=True).remove)
     # Before what follows, which all ranks do alike; also where the forward pass fails.
     undo.append(module.register_forward_hook(leave, always_call=True).remove)

@@ -41,9 +41,10 @@ from dsp_plugin.sharding.passes import (
 from dsp_plugin.sharding.placed import placed_stages
 from dsp_plugin.sharding.random_layers import check_random_layers, random_layers
 from dsp_plugin.sharding.routing import AttentionRoute
+from dsp_plugin.sharding.stages_alone import StagesAlone
 from dsp_plugin.sharding.token_moves import Place, TokenMoves
 from dsp_plugin.sharding.wrappers import uncompiled, unwrapped
-from dsp_plugin.training.extents import Running, in_backward
+from dsp_plugin.training.extents import Running
 from dsp_plugin.training.randomness import RegionVisit
 
 
@@ -66,8 +67,7 @@ class ShardedRegion:
         # Kinds of passes in which all ranks came through all stages.
         self._finished: set[PassSizes] = set()
         self._passes: Running[RegionPass] = Running(self._overridden)
-        # Of stages that are called behind the root's back.
-        self._alone: RegionPass | None = None
+        self._alone = StagesAlone(self._passes, plan, len(self._placed))
         self._stage_plan: StagePlan | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
@@ -85,19 +85,15 @@ class ShardedRegion:
         return self._stage_plan
 
     @property
-    def _state(self) -> RegionPass | None:
-        """The running pass; a stage alone starts one, which stays for what its backward pass runs again."""
-        return self._passes.now or self._alone
-
-    @property
     def _again(self) -> bool:
         """Whether a part of the pass is run again: nothing is decided then, and stages come in any order."""
-        return self._passes.again or (self._passes.now is None and in_backward())
+        return self._passes.again
 
     @property
     def _now(self) -> RegionPass:
-        assert self._state is not None
-        return self._state
+        state = self._passes.now
+        assert state is not None
+        return state
 
     @property
     def _entered(self) -> Entered:
@@ -117,10 +113,13 @@ class ShardedRegion:
             if placed.stage.attention is not None:
                 self._route(index, undo)
             undo.append(placed.module.register_forward_hook(self._after(index)).remove)
+            if self._border is None:
+                undo.append(self._passes.ended_with(placed.module, self._clean_up))
         if self._border is not None:
             undo.append(self._border.register_forward_hook(self._after_region).remove)
         undo.append(self._root.register_forward_hook(self._after_all).remove)
-        undo.append(self._root.register_forward_hook(self._clean_up, always_call=True).remove)
+        undo.append(self._root.register_forward_hook(self._end, always_call=True).remove)
+        undo.append(self._passes.ended_with(self._root, self._clean_up))
 
     def _route(self, index: int, undo: list[Callable[[], None]]) -> None:
         placed = self._placed[index]
@@ -192,8 +191,10 @@ class ShardedRegion:
 
         @uncompiled
         def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
-            self._start_alone(index)
+            if self._border is None:
+                self._alone.start(index)
             if self._is_outside(index):
+                self._alone.end(None)
                 return None
             arguments = Arguments(placed.name, placed.module, args, kwargs)
             refusal = self._out_of_order(index)
@@ -237,22 +238,17 @@ class ShardedRegion:
             elif target is not None:
                 self._cut_buffers(target)
             here = self._place(index, self._entered.rows[index])
-            if target == here:
-                return None
-            x, rebuild = first_tensor(output)
-            return rebuild(self._entered.moves.move(x, pattern, here, target, f"plan layout of {placed.name}"))
+            if target != here:
+                x, rebuild = first_tensor(output)
+                output = rebuild(self._entered.moves.move(x, pattern, here, target, f"plan layout of {placed.name}"))
+            self._alone.end(output)
+            return output
 
         return hook
 
-    def _start_alone(self, index: int) -> None:
-        """A pass of the stages alone starts with the first, where nothing else is around them."""
-        ended = self._alone is None or self._alone.last_run in (None, self._alone.running[-1])
-        if self._passes.now is None and self._border is None and not in_backward() and (index == 0 or ended):
-            self._alone = RegionPass(list(range(len(self._placed))), dict(self._plan.sizes))
-
     def _is_outside(self, index: int) -> bool:
         """Whether a stage is called where tokens are whole: outside of the region, or left out of this pass."""
-        state = self._state
+        state = self._passes.now
         if state is None or (self._border is not None and not (state.inside or self._again)):
             return True
         whole = self._border is None and state.last_run in (None, state.running[-1])
@@ -322,11 +318,14 @@ class ShardedRegion:
         self._passes.recall_by(all_tensors(output), state)
 
     @uncompiled
-    def _clean_up(self, module: nn.Module, args: tuple, output: Any) -> None:
+    def _end(self, *_: object) -> None:
         """Also when forward raised."""
+        self._clean_up()
+        self._passes.end()
+
+    def _clean_up(self) -> None:
         self._leave()
         self._attributes.restore()
-        self._passes.end()
 
     def _enter(self, x: Tensor, pattern: Pattern, training: bool) -> None:
         """Take the sizes of whole tokens, and the plan for them: the same on every rank."""
@@ -362,7 +361,7 @@ class ShardedRegion:
         state.entered = Entered(sizes, self._stage_plan, rows, moves, seed, key)
 
     def _leave(self) -> None:
-        state = self._state
+        state = self._passes.now
         if state is not None and state.visit is not None:
             visit, state.visit = state.visit, None
             visit.leave()
@@ -387,7 +386,7 @@ class ShardedRegion:
         stage = self._placed[index].stage
 
         def layout_now() -> Layout | None:
-            state = self._state
+            state = self._passes.now
             if state is None or state.entered is None or (state.at != index and not self._again):
                 return None
             row = state.entered.rows.get(index)

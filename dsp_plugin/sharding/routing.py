@@ -1,7 +1,8 @@
 """Routing of attention calls to a method, inside chosen modules only: softmax attention, linear attention, convolution.
 
-The calls that are seen are torch's `scaled_dot_product_attention` and the library's own `linear_attention` and
-`short_convolution`, by which models with linear attention are written.
+The calls that are seen are torch's `scaled_dot_product_attention` and the library's own: `softmax_attention`, which
+takes windows and packed documents, and `linear_attention` and `short_convolution`, by which models with linear
+attention are written.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from dsp_plugin.errors import SequenceParallelConfigError, UnsupportedError
 from dsp_plugin.groups import SequenceParallelGroups
 from dsp_plugin.kernels.convolution import short_convolution
 from dsp_plugin.kernels.linear import linear_attention
+from dsp_plugin.kernels.softmax import attention as softmax_attention
 from dsp_plugin.kernels.softmax import autocast
 from dsp_plugin.kernels.spec import AttentionSpec
 from dsp_plugin.layout import Layout
@@ -58,6 +60,7 @@ class AttentionRoute:
         self._layout_now, self._seed_now = layout_now, seed_now
         self._served: dict[Callable[..., Any], Callable[..., Any]] = {
             F.scaled_dot_product_attention: self._softmax,
+            softmax_attention: self._softmax_described,
             linear_attention: self._linear_attention,
             short_convolution: self._convolution,
         }
@@ -91,8 +94,8 @@ class AttentionRoute:
         if not intercept.routed:
             raise UnsupportedError(
                 setting=f"attention of {self._name}",
-                why="its forward never called torch.nn.functional.scaled_dot_product_attention or "
-                "dsp_plugin.kernels.linear.linear_attention, so it would attend within the shard only "
+                why="its forward never called torch.nn.functional.scaled_dot_product_attention, "
+                "dsp_plugin.softmax_attention or dsp_plugin.linear_attention, so it would attend within the shard only "
                 "(nn.MultiheadAttention makes the call out of our sight)",
                 remedy="name the modules that make the call, and set the model's attention implementation to sdpa",
             )
@@ -148,7 +151,9 @@ class AttentionRoute:
                 setting=f"attn_mask of {self._name}",
                 value=tuple(attn_mask.shape),
                 why="a dense mask is over whole sequences, of which a rank holds a part",
-                remedy="use is_causal=True or no mask; pack documents with MaskSpec(cu_seqlens=...)",
+                remedy="use is_causal=True or no mask; for windows and packed documents call "
+                "dsp_plugin.softmax_attention with AttentionSpec(MaskSpec(causal=True, cu_seqlens=...)), or "
+                "cu_seqlens_by_row where rows differ",
             )
         if is_causal:
             self._check_order(layout, f"is_causal of {self._name}=True", "drop the mask")
@@ -171,6 +176,33 @@ class AttentionRoute:
         what = AttentionSpec(MaskSpec(causal=is_causal), scale, dropout_p, self._dropout_seed() if dropout_p else None)
         where = Where(self._groups, layout)
         return lambda: self._attention(q, k, v, what=what, where=where).transpose(1, 2)
+
+    def _softmax_described(
+        self,
+        layout: Layout,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        spec: AttentionSpec | None = None,
+        *,
+        return_lse: bool = False,
+    ) -> Callable[[], Tensor]:
+        """`dsp_plugin.softmax_attention` on sharded ``[B, n, H, D]`` tensors, with its arguments, checked."""
+        what = AttentionSpec() if spec is None else spec
+        if return_lse:
+            raise UnsupportedError(
+                setting=f"return_lse of {self._name}",
+                why="methods keep the log-sum-exp for their backward passes and return none",
+                remedy="leave it out",
+            )
+        if what.mask != MaskSpec() or what.cu_seqlens_by_row is not None:
+            self._check_order(layout, f"mask of {self._name}", "drop the mask")
+        q, k, v = (autocast(x) for x in (q, k, v))
+        check_shards(q, k, v, layout, self._groups.sp)
+        for _, part in what.by_rows(q.shape[0]):
+            part.mask.documents(layout.length)
+        where = Where(self._groups, layout)
+        return lambda: self._attention(q, k, v, what=what, where=where)
 
     def _linear_attention(
         self, layout: Layout, q: Tensor, k: Tensor, v: Tensor, *gates: Tensor | None, **settings: Any

@@ -6,9 +6,11 @@ compiled before they were there.
 
 from __future__ import annotations
 
+import importlib
 import sys
 from collections.abc import Callable
-from functools import wraps
+from functools import partial, wraps
+from types import CodeType
 from typing import ParamSpec, TypeVar
 
 import torch
@@ -17,6 +19,7 @@ from torch._compile import _disable_dynamo
 from torch.nn.parallel import DistributedDataParallel
 
 from dsp_plugin.errors import UnsupportedError
+from dsp_plugin.patches.post_import import after_import
 
 Given = ParamSpec("Given")
 Result = TypeVar("Result")
@@ -59,19 +62,23 @@ def uncompiled(function: Callable[Given, Result]) -> Callable[Given, Result]:
     """``function``, which `torch.compile` never traces, nor anything that it calls."""
     shielded = _disable_dynamo(function)
 
-    @wraps(function)
     def call(*args: Given.args, **kwargs: Given.kwargs) -> Result:
         # Where nothing is compiled, the compiler need not be imported: that takes seconds.
-        return (shielded if _may_compile() else function)(*args, **kwargs)
+        return (shielded if "torch._dynamo" in sys.modules else function)(*args, **kwargs)
 
-    return call
+    # Both are needed: what calls it is compiled up to the call, and then its own frame comes to the compiler, which
+    # would compile one code anew for each of our hooks, up to its limit.
+    call._torchdynamo_disable = True  # type: ignore[attr-defined]
+    after_import("torch._dynamo", partial(_leave_alone, call.__code__))
+    return wraps(function)(call)
+
+
+def _leave_alone(code: CodeType) -> None:
+    """Let the compiler, once it is imported, pass over the frames of a function."""
+    importlib.import_module("torch._dynamo.eval_frame").skip_code(code)
 
 
 def forget_compiled() -> None:
     """What has been compiled does not look at hooks again: all of it is compiled anew."""
-    if _may_compile():
+    if "torch._dynamo" in sys.modules:
         torch.compiler.reset()
-
-
-def _may_compile() -> bool:
-    return "torch._dynamo" in sys.modules

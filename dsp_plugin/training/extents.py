@@ -13,10 +13,11 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import wraps
+from types import MethodType
 from typing import Generic, ParamSpec, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dsp_plugin.errors import UnsupportedError
 
@@ -34,6 +35,7 @@ class _Local(threading.local):
         self.extents: list[Enter[object]] = []
         self.first_runs = 0
         self.known = 0
+        self.noting: list[list[Enter[object]]] = []
 
 
 _local = _Local()
@@ -53,13 +55,27 @@ def extent(enter: Enter[Value]) -> Iterator[Value]:
             _local.extents.reverse()
 
 
-def entering_again(function: Callable[Arguments, Result], *, runs_first: bool) -> Callable[Arguments, Result]:
+@contextmanager
+def noting(begun: list[Enter[object]]) -> Iterator[None]:
+    """Add to ``begun`` the passes of parts that begin inside, see `Running.begin_part`."""
+    _local.noting.append(begun)
+    try:
+        yield
+    finally:
+        _local.noting[:] = [other for other in _local.noting if other is not begun]
+
+
+def entering_again(
+    function: Callable[Arguments, Result], *, runs_first: bool, begun: list[Enter[object]] | None = None
+) -> Callable[Arguments, Result]:
     """``function`` that enters the extents in force now, for who runs it again when they have ended.
 
     Args:
         runs_first: whether its first call is made where the extents are in force still.
+        begun: what its first run notes, if that is not by this function.
     """
     held = tuple(_local.extents)
+    inside: list[Enter[object]] = [] if begun is None else begun
     # What is made in a backward pass may be part of what a checkpoint of a kind that we do not know runs again.
     known = not in_backward() or _local.known > 0
     if not held and not known:
@@ -73,13 +89,14 @@ def entering_again(function: Callable[Arguments, Result], *, runs_first: bool) -
             first = False
             _local.first_runs += 1
             try:
-                return function(*args, **kwargs)
+                with noting(inside):
+                    return function(*args, **kwargs)
             finally:
                 _local.first_runs -= 1
         _local.known += known
         try:
             with ExitStack() as stack:
-                for enter in held:
+                for enter in (*held, *inside):
                     stack.enter_context(extent(enter))
                 return function(*args, **kwargs)
         finally:
@@ -120,7 +137,7 @@ class Running(Generic[State]):
     def __init__(self, again: Callable[[State], AbstractContextManager[object]] | None = None) -> None:
         self._again = again
         self._in_force: list[tuple[State, bool]] = []
-        self._begun: list[ExitStack] = []
+        self._begun: list[tuple[State, ExitStack]] = []
         self._recalled: Callable[[], _Recalled[State] | None] = lambda: None
         self._closed = False
 
@@ -139,14 +156,73 @@ class Running(Generic[State]):
 
     def begin(self, state: State) -> None:
         """A forward pass starts."""
+        self._start(_First(self, state, again=False))
+
+    def begin_part(self, state: State, *, again: bool) -> None:
+        """A part of a pass starts, which others may go on with when this one has ended.
+
+        A checkpoint around it enters ``state`` when it runs the part again.
+
+        Args:
+            again: whether it is run again, by who has not entered its state.
+        """
+        enter = _First(self, state, again)
+        for begun in _local.noting:
+            if not any(isinstance(other, _First) and other.state is state for other in begun):
+                begun.append(enter)
+        self._start(enter)
+
+    def end_part(self, state: State) -> bool:
+        """It ends; False where what is in force was not begun with it."""
+        if not self._begun or self._begun[-1][0] is not state:
+            return False
+        self.end()
+        return True
+
+    def _start(self, enter: _First[State]) -> None:
         stack = ExitStack()
-        stack.enter_context(extent(_First(self, state)))
-        self._begun.append(stack)
+        stack.enter_context(extent(enter))
+        self._begun.append((enter.state, stack))
 
     def end(self) -> None:
         """It is over, or was never begun."""
         if self._begun:
-            self._begun.pop().close()
+            self._begun.pop()[1].close()
+
+    def ended_with(self, module: nn.Module, leave: Callable[[], object]) -> Callable[[], None]:
+        """End, with a call of ``module``, the passes that began in it, if it is left by anything raised.
+
+        torch runs hooks with ``always_call`` for an `Exception` only, and never for Ctrl-C.
+
+        Args:
+            leave: called before, in the state of the pass.
+
+        Returns:
+            What undoes it.
+        """
+        own: MethodType | None = vars(module).get("_call_impl")
+        call_impl = type(module)._call_impl if own is None else own.__func__
+
+        def call(called: nn.Module, *args: object, **kwargs: object) -> object:
+            begun = len(self._begun)
+            try:
+                return call_impl(called, *args, **kwargs)
+            except BaseException:
+                if len(self._begun) > begun:
+                    leave()
+                while len(self._begun) > begun:
+                    self.end()
+                raise
+
+        def undo() -> None:
+            if own is None:
+                del vars(module)["_call_impl"]
+            else:
+                vars(module)["_call_impl"] = own
+
+        # Bound, so that a copy of the module calls itself.
+        vars(module)["_call_impl"] = MethodType(call, module)
+        return undo
 
     def recall_by(self, outputs: Iterable[Tensor], state: State) -> None:
         """Bring ``state`` back while the backward pass of any of ``outputs`` runs."""
@@ -210,11 +286,12 @@ class _Recalled(Generic[State]):
 class _First(Generic[State]):
     """Enters a state: the first time as that of a pass that begins, later as that of one whose parts run again."""
 
-    def __init__(self, running: Running[State], state: State) -> None:
-        self._running, self._state, self._entered = running, state, False
+    def __init__(self, running: Running[State], state: State, again: bool) -> None:
+        self.state = state
+        self._running, self._entered = running, again
 
     def __call__(self) -> AbstractContextManager[None]:
         again, self._entered = self._entered, True
         if again:
             self._running.check_open()
-        return self._running.hold(self._state, again)
+        return self._running.hold(self.state, again)

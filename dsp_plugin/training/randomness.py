@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from hashlib import blake2b
 
 import torch
+import torch.distributed as dist
 
 from dsp_plugin.comm.axis import Axis
 
@@ -68,3 +69,11 @@ def _state() -> list[torch.Tensor]:
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         states.append(torch.cuda.get_rng_state())
     return states
+
+
+def share_generators(axis: Axis) -> None:
+    """Set torch's generators to the state of those of the axis's first rank. Collective."""
+    box: list[list[torch.Tensor]] = [_state()]
+    dist.broadcast_object_list(box, src=axis.ranks[0], group=axis.group)
+    for put_back, state in zip((torch.set_rng_state, torch.cuda.set_rng_state), box[0], strict=False):
+        put_back(state)

@@ -17,13 +17,13 @@ from dsp_plugin.comm.axis import Axis
 from dsp_plugin.config.schema import DEEPSPEED_SECTION, SequenceParallelConfig
 from dsp_plugin.config.start_line import announce, dtype_of
 from dsp_plugin.groups import SequenceParallelGroups
-from dsp_plugin.patches.copies import Undo
 from dsp_plugin.patches.deepspeed import pipeline, random_state, recompute, step_log, tensor_parallel
 from dsp_plugin.patches.deepspeed.refusals import refuse_conflicts
-from dsp_plugin.patches.deepspeed.same_sample import SameSampleCheck
-from dsp_plugin.patches.transformers import ShardedCausalLM, check_described, checked_section, serves
+from dsp_plugin.patches.deepspeed.same_sample import same_sample_check
 from dsp_plugin.plans.known_models import softmax_heads
+from dsp_plugin.sharding.integrations import integration_of
 from dsp_plugin.sharding.parallelize import Parallelized, hooked
+from dsp_plugin.training.copies import Undo
 
 GROUPS = "sequence_parallel_groups"
 CONFIG = "sequence_parallel_config"
@@ -61,7 +61,7 @@ def parallelizing(upstream: Callable[..., None], patched: Callable[[], str]) -> 
         if tensor_size > 1:
             tensor_parallel.keep_vocabulary_whole(given["config_class"])
         # The check comes first among the hooks, to see the inputs whole. A stage has its own, of what it is fed.
-        check = SameSampleCheck(groups.sp, _device, always=groups.sp.debug)
+        check = same_sample_check(groups.sp)
         undo = Undo([] if staged else [check.attach(module).remove])
         setattr(module, UNDO, undo)
         buffers = {name for name, _ in module.named_buffers()}
@@ -72,7 +72,7 @@ def parallelizing(upstream: Callable[..., None], patched: Callable[[], str]) -> 
             undo.append(recompute.hold_for(self, module, keep=section.recompute == "keep_attention"))
             handle = hook(module, config=section, groups=groups)
             undo.append(handle.remove)
-            if isinstance(handle, ShardedCausalLM):
+            if isinstance(handle, Parallelized):
                 check.alone = handle.aside
             upstream(self, *args, **kwargs)
         except BaseException:
@@ -86,6 +86,8 @@ def parallelizing(upstream: Callable[..., None], patched: Callable[[], str]) -> 
         seed = random_state.shared_seed(groups.sp)
         undo += [hook.remove for hook in random_state.ForwardSeed(seed, groups.dp.rank, self).attach(module)]
         random_state.share(groups.sp)
+        if isinstance(handle, Parallelized):
+            handle.make_outputs_whole(module, self)
         if section.log_every:
             undo.append(step_log.start(self, section, groups, writers))
         if staged:
@@ -97,16 +99,15 @@ def parallelizing(upstream: Callable[..., None], patched: Callable[[], str]) -> 
 
 def _announce(module: nn.Module, section: SequenceParallelConfig, handle: Any, patched: str) -> None:
     by_hooks = isinstance(handle, Parallelized)
-    causal = handle if isinstance(handle, ShardedCausalLM) else None
     announce(
         section,
         order=handle.order if by_hooks else f"tokens {section.layout_for()}",
         devices=(_device().type,),
         dtype=dtype_of(module),
-        dropout=causal is None or causal.may_drop,
+        dropout=handle.may_drop if by_hooks else True,
         attention=handle.serves_attention if by_hooks else True,
         checkpointing=True,
-        patched=f"{patched}, {causal}" if causal is not None else patched,
+        patched=", ".join(part for part in (patched, handle.changed if by_hooks else "") if part),
     )
 
 
@@ -130,10 +131,10 @@ def _route(
     """What hooks the module, and the section with what the module says of itself."""
     if pipeline.is_pipeline(module):
         return partial(pipeline.PipelineStage, device=_device), section
-    if serves(module, section):
+    integration = integration_of(module, section)
+    if integration is not None:
         size = tensor_parallel.size_of(param_dict)
-        return ShardedCausalLM, checked_section(module, param_dict[DEEPSPEED_SECTION], tensor_parallel_size=size)
-    check_described(module, section)
+        return hooked, integration.complete(module, param_dict[DEEPSPEED_SECTION], tensor_parallel_size=size)
     heads = None if section.batch else softmax_heads(module)
     if heads is not None:
         known = SequenceParallelConfig.from_deepspeed(

@@ -28,7 +28,7 @@ from dsp_plugin.errors import SequenceParallelConfigError, UnsupportedError
 from dsp_plugin.groups import SequenceParallelGroups
 from dsp_plugin.layout import Layout
 from dsp_plugin.methods import METHODS
-from dsp_plugin.patches.deepspeed.same_sample import SameSampleCheck
+from dsp_plugin.patches.deepspeed.same_sample import same_sample_check
 from dsp_plugin.patches.recompute import enter_again
 from dsp_plugin.plans.plan import matching_modules, outermost
 from dsp_plugin.sharding.batch import BatchSharder
@@ -157,7 +157,7 @@ class PipelineStage:
         device: Callable[[], torch.device],
     ) -> None:
         self._config, self._groups = config, groups
-        self._check = SameSampleCheck(groups.sp, device, always=groups.sp.debug)
+        self._check = same_sample_check(groups.sp)
         self._first = module.stage_id == 0
         inputs, labels = _named(config, INPUTS), _named(config, LABELS)
         self._dim = next(iter(inputs.values()))
@@ -169,6 +169,7 @@ class PipelineStage:
         with ExitStack() as undo:
             undo.callback(enter_again())
             undo.callback(self._passes.close)
+            undo.callback(self._passes.ended_with(module, self._leave))
             self._route(module, device(), undo)
             undo.callback(module.register_forward_pre_hook(self._before).remove)
             undo.callback(module.register_forward_hook(self._leave, always_call=True).remove)

@@ -20,7 +20,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from dsp_plugin.comm.axis import Axis
-from dsp_plugin.patches.copies import LeftBehind
+from dsp_plugin.training.copies import LeftBehind
 
 
 def share(axis: Axis) -> None:

@@ -21,6 +21,7 @@ from dsp_plugin.methods import METHODS
 from dsp_plugin.patches.transformers.causal_lm import ShardedCausalLM
 from dsp_plugin.patches.transformers.checks import check_described, checked_section
 from dsp_plugin.patches.transformers.wrapped import model_in
+from dsp_plugin.sharding.integrations import Integration, enter
 
 __all__ = ["ShardedCausalLM", "check_described", "checked_section", "serves"]
 
@@ -29,3 +30,6 @@ def serves(module: nn.Module, config: SequenceParallelConfig) -> bool:
     """Whether the section leaves it to us how to shard ``module``, or the model of Transformers that it wraps."""
     described = config.batch or config.plan is not None or METHODS[config.method].kind != "softmax"
     return not described and model_in(module) is not None
+
+
+enter("transformers", Integration(serves, checked_section, ShardedCausalLM, check_described))

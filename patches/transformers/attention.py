@@ -85,13 +85,16 @@ class SequenceAttention:
         out = self._attention(
             *(x.transpose(1, 2) for x in (query, key, value)),
             what=AttentionSpec(
-                attention_mask.spec(placement.documents),
+                attention_mask.spec(placement.rows.documents),
                 scaling,
                 dropout,
                 _dropout_seed(running.seed, module) if dropout else None,
+                cu_seqlens_by_row=placement.rows.documents_by_row,
             ),
             where=Where(self._groups, placement.layout),
         )
+        if placement.blind is not None:
+            out = out.masked_fill(placement.blind[..., None, None], 0)
         return out, None
 
 

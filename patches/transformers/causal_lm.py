@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -16,7 +17,6 @@ from dsp_plugin.comm.collectives import gather
 from dsp_plugin.config.schema import SequenceParallelConfig
 from dsp_plugin.errors import UnsupportedError
 from dsp_plugin.groups import SequenceParallelGroups
-from dsp_plugin.patches.copies import LeftBehind
 from dsp_plugin.patches.recompute import enter_again
 from dsp_plugin.patches.transformers.attention import SequenceAttention
 from dsp_plugin.patches.transformers.inputs import SEQUENCE_DIM, InputSharder, Placement
@@ -27,8 +27,10 @@ from dsp_plugin.patches.transformers.overlay import Overlay, unsharded_generate
 from dsp_plugin.patches.transformers.passes import ModelPass
 from dsp_plugin.patches.transformers.seams import DISTRIBUTION, SEAMS
 from dsp_plugin.patches.transformers.selection import select
+from dsp_plugin.patches.transformers.whole_logits import OutermostHook
 from dsp_plugin.patches.transformers.wrapped import is_causal_lm, model_in, sharded_part
 from dsp_plugin.sharding.outputs import all_tensors, first_tensor
+from dsp_plugin.training.copies import LeftBehind
 from dsp_plugin.training.extents import Running, in_unknown_rerun
 from dsp_plugin.training.randomness import RegionVisit
 
@@ -66,6 +68,8 @@ class ShardedCausalLM:
         self._loss = SequenceLoss(groups.sp, self._passes)
         self._visit: RegionVisit | None = None
         self._unscale: Callable[[], None] = _nothing
+        # Of the pass that has ended, where it left logits of this rank's tokens.
+        self._local: Placement | None = None
         with ExitStack() as undo:
             name, mask = f"sequence_parallel_{config.method}", MaskReader(self._passes)
             self._selection = selection = select(model, module, name, self._attention, mask, undo)
@@ -92,6 +96,26 @@ class ShardedCausalLM:
     def remove(self) -> None:
         """Leave the model as it was."""
         self._undo.close()
+
+    def make_logits_whole(self, model: nn.Module, engine: nn.Module | None = None) -> None:
+        """Have the logits beside a loss whole where they are read, unless the section says otherwise.
+
+        Call it when all other hooks are in place.
+
+        Args:
+            model: the sharded one, or what is wrapped around it.
+            engine: what calls it, if something does.
+        """
+        if self._config.logits == "gather":
+            self._undo.callback(OutermostHook(self._take_gather).attach(model, engine))
+
+    def _take_gather(self) -> Callable[[Tensor], Tensor] | None:
+        placement, self._local = self._local, None
+        return None if placement is None else partial(self._gather, placement=placement)
+
+    def _gather(self, local: Tensor, placement: Placement) -> Tensor:
+        layout, method = placement.layout, self._config.method
+        return placement.rows.as_given(gather(local, SEQUENCE_DIM, layout, axis=self._groups.sp, method=method))
 
     def aside(self) -> bool:
         """Whether the model generates, by itself: each rank for all tokens of whole sequences."""
@@ -123,18 +147,14 @@ class ShardedCausalLM:
 
         def pool(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
             running = self._passes.now
-            return upstream(hidden if running is None else self._whole(hidden, running), *args, **kwargs)
+            return upstream(hidden if running is None else self._gather(hidden, running.placement), *args, **kwargs)
 
         return pool
 
-    def _whole(self, x: Tensor, running: ModelPass) -> Tensor:
-        layout = running.placement.layout
-        return gather(x, SEQUENCE_DIM, layout, axis=self._groups.sp, method=self._config.method)
-
     def _begin(self, model: PreTrainedModel, placement: Placement) -> None:
-        self._unscale = scale_noise(model, placement.layout, self._groups.sp.rank)
         self._visit = RegionVisit(self._groups.sp) if model.training else None
         self._passes.begin(ModelPass(placement, self._visit.seed if self._visit is not None else None))
+        self._unscale = scale_noise(model, placement.layout, self._groups.sp.rank)
 
     def _leave(self) -> None:
         unscale, self._unscale = self._unscale, _nothing
@@ -160,9 +180,8 @@ class ShardedCausalLM:
                     "not use them",
                 )
         first, rebuild = first_tensor(output)
-        if not placement.labelled:
-            first = self._whole(first, running)
-        output = rebuild(first)
+        output = rebuild(first if placement.labelled else self._gather(first, placement))
+        self._local = placement if placement.labelled else None
         self._passes.recall_by(all_tensors(output), running)
         return output
 

@@ -89,7 +89,8 @@ class MaskReader:
 
         Raises:
             UnsupportedError: it is neither a causal mask nor one of all keys, in full or in a window, it does not keep
-                documents apart although the batch has several in a row, or no forward pass of the model runs.
+                documents apart although the batch has several in a row, a window would count padding that is moved, all
+                keys would count padding, or no forward pass of the model runs.
         """
         running = self._passes.now
         if running is None:
@@ -98,7 +99,7 @@ class MaskReader:
                 why="it was asked for outside of the model's forward, where nothing says which tokens this rank holds",
                 remedy="call the model itself, not a part of it: without labels it returns whole logits",
             )
-        length, documents = running.placement.layout.length, running.placement.documents
+        length, rows = running.placement.layout.length, running.placement.rows
         alone = kwargs.get("allow_is_bidirectional_skip")
         causal = alone is None
         if not (allow_is_causal_skip if causal else alone) or not _agrees(mask_function, local_size, length, causal):
@@ -109,6 +110,21 @@ class MaskReader:
                 "of them, which is what the methods know of",
                 remedy="use a model with attention in full or in sliding windows, or remove the section",
             )
+        if local_size is not None and rows.interrupted:
+            raise UnsupportedError(
+                setting="attention_mask with sequence_parallel",
+                value=f"padding in the midst of a document, and a window of {local_size}",
+                why="the window counts that padding, which is moved behind the tokens",
+                remedy="pad before or behind the tokens of a row",
+            )
+        if not causal and rows.padded:
+            raise UnsupportedError(
+                setting="attention_mask with sequence_parallel",
+                value="padding",
+                why="attention that is not causal would see it",
+                remedy="give a batch rows of one length, without padding, or remove the section",
+            )
+        documents = rows.documents or rows.documents_by_row
         if documents is not None and _caller().get("position_ids") is None:
             raise UnsupportedError(
                 setting="position_ids with sequence_parallel",

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -20,23 +20,33 @@ NUMBERING = {
 }
 
 
-def own_positions(model: PreTrainedModel, values: Mapping[str, Any]) -> Tensor | None:
+def own_positions(model: PreTrainedModel, values: Mapping[str, Any], mask: Tensor | None) -> Tensor | None:
     """The positions of whole sequences.
 
     Args:
         values: arguments of forward by name, whole.
+        mask: ``[B, L]``, 0 for padding and 1 for tokens.
 
     Returns:
         int64 ``[B, L]``; None for a model that counts from 0, as most do.
     """
     source = next(name for name in NUMBERING if values.get(name) is not None)
     for part in model.modules():
+        if mask is not None and _counts_tokens(part):
+            # As `OPTLearnedPositionalEmbedding` does.
+            found: Tensor = (mask.cumsum(1) * mask - 1).long()
+            return found
         number = _numbering(part, NUMBERING[source])
         if number is not None:
             further = {"padding_idx": part.padding_idx} if "padding_idx" in inspect.signature(number).parameters else {}
             positions: Tensor = number(values[source], **further)
             return positions
     return None
+
+
+def _counts_tokens(part: Any) -> bool:
+    """Whether it numbers tokens by a mask, and padding not at all."""
+    return isinstance(part, nn.Embedding) and "attention_mask" in inspect.signature(part.forward).parameters
 
 
 def _numbering(part: Any, name: str) -> Callable[..., Tensor] | None:

@@ -7,7 +7,8 @@ from typing import Any
 from dsp_plugin.patches.patch import Patch
 
 DISTRIBUTION = "transformers"
-SUPPORTED = ">=4.57,<5.25"
+SUPPORTED = ">=4.57,<6"
+TESTED = "5.24"
 
 
 def _as_it_is(upstream: Any) -> Any:
@@ -22,6 +23,7 @@ SEAMS = (
         target="transformers.modeling_utils:AttentionInterface.register",
         distribution=DISTRIBUTION,
         supported=SUPPORTED,
+        tested=TESTED,
         make=_as_it_is,
         parameters=("key", "value"),
     ),
@@ -30,6 +32,7 @@ SEAMS = (
         target="transformers.masking_utils:AttentionMaskInterface.register",
         distribution=DISTRIBUTION,
         supported=SUPPORTED,
+        tested=TESTED,
         make=_as_it_is,
         parameters=("key", "value"),
     ),
@@ -38,6 +41,7 @@ SEAMS = (
         target="transformers.loss.loss_utils:ForCausalLMLoss",
         distribution=DISTRIBUTION,
         supported=SUPPORTED,
+        tested=TESTED,
         make=_as_it_is,
         parameters=("logits", "labels", "vocab_size", "num_items_in_batch", "ignore_index", "shift_labels"),
     ),
@@ -46,6 +50,7 @@ SEAMS = (
         target="transformers.modeling_utils:PreTrainedModel.loss_function",
         distribution=DISTRIBUTION,
         supported=SUPPORTED,
+        tested=TESTED,
         make=_as_it_is,
     ),
 )

@@ -26,7 +26,9 @@ ENCODERS = ("bert", "electra", "modernbert", "roberta")
 
 def unverified(model: PreTrainedModel) -> str | None:
     """Why nobody knows whether the model is exact when it is sharded; None where it is known to be."""
-    kind, running = type(model), version("transformers")
+    # Torch's ``fully_shard`` makes a subclass of the model's class, and the model one of it.
+    kind = next(kind for kind in type(model).__mro__ if kind.__module__.partition(".")[0] != "torch")
+    running = version("transformers")
     if kind.__module__.partition(".")[0] != "transformers":
         return (
             f"its class is of {kind.__module__}, not of Transformers, whose families were compared with the unsharded"

@@ -1,4 +1,4 @@
-"""A model that can be checkpointed in many places, of softmax or linear attention, and examples for it."""
+"""A model that can be checkpointed in many places, of softmax or linear attention, examples for it, and its shards."""
 
 from __future__ import annotations
 
@@ -6,14 +6,28 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from checkpointed import Through, whole
 from torch import Tensor, nn
 
+from dsp_plugin import Plan, SequenceParallelConfig, SequenceParallelGroups, Stage, parallelize
 from dsp_plugin.kernels.convolution import short_convolution
 from dsp_plugin.kernels.linear import linear_attention
 
 HEADS, WIDTH, LENGTH = 4, 16, 10
+BOUND = 1e-10
+
+PLAN = Plan(tokens="b s c", stages=(Stage("blocks.*", ("s",), attention="attn", heads=HEADS),))
+# Name -> a method, and the plan of the model; None shards the batch.
+ROUTES = {
+    "ulysses": ("ulysses", None),
+    "ring": ("ring", None),
+    "lightseq": ("lightseq", None),
+    "lasp": ("lasp", None),
+    "plan, ulysses": ("ulysses", PLAN),
+    "plan, ring": ("ring", PLAN),
+}
 
 
 class Unknown(torch.autograd.Function):
@@ -103,3 +117,33 @@ def example(length: int = LENGTH, seed: int = 1) -> Tensor:
 
 def loss_of(output: Tensor) -> Tensor:
     return output.square().mean() + output.sin().mean()
+
+
+def settings_of(route: str) -> dict[str, bool]:
+    return {"linear": route == "lasp", "causal": ROUTES[route][1] is None}
+
+
+def sharded(found: Model, route: str) -> Model:
+    method, plan = ROUTES[route]
+    batch: dict[str, Any] = {"batch": {"x_BnC": 1}, "attention": ["blocks.*.attn"], "gather_output": 1}
+    config = SequenceParallelConfig(
+        method=method, size=dist.get_world_size(), quiet=True, **({} if plan else {**batch, "positions": None})
+    )
+    parallelize(found, plan, config=config, groups=SequenceParallelGroups.build(config))
+    return found
+
+
+def gradients(found: nn.Module) -> list[Tensor]:
+    """Their mean over the ranks, which is what frameworks take."""
+    mean = []
+    for parameter in found.parameters():
+        grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.clone()
+        dist.all_reduce(grad)
+        mean.append(grad / dist.get_world_size())
+    return mean
+
+
+def error(found: Model, oracle: Model) -> float:
+    expected = [p.grad if p.grad is not None else torch.zeros_like(p) for p in oracle.parameters()]
+    scale = max(grad.abs().max().item() for grad in expected)
+    return max((a - b).abs().max().item() for a, b in zip(gradients(found), expected, strict=True)) / scale

@@ -12,6 +12,7 @@ from dsp_plugin import Axis, Plan, SequenceParallelConfig, SequenceParallelGroup
 from dsp_plugin.comm.consent import go_on
 from dsp_plugin.errors import CollectiveMismatchError, SequenceParallelConfigError, UnsupportedError
 from dsp_plugin.spawn import spawn
+from dsp_plugin.training.same_sample import CHECKED_FORWARDS
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(120)]
 
@@ -138,13 +139,18 @@ def test_a_way_through_the_stages_that_hangs_on_a_ranks_own_tokens_is_refused_on
 
 def _lengths() -> tuple[str, str]:
     mine = model("ring")
-    return said(mine, example(8 + 2 * (dist.get_rank() == 1)))
+    # While peers compare their samples, others are found before.
+    for _ in range(CHECKED_FORWARDS):
+        mine(example(8))
+    return said(mine, example(12 + 2 * (dist.get_rank() == 1)))
 
 
 def test_ranks_with_sequences_of_different_lengths_say_so() -> None:
     for kind, words in spawn(_lengths, 3, timeout=60):
         assert kind == "CollectiveMismatchError"
-        assert "rank 0: forward of 0 [2, 8, 16]; rank 1: forward of 0 [2, 10, 16]; rank 2: forward of 0 [2, 8" in words
+        assert (
+            "rank 0: forward of 0 [2, 12, 16]; rank 1: forward of 0 [2, 14, 16]; rank 2: forward of 0 [2, 12" in words
+        )
 
 
 def _two_refuse() -> list[tuple[str, str]]:

@@ -9,15 +9,25 @@ import pytest
 import torch
 import torch.distributed as dist
 from checkpointed import Through, non_reentrant, reentrant
-from rerun_models import HEADS, LENGTH, Block, Model, example, loss_of, model, unknown
-from torch import Tensor, nn
+from rerun_models import (
+    BOUND,
+    LENGTH,
+    ROUTES,
+    Block,
+    Model,
+    error,
+    example,
+    loss_of,
+    model,
+    settings_of,
+    sharded,
+    unknown,
+)
+from torch import Tensor
 
 from dsp_plugin import (
-    Plan,
-    Region,
     SequenceParallelConfig,
     SequenceParallelGroups,
-    Stage,
     UnsupportedError,
     parallelize,
 )
@@ -25,19 +35,6 @@ from dsp_plugin.spawn import spawn
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(240)]
 
-BOUND = 1e-10
-
-
-PLAN = Plan(tokens="b s c", stages=(Stage("blocks.*", ("s",), attention="attn", heads=HEADS),))
-# Name -> a method, and the plan of the model; None shards the batch.
-ROUTES = {
-    "ulysses": ("ulysses", None),
-    "ring": ("ring", None),
-    "lightseq": ("lightseq", None),
-    "lasp": ("lasp", None),
-    "plan, ulysses": ("ulysses", PLAN),
-    "plan, ring": ("ring", PLAN),
-}
 # Name -> what is checkpointed: attention, the module with it, the block from inside and from outside, the model.
 PLACES = {
     "attention": ("core", None, None),
@@ -46,16 +43,6 @@ PLACES = {
     "attention in a block": ("core", None, "through"),
     "attention in its module": ("core", "all", None),
 }
-
-
-def sharded(found: Model, route: str) -> Model:
-    method, plan = ROUTES[route]
-    batch: dict[str, Any] = {"batch": {"x_BnC": 1}, "attention": ["blocks.*.attn"], "gather_output": 1}
-    config = SequenceParallelConfig(
-        method=method, size=dist.get_world_size(), quiet=True, **({} if plan else {**batch, "positions": None})
-    )
-    parallelize(found, plan, config=config, groups=SequenceParallelGroups.build(config))
-    return found
 
 
 def checkpointed(found: Model, place: str, way: Through) -> Model:
@@ -71,33 +58,13 @@ def checkpointed(found: Model, place: str, way: Through) -> Model:
     return found
 
 
-def gradients(found: nn.Module) -> list[Tensor]:
-    """Their mean over the ranks, which is what frameworks take."""
-    mean = []
-    for parameter in found.parameters():
-        grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.clone()
-        dist.all_reduce(grad)
-        mean.append(grad / dist.get_world_size())
-    return mean
-
-
-def error(found: Model, oracle: Model) -> float:
-    expected = [p.grad if p.grad is not None else torch.zeros_like(p) for p in oracle.parameters()]
-    scale = max(grad.abs().max().item() for grad in expected)
-    return max((a - b).abs().max().item() for a, b in zip(gradients(found), expected, strict=True)) / scale
-
-
-def _settings(route: str) -> dict[str, bool]:
-    return {"linear": route == "lasp", "causal": ROUTES[route][1] is None}
-
-
 def _inside(route: str) -> dict[tuple[str, str], float]:
     found = {}
-    oracle = model(**_settings(route))
+    oracle = model(**settings_of(route))
     loss_of(oracle(example())).backward()
     for place in PLACES:
         for name, way in (("reentrant", reentrant), ("non-reentrant", non_reentrant)):
-            mine = sharded(checkpointed(model(**_settings(route)), place, way), route)
+            mine = sharded(checkpointed(model(**settings_of(route)), place, way), route)
             # A reentrant checkpoint gives no gradients where nothing that enters needs one.
             loss_of(mine(example().requires_grad_())).backward()
             found[place, name] = error(mine, oracle)
@@ -119,7 +86,7 @@ def _passes() -> dict[str, float]:
     """Two passes in one backward pass; a graph that is retained; a model that is checkpointed whole; inner tensors."""
     found = {}
     for route in ("ring", "plan, ulysses"):
-        settings, (first, second) = _settings(route), (example(), example(7, seed=2))
+        settings, (first, second) = settings_of(route), (example(), example(7, seed=2))
         oracle = model(**settings)
         (loss_of(oracle(first)) + loss_of(oracle(second))).backward()
         for name, place, way in (
@@ -174,7 +141,7 @@ def test_what_is_run_again_belongs_to_the_pass_it_ran_in_first() -> None:
 
 
 def _unknown(route: str) -> str:
-    mine = sharded(checkpointed(model(**_settings(route)), "attention", unknown), route)
+    mine = sharded(checkpointed(model(**settings_of(route)), "attention", unknown), route)
     try:
         mine(example().requires_grad_())
     except UnsupportedError as error:
@@ -183,9 +150,9 @@ def _unknown(route: str) -> str:
 
 
 def _unknown_outside(route: str) -> float:
-    oracle = model(**_settings(route))
+    oracle = model(**settings_of(route))
     loss_of(oracle(example())).backward()
-    mine = sharded(checkpointed(model(**_settings(route)), "the block inside", unknown), route)
+    mine = sharded(checkpointed(model(**settings_of(route)), "the block inside", unknown), route)
     output = mine(example().requires_grad_())
     mine(example(7))
     loss_of(output).backward()
@@ -202,96 +169,6 @@ def test_checkpoints_of_unknown_kinds_are_exact_around_modules_and_refused_insid
     for said, errors in spawn(_unknown_ways, 2, timeout=120):
         assert all("a checkpoint of a kind we do not know" in words for words in said), said
         assert max(errors) < BOUND
-
-
-def _failing(module: nn.Module, args: tuple[Any, ...]) -> None:
-    raise KeyError("in the middle of a pass")
-
-
-def _outside(route: str) -> dict[str, float]:
-    """The largest difference to the unsharded model of parts that are called by themselves."""
-    oracle, mine = model(**_settings(route)), sharded(model(**_settings(route)), route)
-    found = {}
-
-    def compare(when: str) -> None:
-        for length in (LENGTH, LENGTH // 2, 7):
-            x = example(length, seed=3)
-            for name, part in (
-                ("attention", lambda m, x: m.blocks[0].attn(x)),
-                ("attention of the last block", lambda m, x: m.blocks[1].attn(x)),
-                ("backbone", lambda m, x: m.blocks[1](m.blocks[0](x))),
-            ):
-                difference = (part(mine, x) - part(oracle, x)).abs().max().item()
-                found[f"{when}, {name}, {length} tokens"] = difference
-
-    compare("first")
-    output = mine(example())
-    compare("after a pass")
-    loss_of(output).backward()
-    compare("after its backward pass")
-    with torch.no_grad():
-        mine.eval()(example(8))
-    compare("after evaluation")
-    handle = mine.blocks[1].attn.register_forward_pre_hook(_failing)
-    with pytest.raises(KeyError):
-        mine(example())
-    handle.remove()
-    compare("after a pass that failed")
-    return found
-
-
-def _every_outside() -> dict[str, dict[str, float]]:
-    return {route: _outside(route) for route in ROUTES}
-
-
-def test_parts_called_outside_of_a_pass_compute_as_if_unsharded() -> None:
-    for found in spawn(_every_outside, 2, timeout=120):
-        for route, differences in found.items():
-            assert max(differences.values()) < BOUND, (route, differences)
-
-
-class Bordered(nn.Module):
-    """Tokens enter and leave sharding at the borders of ``body``."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.body = Model(causal=False)
-        self.before = self.behind = False
-
-    def forward(self, x_BnC: Tensor) -> Tensor:
-        if self.before:
-            x_BnC = self.body.blocks[0](x_BnC)
-        x_BnC = self.body(x_BnC)
-        return self.body.blocks[1](x_BnC) if self.behind else x_BnC
-
-
-def _bordered() -> dict[str, float]:
-    found = {}
-    plan = Plan(
-        tokens="b s c",
-        stages=(Stage("body.blocks.*", ("s",), attention="attn", heads=HEADS),),
-        region=Region("body", tokens="x_BnC"),
-    )
-    for before, behind in ((False, False), (True, False), (False, True), (True, True)):
-        torch.manual_seed(0)
-        oracle = Bordered().double()
-        torch.manual_seed(0)
-        mine = Bordered().double()
-        config = SequenceParallelConfig(method="ulysses", size=dist.get_world_size(), quiet=True)
-        parallelize(mine, plan, config=config, groups=SequenceParallelGroups.build(config))
-        for part in (oracle, mine):
-            part.before, part.behind = before, behind
-        for round_ in range(2):
-            x = example(LENGTH - round_)
-            difference = (mine(x) - oracle(x)).abs().max().item()
-            alone = (mine.body.blocks[0](x) - oracle.body.blocks[0](x)).abs().max().item()
-            found[f"{before} {behind} {round_}"] = max(difference, alone)
-    return found
-
-
-def test_stages_called_outside_of_their_region_see_whole_tokens() -> None:
-    for found in spawn(_bordered, 2, timeout=60):
-        assert max(found.values()) < BOUND, found
 
 
 def test_what_ends_out_of_order_leaves_nothing_behind() -> None:
@@ -331,7 +208,7 @@ class Branching(Model):
 
 def _beside(route: str, way: Through) -> dict[str, float]:
     """What a checkpoint runs again of parts outside of a pass, after what holds for a pass was brought back."""
-    settings, found = _settings(route), {}
+    settings, found = settings_of(route), {}
     oracle, mine = model(**settings), sharded(model(**settings), route)
     for part in (oracle, mine):
         # As many tokens as a rank has of the pass: nothing would notice.
@@ -368,7 +245,7 @@ def _removed(route: str, way: Through) -> str:
     config = SequenceParallelConfig(
         method=method, size=dist.get_world_size(), quiet=True, **({} if plan else {**batch, "positions": None})
     )
-    mine = checkpointed(model(**_settings(route)), "the block inside", way)
+    mine = checkpointed(model(**settings_of(route)), "the block inside", way)
     handle = parallelize(mine, plan, config=config, groups=SequenceParallelGroups.build(config))
     loss = loss_of(mine(example().requires_grad_()))
     handle.remove()

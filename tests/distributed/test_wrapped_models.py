@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 from attending import Layer
 from torch import Tensor, nn
 
+import dsp_plugin
 from dsp_plugin import (
     Plan,
     SequenceParallelConfig,
@@ -168,6 +170,27 @@ def test_wrappers_that_have_to_come_after_are_refused(kind: str) -> None:
     config = SequenceParallelConfig(method="dsp", size=1)
     with pytest.raises(UnsupportedError, match=rf"module='{kind}'.*Call parallelize on the model itself, before"):
         parallelize(wrapper, config=config, groups=SequenceParallelGroups.single())
+
+
+def test_our_hooks_are_never_compiled_however_many_there_are() -> None:
+    from torch._dynamo.utils import clear_compilation_metrics, get_compilation_metrics
+
+    torch.compiler.reset()
+    clear_compilation_metrics()
+    torch.manual_seed(0)
+    model, x = nn.Sequential(*(Mix(1 + index % 2) for index in range(12))), torch.randn(1, 4, 6, WIDTH)
+    wanted = model(x)
+    plan = Plan("b t s c", tuple(Stage(str(index), ("ts"[index % 2],)) for index in range(12)))
+    config = SequenceParallelConfig(method="dsp", size=1, quiet=True)
+    parallelize(model, plan, config=config, groups=SequenceParallelGroups.single())
+    for layer in model:
+        layer.compile(backend="eager")
+    run = compiled(model)
+    for _ in range(2):
+        assert torch.allclose(run(x), wanted, rtol=1e-5)
+    found = [(frame.co_name, frame.co_filename or "") for frame in get_compilation_metrics()]
+    assert ("forward", __file__) in found
+    assert [frame for frame in found if Path(frame[1]).is_relative_to(Path(dsp_plugin.__file__).parent)] == []
 
 
 class Passing(nn.Module):

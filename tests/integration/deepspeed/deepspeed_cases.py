@@ -116,7 +116,7 @@ class Case:
 
     def sent(self, log: Ledger) -> int:
         """Bytes that only a sharded sequence makes a rank send."""
-        return sum(row.bytes for row in log.rows() if row.method not in ("loss", "batch", "agreement"))
+        return sum(row.bytes for row in log.rows() if row.method not in ("loss", "batch", "agreement", "comparison"))
 
     def config(self) -> dict[str, Any]:
         """The user's DeepSpeed config."""

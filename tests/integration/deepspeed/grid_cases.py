@@ -163,7 +163,7 @@ def train_pipeline(case: GridCase, folder: Path) -> dict[str, Any]:
         feed = None if case.loader else iter([fed(case, step, micro) for micro in range(case.accumulation)])
         with dsp_plugin.ledger() as log, calls() as made:
             losses.append(engine.train_batch(feed).item())
-        sent += sum(row.bytes for row in log.rows() if row.method not in ("loss", "batch", "agreement"))
+        sent += sum(row.bytes for row in log.rows() if row.method not in ("loss", "batch", "agreement", "comparison"))
     evaluated = engine.eval_batch(iter([fed(case, 0, micro) for micro in range(case.accumulation)])).item()
     result = {
         "losses": losses,

@@ -156,7 +156,7 @@ def train(run: Run) -> dict[str, Any]:
         with dsp_plugin.ledger() as log:
             loss = engine(**batch(step))
             engine.backward(loss)
-        sent = sum(row.bytes for row in log.rows() if row.method not in ("loss", "batch", "agreement"))
+        sent = sum(row.bytes for row in log.rows() if row.method not in ("loss", "batch", "agreement", "comparison"))
         if step == 0:
             found = {name: safe_get_full_grad(parameter) for name, parameter in module.named_parameters()}
             gradients = {name: gradient.clone() for name, gradient in found.items()}

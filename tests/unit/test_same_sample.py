@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dsp_plugin.patches.deepspeed.same_sample import SAMPLED_ELEMENTS, combined, described_leaves, digest
+from dsp_plugin.training.same_sample import SAMPLED_ELEMENTS, combined, described_leaves, digest
 
 DTYPES = [
     torch.float32,

@@ -1,0 +1,81 @@
+"""Scripts of Transformers' Trainer: the same with ranks that share sequences as without, by the section alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from accelerate_cases import COVERING_LOOPS, LOOPS
+from safetensors.torch import load_file
+from trainer_cases import COVERING, SCRIPTS
+
+# Ranks, and their section; the first of each pair is compared with as many ranks as it has replicas.
+SHARDED = [(4, {"method": "ring", "size": 2}), (2, {"method": "ulysses", "size": 2})]
+MATRIX = [(4, {"method": "usp", "size": 4, "ulysses_size": 2}), (3, {"method": "lightseq", "size": 3})]
+COUNTS = ("steps", "epoch", "tokens", "rates", "labelled")
+
+
+def cells() -> list[Any]:
+    """Each script under each section; the covering ones on one of them, the rest with ``--matrix``."""
+    found = []
+    for place, (ranks, section) in enumerate([*SHARDED, *MATRIX]):
+        for name in SCRIPTS:
+            marks = [] if place == 0 and name in COVERING else [pytest.mark.matrix]
+            found.append(pytest.param(name, ranks, section, marks=marks, id=f"{name}-{ranks}-{section['method']}"))
+    return found
+
+
+@pytest.mark.parametrize(("name", "ranks", "section"), cells())
+def test_a_script_comes_to_the_same(
+    name: str, ranks: int, section: dict[str, Any], trainer_world: Callable[..., Any]
+) -> None:
+    """Losses, norms, metrics, what was saved; and every count that is logged."""
+    alone, shared = trainer_world(ranks // section["size"], None), trainer_world(ranks, section)
+    (expected, *_) = alone.results(name)
+    for found in shared.results(name):
+        for what in COUNTS:
+            assert found.get(what) == expected.get(what), what
+        assert found["operations"] == pytest.approx(expected["operations"], rel=1e-9)
+        for what in ("losses", "unbroken", "norms", "evaluated", "predicted"):
+            assert flat(found.get(what, [])) == pytest.approx(flat(expected.get(what, [])), rel=2e-5, abs=2e-5), what
+        for what in ("losses", "evaluated"):
+            assert found[what] == pytest.approx(expected[what], rel=1e-6), what
+        assert found.get("metrics") == pytest.approx(expected.get("metrics"), rel=1e-6)
+        if SCRIPTS[name].save_at is not None:
+            assert found["losses"] == pytest.approx(found["unbroken"], rel=1e-6)
+    weights, wanted = (load_file(world.folder / name / "final" / "model.safetensors") for world in (shared, alone))
+    assert weights.keys() == wanted.keys()
+    for key, weight in weights.items():
+        torch.testing.assert_close(weight, wanted[key], rtol=0, atol=1e-5)
+
+
+def loops() -> list[Any]:
+    """As `cells`."""
+    found = []
+    for place, (ranks, section) in enumerate(SHARDED):
+        for name in LOOPS:
+            marks = [] if place == 0 and name in COVERING_LOOPS else [pytest.mark.matrix]
+            found.append(pytest.param(name, ranks, section, marks=marks, id=f"{name}-{ranks}-{section['method']}"))
+    return found
+
+
+@pytest.mark.parametrize(("name", "ranks", "section"), loops())
+def test_a_loop_on_accelerate_comes_to_the_same(
+    name: str, ranks: int, section: dict[str, Any], trainer_world: Callable[..., Any]
+) -> None:
+    """Losses, schedule, metrics in order; what is gathered, reduced and told between processes."""
+    alone, shared = trainer_world(ranks // section["size"], None), trainer_world(ranks, section)
+    (expected, *_) = alone.results(name)
+    for rank, found in enumerate(shared.results(name)):
+        for what in ("labelled", "processes", "numbers", "shared", "summed", "writers", "told", "rate"):
+            assert found[what] == expected[what], (rank, what)
+        for what in ("losses", "unbroken"):
+            assert found[what] == pytest.approx(expected[what], rel=1e-6), what
+        assert flat(found["predicted"]) == pytest.approx(flat(expected["predicted"]), abs=2e-4)
+
+
+def flat(values: Any) -> list[float]:
+    """The numbers of nested lists."""
+    return [number for value in values for number in flat(value)] if isinstance(values, list) else [values]
