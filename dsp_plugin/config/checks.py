@@ -188,8 +188,9 @@ def _check_batch(config: Settings) -> None:
             setting="loss",
             why="neither of loss and gather_output is set; the model returns either a loss over its shard or outputs "
             "to gather",
-            remedy='set "loss": {"labels": "labels"} if forward returns the mean loss, "gather_output": 1 if the '
-            "script computes it, or both if forward returns a loss only where it is given labels",
+            remedy='set "loss": {"labels": "labels"} if forward returns the mean loss over labels as it gets them, and '
+            'shifts none, "gather_output": 1 if the script computes it, or both if forward returns a loss only where '
+            "it is given labels",
         )
     if not config.batch and (config.loss is not None or config.gather_output is not None):
         raise SequenceParallelConfigError(

@@ -29,6 +29,9 @@ class Sharded(Protocol):
     def remove(self) -> None:
         """Leave the model as it was."""
 
+    def aside(self) -> bool:
+        """Whether the model now computes whole sequences by itself, which peers may not do at all."""
+
     def make_logits_whole(self, model: nn.Module, engine: nn.Module | None = None) -> None:
         """Have outputs beside a loss whole where they are read; see `Parallelized.make_outputs_whole`."""
 

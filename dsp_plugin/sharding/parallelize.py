@@ -71,6 +71,10 @@ class Parallelized:
         """Which dim was sharded where, with bytes; None before the first forward pass and for batch sharding."""
         return self._region.stage_plan if self._region is not None else None
 
+    def aside(self) -> bool:
+        """Whether a model of another library now computes whole sequences by itself, which peers may not do at all."""
+        return self._integrated is not None and self._integrated.aside()
+
     def make_outputs_whole(self, module: nn.Module, engine: nn.Module | None = None) -> None:
         """Where the model is another library's, have what it returns beside a loss whole where it is read.
 
@@ -122,8 +126,9 @@ def parallelize(
     """
     checks: list[Callable[[], object]] = []
     inside = unwrapped(module)
+    peers = EqualPeers(inside, groups)
     # Before what shards the model, to see whole inputs.
-    for check in (AveragedGradients(inside, groups), EqualPeers(inside, groups)):
+    for check in (AveragedGradients(inside, groups), peers):
         check.attach(checks)
     try:
         if config.recompute == "keep_attention":
@@ -134,6 +139,8 @@ def parallelize(
             undo()
         raise
     handle._undo[:0] = checks
+    if handle._integrated is not None:
+        peers.alone = handle.aside
     handle.make_outputs_whole(module)
     announce(
         config,

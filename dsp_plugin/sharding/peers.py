@@ -7,7 +7,7 @@ other samples on every rank: shapes fit, nothing fails, and what is learnt is wr
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Self
+from typing import Any
 from zlib import crc32
 
 import torch
@@ -37,17 +37,25 @@ class EqualPeers:
 
     Random numbers are made equal in the first training pass, to those of the first rank: until then scripts seed as
     they like. Parameters that are sharded over ranks are one model whatever ranks started from, and not compared.
+
+    Attributes:
+        alone: whether the module now computes without its peers; None for one that never does, nor its copies.
     """
 
     def __init__(self, module: nn.Module, groups: SequenceParallelGroups) -> None:
-        self._module, self._sp = module, groups.sp
+        self._module, self._groups, self._sp = module, groups, groups.sp
+        self.alone: Callable[[], bool] | None = None
         self._samples = SameSampleCheck(groups.sp, _SAMPLES)
         self._weighed = False
         self._training_passes = 0
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        # A copy of the model, such as one of averaged weights, is sharded by the same groups.
-        return self
+    def __deepcopy__(self, memo: dict[int, Any]) -> EqualPeers:
+        # A copy of the model, such as one of averaged weights, is sharded by the same groups, or by none.
+        if self.alone is None:
+            return self
+        copied = EqualPeers(self._module, self._groups)
+        copied.alone = lambda: True
+        return copied
 
     def attach(self, undo: list[Callable[[], object]]) -> None:
         """Hook the module, adding to ``undo`` what takes the hook off."""
@@ -55,7 +63,7 @@ class EqualPeers:
 
     @uncompiled
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not answers(self._sp):
+        if not answers(self._sp) or (self.alone is not None and self.alone()):
             return
         refuse_transforms("a sharded model", *(x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)))
         self._samples.compare(module.training, args, kwargs)

@@ -114,6 +114,14 @@ def in_backward() -> bool:
     return bool(torch._C._current_graph_task_id() != -1)
 
 
+def in_unknown_rerun() -> bool:
+    """Whether this thread is in a backward pass, and within no checkpoint that enters the extents again.
+
+    A forward that runs now is run again by a checkpoint of a kind that we do not know.
+    """
+    return in_backward() and _local.known == 0
+
+
 class Running(Generic[State]):
     """The state of the forward pass that runs, for what is called inside of it; none outside of passes.
 
@@ -137,7 +145,7 @@ class Running(Generic[State]):
         """The state; None outside of passes."""
         if self._in_force:
             return self._in_force[-1][0]
-        recalled = self._recalled() if in_backward() and not _local.known else None
+        recalled = self._recalled() if in_unknown_rerun() else None
         return None if recalled is None else recalled.state
 
     @property

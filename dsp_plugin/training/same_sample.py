@@ -9,7 +9,7 @@ Tensors that an earlier part of the model computed are compared by shape alone: 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from zlib import crc32
 
@@ -21,6 +21,7 @@ from torch.utils.hooks import RemovableHandle
 from dsp_plugin.comm.axis import Axis
 from dsp_plugin.comm.consent import answers, of_all
 from dsp_plugin.errors import SequenceParallelConfigError
+from dsp_plugin.training.copies import LeftBehind
 
 CHECKED_FORWARDS = 4
 SAMPLED_ELEMENTS = 1 << 16
@@ -31,6 +32,9 @@ _STEP, _START = 0x1E3779B97F4A7C15, 0x2545F4914F6CDD1D
 class SameSampleCheck:
     """Compares a module's forward inputs across a sequence group.
 
+    Attributes:
+        alone: whether the module now computes without its peers, who may not call it at all.
+
     Args:
         sp: the sequence axis. In debug mode every forward is checked, else the first `CHECKED_FORWARDS` in training
             and as many in evaluation.
@@ -40,13 +44,15 @@ class SameSampleCheck:
     def __init__(self, sp: Axis, remedy: str) -> None:
         self._sp, self._remedy = sp, remedy
         self._seen = {True: 0, False: 0}
+        self.alone: Callable[[], bool] = lambda: False
 
     def attach(self, module: nn.Module) -> RemovableHandle:
         """Hooks the module. Call before the module is parallelized: inputs are compared before they are sharded."""
-        return module.register_forward_pre_hook(self._check, with_kwargs=True)
+        return module.register_forward_pre_hook(LeftBehind(self._check), with_kwargs=True)
 
     def _check(self, module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
-        self.compare(module.training, args, kwargs)
+        if not self.alone():
+            self.compare(module.training, args, kwargs)
 
     def compare(self, training: bool, args: Sequence[object], kwargs: Mapping[str, object]) -> None:
         """Compares what a forward, or a loss, is about to be given whole. Collective.

@@ -23,6 +23,7 @@ from dsp_plugin.patches.deepspeed.same_sample import same_sample_check
 from dsp_plugin.plans.known_models import softmax_heads
 from dsp_plugin.sharding.integrations import integration_of
 from dsp_plugin.sharding.parallelize import Parallelized, hooked
+from dsp_plugin.training.copies import Undo
 
 GROUPS = "sequence_parallel_groups"
 CONFIG = "sequence_parallel_config"
@@ -61,7 +62,7 @@ def parallelizing(upstream: Callable[..., None], patched: Callable[[], str]) -> 
             tensor_parallel.keep_vocabulary_whole(given["config_class"])
         # The check comes first among the hooks, to see the inputs whole. A stage has its own, of what it is fed.
         check = same_sample_check(groups.sp)
-        undo: list[Callable[[], object]] = [] if staged else [check.attach(module).remove]
+        undo = Undo([] if staged else [check.attach(module).remove])
         setattr(module, UNDO, undo)
         buffers = {name for name, _ in module.named_buffers()}
         # torch.nn.Module takes plain attributes before its own __init__; deepspeed_io needs these during upstream's.
@@ -71,6 +72,8 @@ def parallelizing(upstream: Callable[..., None], patched: Callable[[], str]) -> 
             undo.append(recompute.hold_for(self, module, keep=section.recompute == "keep_attention"))
             handle = hook(module, config=section, groups=groups)
             undo.append(handle.remove)
+            if isinstance(handle, Parallelized):
+                check.alone = handle.aside
             upstream(self, *args, **kwargs)
         except BaseException:
             _unhook(module)

@@ -20,6 +20,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from dsp_plugin.comm.axis import Axis
+from dsp_plugin.training.copies import LeftBehind
 
 
 def share(axis: Axis) -> None:
@@ -60,8 +61,8 @@ class ForwardSeed:
     def attach(self, module: nn.Module) -> tuple[RemovableHandle, RemovableHandle]:
         """Hooks the module: outermost, so that everything it draws is inside."""
         return (
-            module.register_forward_pre_hook(self._enter, prepend=True),
-            module.register_forward_hook(self._leave, always_call=True),
+            module.register_forward_pre_hook(LeftBehind(self._enter), prepend=True),
+            module.register_forward_hook(LeftBehind(self._leave), always_call=True),
         )
 
     def _enter(self, module: nn.Module, args: object) -> None:

@@ -14,24 +14,22 @@ What callers see:
 
 from __future__ import annotations
 
-import sys
-
 from torch import nn
 
 from dsp_plugin.config.schema import SequenceParallelConfig
 from dsp_plugin.methods import METHODS
 from dsp_plugin.patches.transformers.causal_lm import ShardedCausalLM
 from dsp_plugin.patches.transformers.checks import check_described, checked_section
+from dsp_plugin.patches.transformers.wrapped import model_in
 from dsp_plugin.sharding.integrations import Integration, enter
 
 __all__ = ["ShardedCausalLM", "check_described", "checked_section", "serves"]
 
 
 def serves(module: nn.Module, config: SequenceParallelConfig) -> bool:
-    """Whether the section leaves it to us how to shard ``module``. Imports nothing: a model's class is imported."""
-    modeling = sys.modules.get("transformers.modeling_utils")
+    """Whether the section leaves it to us how to shard ``module``, or the model of Transformers that it wraps."""
     described = config.batch or config.plan is not None or METHODS[config.method].kind != "softmax"
-    return modeling is not None and not described and isinstance(module, modeling.PreTrainedModel)
+    return not described and model_in(module) is not None
 
 
 enter("transformers", Integration(serves, checked_section, ShardedCausalLM, check_described))

@@ -11,7 +11,6 @@ from dsp_plugin.config.schema import SequenceParallelConfig
 from dsp_plugin.errors import UnsupportedError
 from dsp_plugin.groups import SequenceParallelGroups
 from dsp_plugin.kernels.spec import AttentionSpec
-from dsp_plugin.mask import MaskSpec
 from dsp_plugin.methods import Where
 from dsp_plugin.patches.transformers.mask import SequenceMask
 from dsp_plugin.patches.transformers.passes import ModelPass
@@ -82,15 +81,11 @@ class SequenceAttention:
                 remedy="call the model itself, not a part of it: without labels it returns whole logits",
             )
         assert isinstance(attention_mask, SequenceMask)
-        placement, window = running.placement, attention_mask.window
+        placement = running.placement
         out = self._attention(
             *(x.transpose(1, 2) for x in (query, key, value)),
             what=AttentionSpec(
-                MaskSpec(
-                    causal=True,
-                    window=None if window is None else (window - 1, 0),
-                    cu_seqlens=placement.rows.documents,
-                ),
+                attention_mask.spec(placement.rows.documents),
                 scaling,
                 dropout,
                 _dropout_seed(running.seed, module) if dropout else None,
@@ -115,8 +110,10 @@ def _refuse_altered_scores(
     if not isinstance(attention_mask, SequenceMask):
         made = "none" if attention_mask is None else "one of its own"
         found.append(("attention_mask", f"the model asked Transformers for no mask, it made {made}"))
-    if is_causal is False or getattr(module, "is_causal", True) is False:
-        found.append(("is_causal=False", "tokens would see their labels"))
+    else:
+        said = getattr(module, "is_causal", attention_mask.causal) if is_causal is None else is_causal
+        if said is not attention_mask.causal:
+            found.append((f"is_causal={said}", "the mask of the model says otherwise"))
     for name, why in found:
         raise UnsupportedError(
             f"{name} in {type(module).__name__} with sequence_parallel: {why}, which the methods do not know. "

@@ -1,14 +1,15 @@
-"""A causal language model of Transformers, sharded: its batch, its attention and its loss."""
+"""A model of Transformers, sharded: its batch, its attention and its loss.
+
+Of a causal language model everything is sharded, up to the loss. Of others the backbone is: it gives whole hidden
+states, and on these a head computes on every rank alike what it computes unsharded.
+"""
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from copy import deepcopy
 from functools import partial
-from itertools import count
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
@@ -22,16 +23,22 @@ from dsp_plugin.patches.transformers.inputs import SEQUENCE_DIM, InputSharder, P
 from dsp_plugin.patches.transformers.loss import SequenceLoss
 from dsp_plugin.patches.transformers.mask import MaskReader
 from dsp_plugin.patches.transformers.noise import scale_noise
+from dsp_plugin.patches.transformers.overlay import Overlay, unsharded_generate
 from dsp_plugin.patches.transformers.passes import ModelPass
 from dsp_plugin.patches.transformers.seams import DISTRIBUTION, SEAMS
+from dsp_plugin.patches.transformers.selection import select
 from dsp_plugin.patches.transformers.whole_logits import OutermostHook
+from dsp_plugin.patches.transformers.wrapped import is_causal_lm, model_in, sharded_part
 from dsp_plugin.sharding.outputs import all_tensors, first_tensor
-from dsp_plugin.sharding.wrappers import ended_with
-from dsp_plugin.training.extents import Running
+from dsp_plugin.training.copies import LeftBehind
+from dsp_plugin.training.extents import Running, in_unknown_rerun
 from dsp_plugin.training.randomness import RegionVisit
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+
+_REMOVE = "_sequence_parallel_remove"
 
 
 class ShardedCausalLM:
@@ -41,34 +48,45 @@ class ShardedCausalLM:
         may_drop: whether attention may drop; families that name its rate otherwise count as if it did.
 
     Args:
-        model: one that `checked_section` accepts.
+        module: one that `checked_section` accepts: the model, or what it is wrapped in.
         config: what `checked_section` returns.
     """
 
-    def __init__(self, model: PreTrainedModel, config: SequenceParallelConfig, groups: SequenceParallelGroups) -> None:
+    def __init__(self, module: nn.Module, config: SequenceParallelConfig, groups: SequenceParallelGroups) -> None:
+        found = model_in(module)
+        assert found is not None
+        model = sharded_part(found)
+        # Of an engine around another wrapper.
+        vars(model).get(_REMOVE, _nothing)()
         self._config, self._groups = config, groups
         declared = model.config.get_text_config()
-        self._layers, self._name = declared.num_hidden_layers, type(model).__name__
+        self._layers, self._name = declared.num_hidden_layers, type(found).__name__
         self.may_drop = getattr(declared, "attention_dropout", None) != 0
         self._inputs = InputSharder(config, groups.sp)
-        self._passes: Running[ModelPass] = Running()
-        self._attention, self._mask = SequenceAttention(config, groups, self._passes), MaskReader(self._passes)
-        self._loss = SequenceLoss(model.loss_function, groups.sp)
+        self._passes: Running[ModelPass] = Running(again=lambda _: selection.selected())
+        self._attention = SequenceAttention(config, groups, self._passes)
+        self._loss = SequenceLoss(groups.sp, self._passes)
         self._visit: RegionVisit | None = None
         self._unscale: Callable[[], None] = _nothing
         # Of the pass that has ended, where it left logits of this rank's tokens.
         self._local: Placement | None = None
         with ExitStack() as undo:
-            _select_attention(model, f"sequence_parallel_{config.method}", self._attention, self._mask, undo)
-            _set_loss(model, self._loss, undo)
+            name, mask = f"sequence_parallel_{config.method}", MaskReader(self._passes)
+            self._selection = selection = select(model, module, name, self._attention, mask, undo)
+            for part in parts_of(model):
+                undo.callback(part.register_forward_pre_hook(LeftBehind(self._refuse_astray)).remove)
             undo.callback(enter_again())
             undo.callback(self._passes.close)
-            undo.callback(ended_with(model, self._passes, self._leave))
-            undo.callback(model.register_forward_pre_hook(self._before, with_kwargs=True).remove)
-            # Before what follows, which all ranks do alike; also where the forward pass fails.
-            undo.callback(model.register_forward_hook(self._leave, always_call=True).remove)
-            undo.callback(model.register_forward_hook(self._after).remove)
-            undo.callback(model.register_forward_hook(self._end, always_call=True).remove)
+            self._overlay = Overlay(model, undo)
+            if is_causal_lm(model):
+                self._overlay.put("_loss_function", self._loss)
+            self._overlay.replace("forward", self._sharded(model, model.forward))
+            if hasattr(model, "generate"):
+                self._overlay.replace("generate", unsharded_generate(model, self._overlay))
+            pooler = getattr(model, "pooler", None)
+            if isinstance(pooler, nn.Module):
+                Overlay(pooler, undo).replace("forward", self._pooled(pooler.forward))
+            self._overlay.put(_REMOVE, LeftBehind(self.remove))
             self._undo = undo.pop_all()
 
     def __str__(self) -> str:
@@ -99,25 +117,53 @@ class ShardedCausalLM:
         layout, method = placement.layout, self._config.method
         return placement.rows.as_given(gather(local, SEQUENCE_DIM, layout, axis=self._groups.sp, method=method))
 
-    def _before(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-        self._attention.calls = self._loss.calls = 0
-        kwargs, placement = self._inputs.shard(model, args, kwargs)
+    def aside(self) -> bool:
+        """Whether the model generates, by itself: each rank for all tokens of whole sequences."""
+        return self._overlay.aside
+
+    def _sharded(self, model: PreTrainedModel, upstream: Callable[..., Any]) -> Callable[..., Any]:
+        """Replaces the model's forward, not hooks around it: wrappers call either."""
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            if self._overlay.aside:
+                return upstream(*args, **kwargs)
+            self._attention.calls = self._loss.calls = 0
+            values, placement = self._inputs.shard(model, args, kwargs)
+            try:
+                with self._selection.selected():
+                    self._begin(model, placement)
+                    output = upstream(**values)
+                    # Before what follows, which all ranks do alike.
+                    self._leave()
+                    return self._after(model, output)
+            finally:
+                self._leave()
+                self._passes.end()
+
+        return forward
+
+    def _pooled(self, upstream: Callable[..., Any]) -> Callable[..., Any]:
+        """Stands in for what a backbone takes of a sequence: of its first token, mostly."""
+
+        def pool(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+            running = self._passes.now
+            return upstream(hidden if running is None else self._gather(hidden, running.placement), *args, **kwargs)
+
+        return pool
+
+    def _begin(self, model: PreTrainedModel, placement: Placement) -> None:
         self._visit = RegionVisit(self._groups.sp) if model.training else None
         self._passes.begin(ModelPass(placement, self._visit.seed if self._visit is not None else None))
         self._unscale = scale_noise(model, placement.layout, self._groups.sp.rank)
-        return (), kwargs
 
-    def _leave(self, *_: object) -> None:
+    def _leave(self) -> None:
         unscale, self._unscale = self._unscale, _nothing
         unscale()
         if self._visit is not None:
             self._visit.leave()
             self._visit = None
 
-    def _end(self, *_: object) -> None:
-        self._passes.end()
-
-    def _after(self, model: nn.Module, args: object, output: Any) -> Any:
+    def _after(self, model: nn.Module, output: Any) -> Any:
         running = self._passes.now
         assert running is not None
         placement = running.placement
@@ -130,8 +176,8 @@ class ShardedCausalLM:
                     setting=f"{type(model).__name__} with sequence_parallel",
                     why=f"its forward called the {what} of Transformers {calls} times where {expected} were due, so "
                     f"part of it was computed within the shard",
-                    remedy="leave config._attn_implementation and loss_function as they are after "
-                    "deepspeed.initialize; if they are, the model's code does not use them",
+                    remedy="leave loss_function as it is after deepspeed.initialize; if it is, the model's code does "
+                    "not use them",
                 )
         first, rebuild = first_tensor(output)
         output = rebuild(first if placement.labelled else self._gather(first, placement))
@@ -139,42 +185,22 @@ class ShardedCausalLM:
         self._passes.recall_by(all_tensors(output), running)
         return output
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        return self
+    def _refuse_astray(self, part: nn.Module, args: object) -> None:
+        """What runs a part of a pass again must bring the pass back: else attention would see a shard as the whole."""
+        if in_unknown_rerun() and self._passes.now is None:
+            raise UnsupportedError(
+                setting=f"{type(part).__name__} with sequence_parallel",
+                why="it was run again outside of the model's forward, where nothing says which tokens this rank holds",
+                remedy="use torch.utils.checkpoint, and take the loss from what the model returns",
+            )
+
+
+def parts_of(model: PreTrainedModel) -> Iterator[nn.Module]:
+    """The modules below the model that read its config, and so all that ask for attention."""
+    for part in model.modules():
+        if part is not model and vars(part).get("config") is model.config:
+            yield part
 
 
 def _nothing() -> None:
     """Where a forward pass changed nothing that has to be put back."""
-
-
-def _select_attention(
-    model: PreTrainedModel, name: str, attention: SequenceAttention, mask: MaskReader, undo: ExitStack
-) -> None:
-    """Register ``attention`` and ``mask`` and make them this model's, which from now on has a config of its own.
-
-    A config may be shared with another model, and the interface looks the name up in it.
-    """
-    from transformers.masking_utils import AttentionMaskInterface
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
-
-    name = next(free for number in count() if (free := f"{name}_{number}") not in ALL_ATTENTION_FUNCTIONS)
-    shared, own = model.config, deepcopy(model.config)
-    before = own._attn_implementation
-    for module in model.modules():
-        if vars(module).get("config") is shared:
-            vars(module)["config"] = own
-    for interface, ours in ((AttentionInterface, attention), (AttentionMaskInterface, mask)):
-        interface.register(name, ours)
-        # The table outlives the model.
-        undo.callback(weakref.finalize(model, interface._global_mapping.pop, name))
-    own._attn_implementation = name
-    undo.callback(setattr, own, "_attn_implementation", before)
-
-
-def _set_loss(model: PreTrainedModel, loss: SequenceLoss, undo: ExitStack) -> None:
-    before = vars(model).get("_loss_function")
-    model.loss_function = loss
-    if before is None:
-        undo.callback(delattr, model, "_loss_function")
-    else:
-        undo.callback(setattr, model, "loss_function", before)

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import inspect
-import sys
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from torch import nn
+
 from dsp_plugin.config.schema import DEEPSPEED_SECTION, SequenceParallelConfig
 from dsp_plugin.errors import SequenceParallelConfigError, UnsupportedError
+from dsp_plugin.patches.transformers import adapters
+from dsp_plugin.patches.transformers.labels import shifting_part
 from dsp_plugin.patches.transformers.seams import SEAMS
 from dsp_plugin.patches.transformers.verified import SETTING, unverified
+from dsp_plugin.patches.transformers.wrapped import is_causal_lm, model_in, sharded_part
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -42,28 +46,36 @@ def heads_of(model: PreTrainedModel) -> Heads:
 
 
 def checked_section(
-    model: PreTrainedModel, section: Mapping[str, Any], tensor_parallel_size: int = 1
+    module: nn.Module, section: Mapping[str, Any], tensor_parallel_size: int = 1
 ) -> SequenceParallelConfig:
     """The user's section, with sizes that fit the model's heads. Refuses what cannot be sharded.
+
+    Args:
+        module: the model, or PEFT's wrapper of it.
 
     Raises:
         PatchError: this Transformers is not one that we fit.
         UnsupportedError: the model does not go through the interfaces that we use, computes over whole sequences, or is
-            of a family that no page calls exact, and the section does not take it unverified.
+            of a family that no page calls exact, and the section does not take it unverified; or its adapters do.
         SequenceParallelConfigError: the method cannot serve its head counts.
     """
     for seam in SEAMS:
         seam.verify()
-    for what, value, why, remedy in _obstacles(model):
+    model = model_in(module)
+    assert model is not None
+    for what, value, why, remedy in (*_obstacles(model), *adapters.obstacles(module, model)):
         raise UnsupportedError(
             setting=f"{what} of {type(model).__name__} with sequence_parallel", value=value, why=why, remedy=remedy
         )
-    unknown = None if section.get(SETTING) else unverified(model)
+    unknown = None if section.get(SETTING) else unverified(model) or adapters.unknown(module, model)
     if unknown is not None:
+        compared = "compare it by dsp-plugin verify-model"
+        if module is not model or not is_causal_lm(model):
+            compared = "compare losses and gradients of a few steps with those of a run without the section"
         raise UnsupportedError(
             setting=f"{type(model).__name__} with sequence_parallel",
             why=unknown,
-            remedy=f'compare it by dsp-plugin verify-model, and if it is exact say "{SETTING}": true in the section',
+            remedy=f'{compared}, and if it is exact say "{SETTING}": true in the section',
         )
     heads = heads_of(model)
     if heads.kv % tensor_parallel_size:
@@ -82,22 +94,18 @@ def checked_section(
 
 
 def check_described(module: Any, config: SequenceParallelConfig) -> None:
-    """Check a section that describes a model by ``batch``, where the model is one of Transformers'.
+    """Check a section that describes a model by ``batch``.
 
     Raises:
         SequenceParallelConfigError: it takes the loss for one over the labels as given, and the model shifts them.
     """
-    modeling = sys.modules.get("transformers.modeling_utils")
-    # PEFT's wrappers pass labels on.
-    model = module.get_base_model() if hasattr(module, "get_base_model") else module
-    if config.loss is None or modeling is None or not isinstance(model, modeling.PreTrainedModel):
-        return
-    if config.loss.labels == "labels" and _is_causal_lm(model):
+    shifting = None if config.loss is None else shifting_part(module, config.loss.labels)
+    if config.loss is not None and shifting is not None:
         raise SequenceParallelConfigError(
             setting="loss.labels",
             value=config.loss.labels,
-            why=f"{type(model).__name__} shifts its labels itself, and would do so within each shard: the label of the "
-            "last token of every run is lost",
+            why=f"{shifting} shifts its labels itself, and would do so within each shard: the label of the last token "
+            "of every run is lost",
             remedy='set "gather_output": 1 in place of "loss" and "labels" in "batch", pass no labels, and take the '
             "loss from the whole logits in the script",
         )
@@ -105,12 +113,13 @@ def check_described(module: Any, config: SequenceParallelConfig) -> None:
 
 def _obstacles(model: PreTrainedModel) -> Iterator[tuple[str, Any, str, str]]:
     """What it is, its value, why it stands in the way, and the remedy."""
-    if not _is_causal_lm(model):
+    causal_lm, part = is_causal_lm(model), sharded_part(model)
+    if model.config.is_encoder_decoder or model.main_input_name != "input_ids":
         yield (
             "class",
             type(model).__name__,
-            "method and size alone say enough about causal language models (LlamaForCausalLM and the like), which take "
-            "input_ids and labels, and this is none",
+            "method and size alone say enough about models of one sequence of tokens, which take input_ids: causal "
+            "language models, encoders, and heads on their hidden states; this is none",
             DESCRIBE,
         )
     declared = model.config.get_text_config()
@@ -122,14 +131,14 @@ def _obstacles(model: PreTrainedModel) -> Iterator[tuple[str, Any, str, str]]:
             f"such layers carry something along the sequence that is not attention; known are {ATTENTION_LAYERS}",
             "use a model with attention layers only, or remove the section",
         )
-    if not model._supports_attention_backend:
+    if not part._supports_attention_backend:
         yield (
             "_supports_attention_backend",
             False,
             "it computes attention itself, not through the attention interface, so it would attend within a shard",
             DESCRIBE,
         )
-    if "position_ids" not in inspect.signature(model.forward).parameters:
+    if "position_ids" not in inspect.signature(part.forward).parameters:
         yield (
             "forward",
             "no position_ids",
@@ -146,6 +155,8 @@ def _obstacles(model: PreTrainedModel) -> Iterator[tuple[str, Any, str, str]]:
                 "its frequencies depend on the largest position in the batch, and every rank sees another one",
                 'use a type with fixed frequencies, such as "linear", "yarn" or "llama3"',
             )
+    if not causal_lm:
+        return
     if not getattr(declared, "is_causal", True):
         yield "config.is_causal", False, "labels are the next tokens, which attention would see", "set it to true"
     from transformers.loss.loss_utils import ForCausalLMLoss
@@ -157,13 +168,6 @@ def _obstacles(model: PreTrainedModel) -> Iterator[tuple[str, Any, str, str]]:
             "it is not Transformers' own for causal language models, of which we know how it adds up over shards",
             "leave it as it is and pass no labels: the model then returns whole logits, to compute any loss from",
         )
-
-
-def _is_causal_lm(model: PreTrainedModel) -> bool:
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
-    known = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
-    return any(kind.__name__ in known for kind in type(model).__mro__)
 
 
 def _rope_types(parameters: dict[str, Any]) -> set[str]:

@@ -27,10 +27,15 @@ IGNORED = -100
 SEQUENCE_DIM = 1
 # Tensors that forward may be given; of any other nobody would know along which dim its sequence runs.
 KNOWN = ("input_ids", "inputs_embeds", "labels", "shift_labels", "position_ids", *TAKEN, "num_items_in_batch")
+GENERATE = "set it to false; to generate, call the model's generate, which computes whole sequences on every rank"
+# Known to models whose forward names it: of a kind for each token, which is embedded with it.
+TYPES = "token_type_ids"
 # What forward may be asked for that needs, or would return, whole sequences: why, and the remedy.
 REFUSED = {
-    "past_key_values": ("a cache holds whole sequences of keys", "generate with a model outside this engine"),
-    "use_cache": ("a cache holds whole sequences of keys", "generate with a model outside this engine"),
+    "past_key_values": ("a cache holds whole sequences of keys", GENERATE),
+    # Its name since Transformers 5.24.
+    "cache": ("a cache holds whole sequences of keys", GENERATE),
+    "use_cache": ("a cache holds whole sequences of keys", GENERATE),
     "logits_to_keep": ("it counts tokens from the end of the sequence, of which a rank holds a part", "leave it out"),
     "output_attentions": ("no rank ever has the weights of whole rows", "set it to false"),
     "output_hidden_states": ("they would be those of this rank's tokens only", "set it to false"),
@@ -97,7 +102,7 @@ class InputSharder:
             if positions is None
             else self._cut(rows.arranged(positions), layout)
         )
-        for name in ("input_ids", "inputs_embeds"):
+        for name in ("input_ids", "inputs_embeds", TYPES):
             if values.get(name) is not None:
                 values[name] = self._cut(rows.arranged(values[name]), layout)
         if labels is not None:
@@ -125,6 +130,7 @@ def _by_name(model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, An
 
 
 def _refuse_requests(model: PreTrainedModel, values: Mapping[str, Any]) -> None:
+    named = inspect.signature(model.forward).parameters
     for name, (why, remedy) in REFUSED.items():
         value = values.get(name)
         if value is None and name.startswith("output_"):
@@ -132,7 +138,7 @@ def _refuse_requests(model: PreTrainedModel, values: Mapping[str, Any]) -> None:
         if isinstance(value, Tensor) or value:
             raise UnsupportedError(f"{name} with sequence_parallel: {why}. To go on, {remedy}.")
     for name, value in values.items():
-        if isinstance(value, Tensor) and name not in KNOWN:
+        if isinstance(value, Tensor) and name not in KNOWN and (name != TYPES or name not in named):
             raise UnsupportedError(
                 setting=f"argument {name} with sequence_parallel",
                 value=tuple(value.shape),

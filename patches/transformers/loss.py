@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from dsp_plugin.comm.axis import Axis
+from dsp_plugin.patches.transformers.passes import ModelPass
 from dsp_plugin.sharding.loss import contract
+from dsp_plugin.training.extents import Running
 
 
 class SequenceLoss:
@@ -19,12 +21,15 @@ class SequenceLoss:
         calls: how often the model took a loss in the running forward pass.
 
     Args:
-        upstream: `ForCausalLMLoss`.
         sp: the sequence axis.
+        passes: the model's; outside of them a script takes a loss of whole logits, as upstream has it.
     """
 
-    def __init__(self, upstream: Callable[..., Tensor], sp: Axis) -> None:
-        self._upstream, self._sp = upstream, sp
+    def __init__(self, sp: Axis, passes: Running[ModelPass]) -> None:
+        from transformers.loss.loss_utils import ForCausalLMLoss
+
+        self._upstream: Callable[..., Tensor] = ForCausalLMLoss
+        self._sp, self._passes = sp, passes
         self.calls = 0
 
     def __call__(
@@ -48,6 +53,9 @@ class SequenceLoss:
         Returns:
             Scalar, fp32.
         """
+        if self._passes.now is None:
+            kwargs |= {"num_items_in_batch": num_items_in_batch, "ignore_index": ignore_index}
+            return self._upstream(logits, labels, vocab_size, shift_labels=shift_labels, **kwargs)
         self.calls += 1
         # Divided by one item, a sum: unlike a mean it is defined where a rank has no label that counts.
         local_sum = self._upstream(
@@ -59,5 +67,6 @@ class SequenceLoss:
         # The mean over P ranks of P times what each has is the sum.
         return contract(local_sum * self._sp.size / items, 1, self._sp)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        return self
+    def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., Tensor]:
+        """A copy of the model takes its loss as the model did."""
+        return self._upstream

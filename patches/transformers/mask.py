@@ -1,4 +1,4 @@
-"""What one model's own mask code says of who sees whom: a causal mask, with a window or without.
+"""What one model's own mask code says of who sees whom: a causal mask or none, with a window or without.
 
 Families keep their windows in different places: in arguments of attention, in the config by layer, or nowhere but in
 the masks that their code asks Transformers for. The masks decide what the unsharded model computes, so they are asked:
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from dsp_plugin.errors import UnsupportedError
+from dsp_plugin.mask import MaskSpec
 from dsp_plugin.patches.transformers.passes import ModelPass
 from dsp_plugin.training.extents import Running
 
@@ -27,10 +28,24 @@ class SequenceMask:
     """Goes through a model in place of a mask over the sequence, from its mask code to its attention layers.
 
     Attributes:
-        window: W: a query sees itself and the W - 1 keys before it; None for all keys before it.
+        window: W: a query sees itself and the W - 1 keys before it; None for all keys before it. Where it is not
+            causal, the W keys on either side; None for all keys.
+        causal: a query sees no key after it.
     """
 
     window: int | None
+    causal: bool = True
+
+    def spec(self, documents: tuple[int, ...] | None) -> MaskSpec:
+        """As methods take it.
+
+        Args:
+            documents: the borders of documents in a row.
+        """
+        band = self.window
+        if band is None:
+            return MaskSpec(causal=self.causal, cu_seqlens=documents)
+        return MaskSpec(self.causal, (band - 1, 0) if self.causal else (band, band), documents)
 
     @classmethod
     def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> NoReturn:
@@ -69,11 +84,13 @@ class MaskReader:
         Args:
             mask_function: of batch, head, query and key indices: whether the query sees the key.
             allow_is_causal_skip: false where the model adds something of its own to a causal mask.
+            kwargs: `allow_is_bidirectional_skip` says the same of a mask that is not causal, and comes with no other.
             local_size: the size of a window, or of a chunk.
 
         Raises:
-            UnsupportedError: it is no causal mask or causal window, it does not keep documents apart although the batch
-                has several in a row, a window would count padding that is moved, or no forward pass of the model runs.
+            UnsupportedError: it is neither a causal mask nor one of all keys, in full or in a window, it does not keep
+                documents apart although the batch has several in a row, a window would count padding that is moved, all
+                keys would count padding, or no forward pass of the model runs.
         """
         running = self._passes.now
         if running is None:
@@ -83,13 +100,15 @@ class MaskReader:
                 remedy="call the model itself, not a part of it: without labels it returns whole logits",
             )
         length, rows = running.placement.layout.length, running.placement.rows
-        if not allow_is_causal_skip or not _agrees(mask_function, local_size, length):
+        alone = kwargs.get("allow_is_bidirectional_skip")
+        causal = alone is None
+        if not (allow_is_causal_skip if causal else alone) or not _agrees(mask_function, local_size, length, causal):
             raise UnsupportedError(
                 setting="mask of the model with sequence_parallel",
                 value=f"a window or chunk of {local_size}" if local_size else "not causal",
-                why="its mask code asks for more or less than a causal mask or a causal sliding window, which is what "
-                "the methods know of",
-                remedy="use a model with causal attention in full or in sliding windows, or remove the section",
+                why="its mask code asks for something else than all keys, the keys before a token, or a sliding window "
+                "of them, which is what the methods know of",
+                remedy="use a model with attention in full or in sliding windows, or remove the section",
             )
         if local_size is not None and rows.interrupted:
             raise UnsupportedError(
@@ -97,6 +116,13 @@ class MaskReader:
                 value=f"padding in the midst of a document, and a window of {local_size}",
                 why="the window counts that padding, which is moved behind the tokens",
                 remedy="pad before or behind the tokens of a row",
+            )
+        if not causal and rows.padded:
+            raise UnsupportedError(
+                setting="attention_mask with sequence_parallel",
+                value="padding",
+                why="attention that is not causal would see it",
+                remedy="give a batch rows of one length, without padding, or remove the section",
             )
         documents = rows.documents or rows.documents_by_row
         if documents is not None and _caller().get("position_ids") is None:
@@ -107,7 +133,7 @@ class MaskReader:
                 "attend to the documents before it, here they would not",
                 remedy="give every document a row of its own, padded behind its tokens with labels of -100",
             )
-        return SequenceMask(local_size)
+        return SequenceMask(local_size, causal)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         return self
@@ -118,8 +144,8 @@ def _caller() -> dict[str, Any]:
     return sys._getframe(2).f_locals
 
 
-def _agrees(mask_function: MaskFunction, window: int | None, length: int) -> bool:
-    """Whether the function is that of a causal mask with the window: at its edges, and at those of chunks."""
+def _agrees(mask_function: MaskFunction, window: int | None, length: int, causal: bool) -> bool:
+    """Whether the function is that of such a mask with the window: at its edges, and at those of chunks."""
     band = window if window is not None else length
     queries = torch.tensor(
         sorted({q for q in (0, 1, band - 1, band, band + 1, 2 * band, length - 1) if 0 <= q < length})
@@ -132,7 +158,8 @@ def _agrees(mask_function: MaskFunction, window: int | None, length: int) -> boo
     except (IndexError, RuntimeError):
         # It looks something up by token, where there are those of a shard.
         return False
-    return torch.equal(found.bool(), (k <= q) & (k > q - band))
+    wanted = (k <= q) & (k > q - band) if causal else (k - q).abs() <= band
+    return torch.equal(found.bool(), wanted)
 
 
 def _computed_with(what: str) -> UnsupportedError:

@@ -33,6 +33,7 @@ class Rows:
         documents_by_row: where rows differ, those of each.
         blind: bool ``[B, L]``: tokens that see no other and not themselves; None if there are none that count.
         interrupted: a document goes on behind padding that stood in its midst.
+        padded: there is padding.
     """
 
     order: Tensor | None = None
@@ -40,6 +41,7 @@ class Rows:
     documents_by_row: tuple[Borders, ...] | None = None
     blind: Tensor | None = None
     interrupted: bool = False
+    padded: bool = False
 
     def arranged(self, x: Tensor) -> Tensor:
         """``x``, ``[1 or B, L, ...]`` as given, in the order of the rows."""
@@ -84,7 +86,13 @@ def take_rows(values: dict[str, Any], counted: Tensor | None, batch: int, length
     documents, by_row = _borders(jumps, pairs.both)
     _check_lengths(told, jumps, pairs.both)
     interrupted = order is not None and bool((pairs.both & ~jumps & (pairs.gap > 1)).any())
-    found = Rows(None if order is None else order.to(device), documents, by_row, interrupted=interrupted)
+    found = Rows(
+        None if order is None else order.to(device),
+        documents,
+        by_row,
+        interrupted=interrupted,
+        padded=not bool(real.all()),
+    )
     return found if counted_alone is None else replace(found, blind=found.arranged(counted_alone.to(device)))
 
 

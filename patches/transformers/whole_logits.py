@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dsp_plugin.training.copies import LeftBehind
+
 LOGITS = "logits"
 _GATHER = "_gather_logits"
 _unread: ContextVar[bool] = ContextVar("unread", default=False)
@@ -64,7 +66,7 @@ class OutermostHook:
 
     def attach(self, model: nn.Module, engine: nn.Module | None = None) -> Callable[[], None]:
         """Hooks the model and what calls it, behind the hooks that they have; returns what takes the hooks off."""
-        handles = [model.register_forward_hook(self._after_model)]
+        handles = [model.register_forward_hook(LeftBehind(self._after_model))]
         if engine is not None:
             handles.append(engine.register_forward_pre_hook(self._before_engine))
             handles.append(engine.register_forward_hook(self._after_engine))

@@ -13,14 +13,17 @@ import pytest
 import torch
 
 HERE = Path(__file__).parent
-# What each world runs, in order, and the seconds until it counts as hung.
+# What each world runs, by its size and a name, in order, and the seconds until it counts as hung.
 GROUPS = {
-    2: (("hf_features", "hf_refused", "hf_training"), 200),
-    3: (("hf_training",), 150),
-    4: (("hf_training",), 150),
+    (2, ""): (("hf_features", "hf_refused", "hf_training"), 200),
+    (2, "living"): (("hf_living", "hf_peft", "hf_heads"), 280),
+    (3, ""): (("hf_training",), 150),
+    (4, ""): (("hf_training",), 150),
 }
+# What it runs beyond the covering subset.
+MATRIX = {(2, "living"): ("hf_peft_matrix", "hf_heads_matrix")}
 
-if any(importlib.util.find_spec(name) is None for name in ("deepspeed", "transformers")):
+if any(importlib.util.find_spec(name) is None for name in ("deepspeed", "transformers", "peft")):
     collect_ignore_glob = ["test_*.py"]
 
 sys.path.insert(0, str(HERE.parent / "deepspeed"))
@@ -37,12 +40,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 class World:
     """The results of one world."""
 
-    def __init__(self, size: int, folder: Path) -> None:
+    def __init__(self, size: int, name: str, folder: Path, matrix: bool) -> None:
         from deepspeed_world import run_ranks
 
         self.size, self.folder = size, folder
         self.failure: AssertionError | None = None
-        groups, timeout = GROUPS[size]
+        groups, timeout = GROUPS[size, name]
+        groups += MATRIX.get((size, name), ()) if matrix else ()
         try:
             run_ranks([str(HERE / "hf_worker.py"), str(folder), *groups], size, folder, timeout)
         except AssertionError as failure:
@@ -65,13 +69,14 @@ class World:
 
 
 @pytest.fixture(scope="session")
-def hf_world(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], World]:
-    """The world of a size; it runs once per session."""
-    worlds: dict[int, World] = {}
+def hf_world(tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config) -> Callable[..., World]:
+    """The world of a size and a name; it runs once per session."""
+    worlds: dict[tuple[int, str], World] = {}
 
-    def of(size: int) -> World:
-        if size not in worlds:
-            worlds[size] = World(size, tmp_path_factory.mktemp(f"hf_world{size}"))
-        return worlds[size]
+    def of(size: int, name: str = "") -> World:
+        if (size, name) not in worlds:
+            folder = tmp_path_factory.mktemp(f"hf_world{size}{name}")
+            worlds[size, name] = World(size, name, folder, pytestconfig.getoption("--matrix"))
+        return worlds[size, name]
 
     return of

@@ -13,16 +13,17 @@ import torch.distributed as dist
 from hf_features import start
 from hf_models import LENGTH, MICRO, SHAPE, build_model, micro_batch
 from transformers import (
-    BertConfig,
-    BertForMaskedLM,
+    EsmConfig,
+    EsmForMaskedLM,
     Gemma2Config,
     Gemma2ForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
-    LlamaModel,
     MambaConfig,
     MambaForCausalLM,
     PreTrainedModel,
+    T5Config,
+    T5ForConditionalGeneration,
 )
 
 CONFIG, UNSUPPORTED = "SequenceParallelConfigError", "UnsupportedError"
@@ -40,7 +41,6 @@ class Refused:
         says: fragments of the message.
         model: makes the model.
         call: changes to the arguments of forward; without any, the model itself is refused.
-        act: what the script does in place of a forward pass.
         section: further settings.
     """
 
@@ -49,7 +49,6 @@ class Refused:
     model: Callable[[], PreTrainedModel] = LLAMA
     method: str = "ring"
     call: dict[str, Any] = field(default_factory=dict)
-    act: Callable[[Any], object] | None = None
     section: dict[str, Any] = field(default_factory=dict)
 
 
@@ -67,10 +66,15 @@ class Unnumbered(LlamaForCausalLM):
         return super().forward(input_ids, labels=labels)
 
 
-def change_attention(engine: Any) -> None:
-    """A script that chooses an attention implementation after `deepspeed.initialize`."""
-    engine.module.set_attn_implementation("sdpa")
-    engine(**micro_batch("tokens", 0, 0, 0))
+def adapted(kind: str, **settings: Any) -> Callable[[], Any]:
+    """A model that PEFT wraps."""
+
+    def make() -> Any:
+        import peft
+
+        return peft.get_peft_model(build_model("llama"), getattr(peft, kind)(task_type="CAUSAL_LM", **settings))
+
+    return make
 
 
 def mask(*zeros: slice) -> torch.Tensor:
@@ -89,15 +93,29 @@ def positions(*documents: tuple[int, ...]) -> torch.Tensor:
 DYNAMIC = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
 SOFT_CAPPED = partial(Gemma2ForCausalLM, Gemma2Config(**NARROW, head_dim=8, query_pre_attn_scalar=8))
 REFUSED = {
-    "masked_lm": Refused(
+    "encoder_and_decoder": Refused(
         UNSUPPORTED,
-        ("BertForMaskedLM", "causal language models", '"attention"'),
+        ("T5ForConditionalGeneration", "one sequence of tokens", '"attention"'),
         partial(
-            BertForMaskedLM,
-            BertConfig(vocab_size=31, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8),
+            T5ForConditionalGeneration, T5Config(vocab_size=31, d_model=16, d_ff=8, num_layers=1, num_heads=2, d_kv=8)
         ),
     ),
-    "headless": Refused(UNSUPPORTED, ("LlamaModel", "labels"), partial(LlamaModel, LlamaConfig(**NARROW))),
+    "unverified_encoder": Refused(
+        UNSUPPORTED,
+        ("EsmForMaskedLM", "is not among them", "a run without the section", '"unverified_model": true'),
+        partial(
+            EsmForMaskedLM,
+            EsmConfig(
+                vocab_size=31,
+                hidden_size=16,
+                num_hidden_layers=1,
+                num_attention_heads=2,
+                intermediate_size=8,
+                pad_token_id=0,
+                mask_token_id=1,
+            ),
+        ),
+    ),
     "recurrent": Refused(
         UNSUPPORTED,
         ("MambaForCausalLM", "is not attention", "attention layers only"),
@@ -138,11 +156,25 @@ REFUSED = {
             "loss": {"labels": "labels"},
         },
     ),
-    "cache": Refused(UNSUPPORTED, ("use_cache", "outside this engine"), call={"use_cache": True}),
-    "generate": Refused(
+    "cache": Refused(UNSUPPORTED, ("use_cache", "call the model's generate"), call={"use_cache": True}),
+    "prefix_tuning": Refused(
         UNSUPPORTED,
-        ("cache", "generate with a model outside this engine"),
-        act=lambda engine: engine.module.eval().generate(micro_batch("tokens", 0, 0, 0)["input_ids"], max_new_tokens=2),
+        ("'PREFIX_TUNING'", "into a cache", '"PROMPT_TUNING"'),
+        adapted("PrefixTuningConfig", num_virtual_tokens=2),
+    ),
+    "context_tuning": Refused(
+        UNSUPPORTED,
+        ("'CPT'", "from whole logits"),
+        adapted("CPTConfig", cpt_token_ids=[1, 2], cpt_mask=[1, 1], cpt_tokens_type_mask=[1, 4]),
+    ),
+    "activated_lora": Refused(
+        UNSUPPORTED, ("alora_invocation_tokens", "Use LoRA"), adapted("LoraConfig", alora_invocation_tokens=[3, 4])
+    ),
+    "adaptive_ranks": Refused(UNSUPPORTED, ("'ADALORA'", "gradients"), adapted("AdaLoraConfig", total_step=4)),
+    "unknown_adapter": Refused(
+        UNSUPPORTED,
+        ("SHIRA", "not compared", '"unverified_model": true'),
+        adapted("ShiraConfig", target_modules=["q_proj"], r=2),
     ),
     "hidden_states": Refused(
         UNSUPPORTED, ("output_hidden_states", "set it to false"), call={"output_hidden_states": True}
@@ -170,9 +202,6 @@ REFUSED = {
     "local_labels": Refused(CONFIG, ("labels=(2, 7)", "[2, 13]", "whole"), call={"labels": mask()[:, :7]}),
     "local_positions": Refused(CONFIG, ("position_ids=(1, 7)", "[2, 13]"), call={"position_ids": positions((7,))}),
     "no_tokens": Refused(CONFIG, ("input_ids", "inputs_embeds"), call={"input_ids": None}),
-    "attention_changed_later": Refused(
-        UNSUPPORTED, ("attention interface", "0 times", "_attn_implementation"), act=change_attention
-    ),
 }
 
 
@@ -183,9 +212,7 @@ def attempt(refused: Refused) -> dict[str, Any]:
     try:
         engine = start(refused.model(), refused.method, **refused.section)
         at = "forward"
-        if refused.act is not None:
-            refused.act(engine)
-        elif refused.call:
+        if refused.call:
             engine(**{**micro_batch("tokens", 0, 0, 0), **refused.call})
     except Exception as error:
         return {"error": type(error).__name__, "message": str(error), "at": at, "still_usable": _all_ranks_here()}

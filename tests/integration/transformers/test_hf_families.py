@@ -10,6 +10,7 @@ from typing import Any
 
 import families
 import pytest
+import torch
 from families import PAGE, RESULTS, page, read, status_of
 from family_world import ALPHA, COVERED, DESCRIBED, SECTION, SIZE, everything
 from hf_models import LENGTH, SHAPE
@@ -120,6 +121,38 @@ def test_the_results_are_in_the_package() -> None:
     assert json.dumps(verified._results())
 
 
+class Around(nn.Module):
+    """A script's own wrapper."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+
+class Shifting(nn.Module):
+    """Code of nobody that we know."""
+
+    def forward(self, input_ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        logits = nn.functional.one_hot(input_ids, 9).float()
+        return nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[..., 1:].flatten())
+
+
+class AsGiven(nn.Module):
+    """Whose labels are what follows each token."""
+
+    def forward(self, input_ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        logits = nn.functional.one_hot(input_ids, 9).float()
+        return nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
+
+
+class NobodysForCausalLM(AsGiven):
+    """By its name, as code that comes with weights has it."""
+
+
+class Named(NobodysForCausalLM):
+    """A script's own of it."""
+
+
 def test_a_model_that_shifts_its_labels_is_not_given_those_of_a_shard() -> None:
     config = SequenceParallelConfig(
         **{key: value for key, value in DESCRIBED.items() if key not in ("batch", "gather_output")},
@@ -128,8 +161,12 @@ def test_a_model_that_shifts_its_labels_is_not_given_those_of_a_shard() -> None:
     )
     with pytest.raises(SequenceParallelConfigError, match=r"LlamaForCausalLM shifts.*\"gather_output\": 1"):
         check_described(small_llama(), config)
+    for module in (Around(small_llama()), Shifting(), Named()):
+        with pytest.raises(SequenceParallelConfigError, match="shifts its labels itself"):
+            check_described(module, config)
     check_described(small_llama(), SequenceParallelConfig(**DESCRIBED))
-    check_described(nn.Linear(1, 1), config)
+    for module in (nn.Linear(1, 1), AsGiven()):
+        check_described(module, config)
 
 
 def test_what_a_refusal_tells_to_write_is_exact(results: Results) -> None:

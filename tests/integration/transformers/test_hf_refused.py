@@ -18,5 +18,5 @@ def test_refused(name: str, hf_world: Callable[[int], Any]) -> None:
         assert result["error"] == expected.error, result["message"]
         assert all(fragment in result["message"] for fragment in expected.says), result["message"]
         assert result["message"] == results[0]["message"]
-        assert result["at"] == ("forward" if expected.call or expected.act else "initialize")
+        assert result["at"] == ("forward" if expected.call else "initialize")
         assert result["still_usable"]
