@@ -122,7 +122,7 @@ class ShardedCausalLM:
         placement = running.placement
         for what, calls, expected in (
             ("attention interface", self._attention.calls, self._layers),
-            ("loss function", self._loss.calls, int(placement.labelled)),
+            ("loss function", self._loss.calls, int(placement.labelled and placement.fused is None)),
         ):
             if calls != expected:
                 raise UnsupportedError(
@@ -132,9 +132,12 @@ class ShardedCausalLM:
                     remedy="leave config._attn_implementation and loss_function as they are after "
                     "deepspeed.initialize; if they are, the model's code does not use them",
                 )
-        first, rebuild = first_tensor(output)
-        output = rebuild(first if placement.labelled else self._gather(first, placement))
-        self._local = placement if placement.labelled else None
+        if placement.fused is not None:
+            output = placement.fused.gather(output, partial(self._gather, placement=placement))
+        elif not placement.labelled:
+            first, rebuild = first_tensor(output)
+            output = rebuild(self._gather(first, placement))
+        self._local = placement if placement.labelled and placement.fused is None else None
         self._passes.recall_by(all_tensors(output), running)
         return output
 

@@ -17,6 +17,7 @@ from dsp_plugin.comm.collectives import split
 from dsp_plugin.config.schema import SequenceParallelConfig
 from dsp_plugin.errors import SequenceParallelConfigError, UnsupportedError
 from dsp_plugin.layout import Layout
+from dsp_plugin.patches.transformers.fused_head import FusedHead
 from dsp_plugin.patches.transformers.positions import own_positions
 from dsp_plugin.patches.transformers.rows import TAKEN, Rows, check_shape, take_rows
 
@@ -46,12 +47,14 @@ class Placement:
         rows: documents and padding of the rows.
         blind: bool ``[B, n]``, `Rows.blind` of this rank's tokens.
         labelled: the model takes a loss.
+        fused: what takes the loss in place of the model's loss function, if something does.
     """
 
     layout: Layout
     rows: Rows
     blind: Tensor | None
     labelled: bool
+    fused: FusedHead | None
 
 
 class InputSharder:
@@ -80,6 +83,7 @@ class InputSharder:
         batch, length = _tokens(values)
         if torch.is_grad_enabled():
             meter.count(tokens=batch * length)
+        fused = FusedHead.asked_for(values)
         labels = _following(values, batch, length)
         positions, mask = values.get("position_ids"), values.get("attention_mask")
         counted = None if labels is None else labels != values.get("ignore_index", IGNORED)
@@ -101,13 +105,13 @@ class InputSharder:
             if values.get(name) is not None:
                 values[name] = self._cut(rows.arranged(values[name]), layout)
         if labels is not None:
-            values["labels"] = self._cut(rows.arranged(labels), layout)
+            values["labels" if fused is None else "shift_labels"] = self._cut(rows.arranged(labels), layout)
         if "attention_mask" in inspect.signature(model.forward).parameters:
             # Where there is none, Transformers takes the gaps between a shard's positions for borders of documents.
             values["attention_mask"] = _whole_shard(values)
         values["use_cache"] = False
         blind = None if rows.blind is None else self._cut(rows.blind, layout)
-        return values, Placement(layout, rows, blind, labels is not None)
+        return values, Placement(layout, rows, blind, labels is not None, fused)
 
     def _cut(self, x: Tensor, layout: Layout) -> Tensor:
         if x.requires_grad:
