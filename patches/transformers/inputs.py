@@ -76,7 +76,8 @@ class InputSharder:
 
         Raises:
             UnsupportedError: something is asked for that needs whole sequences.
-            SequenceParallelConfigError: tensors that do not fit each other, or a loss at padding, see `take_rows`.
+            SequenceParallelConfigError: tensors that do not fit each other, a loss at padding, see `take_rows`, or fewer
+                tokens than ranks.
         """
         values = _by_name(model, args, kwargs)
         _refuse_requests(model, values)
@@ -93,6 +94,7 @@ class InputSharder:
         kind = self._config.layout_for()
         # Zigzag inside each document, so that ranks have alike much to attend to in every one.
         layout = Layout(kind, length, self._sp.size, documents=rows.documents if kind == "zigzag" else None)
+        _refuse_idle_ranks(layout)
 
         if positions is None and rows.order is not None:
             positions = torch.arange(length, device=_device(values)).unsqueeze(0)
@@ -158,6 +160,17 @@ def _tokens(values: Mapping[str, Any]) -> tuple[int, int]:
         )
     batch, length = values[given[0]].shape[:2]
     return batch, length
+
+
+def _refuse_idle_ranks(layout: Layout) -> None:
+    """Models cannot compute on no tokens, and the other ranks would wait for the one that cannot."""
+    if min(layout.sizes) == 0:
+        raise SequenceParallelConfigError(
+            setting="batch",
+            value=f"{sum(layout.sizes)} tokens",
+            why=f"of {len(layout.sizes)} ranks some would hold none of so short a sequence",
+            remedy="pad it behind its tokens with labels of -100 (pad_to_multiple_of in TRL's and most collators)",
+        )
 
 
 def _device(values: Mapping[str, Any]) -> torch.device:
