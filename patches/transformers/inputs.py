@@ -76,8 +76,8 @@ class InputSharder:
 
         Raises:
             UnsupportedError: something is asked for that needs whole sequences.
-            SequenceParallelConfigError: tensors that do not fit each other, a loss at padding, see `take_rows`, or fewer
-                tokens than ranks.
+            SequenceParallelConfigError: tensors that do not fit each other, a loss at padding, see `take_rows`, or too
+                few tokens for the ranks.
         """
         values = _by_name(model, args, kwargs)
         _refuse_requests(model, values)

@@ -24,15 +24,13 @@ TEMPLATE = (
 
 def save_model(folder: Path) -> None:
     """Writes what ``from_pretrained`` reads."""
-    words = Tokenizer(
-        models.WordLevel({word: at for at, word in enumerate([*SPECIAL, *WORDS])}, unk_token="<unk>")  # noqa: S106
-    )
+    words = Tokenizer(models.WordLevel({word: at for at, word in enumerate([*SPECIAL, *WORDS])}, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=words,
-        pad_token="<pad>",  # noqa: S106
-        unk_token="<unk>",  # noqa: S106
-        eos_token="<eos>",  # noqa: S106
+        pad_token="<pad>",
+        unk_token="<unk>",
+        eos_token="<eos>",
         additional_special_tokens=["<user>", "<assistant>"],
     )
     tokenizer.chat_template = TEMPLATE
@@ -107,5 +105,5 @@ def _turn(seed: int) -> list[dict[str, Any]]:
 
 
 def _words(seed: int, shortest: int, longest: int) -> str:
-    drawn = random.Random(seed)  # noqa: S311
+    drawn = random.Random(seed)
     return " ".join(drawn.choices(WORDS, k=drawn.randint(shortest, longest)))

@@ -1,13 +1,43 @@
-"""One rank of a world that runs groups of cases: ``trl_worker.py FOLDER GROUP...``, see `deepspeed_worker`."""
+"""One rank that runs scripts one after the other: ``trl_worker.py FOLDER SECTION NAME...``, SECTION in JSON."""
 
 from __future__ import annotations
 
+import json
 import sys
+import traceback
 from pathlib import Path
+from typing import Any
 
-sys.path.insert(1, str(Path(__file__).parents[1] / "deepspeed"))
+import torch.distributed as dist
+from trl_cases import REFUSED, SCRIPTS
 
-from deepspeed_worker import main
+
+def main() -> None:
+    """Writes what each came to as ``NAME.rankR.json``."""
+    folder, section, names = Path(sys.argv[1]), json.loads(sys.argv[2]), sys.argv[3:]
+    for name in names:
+        print(f"case {name}", flush=True)
+        failed = None
+        try:
+            result = refused(name, folder, section) if name in REFUSED else SCRIPTS[name].run(folder / name, section)
+        except BaseException:
+            failed = traceback.format_exc()
+            result = {"failed": failed}
+        rank = dist.get_rank() if dist.is_initialized() else 0
+        (folder / f"{name}.rank{rank}.json").write_text(json.dumps(result))
+        assert failed is None, failed
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def refused(name: str, folder: Path, section: dict[str, Any] | None) -> dict[str, Any]:
+    """What a script ends with."""
+    try:
+        REFUSED[name].run(folder / name, section)
+    except Exception as error:
+        return {"error": type(error).__name__, "message": str(error)}
+    return {"failed": f"{name} was not refused"}
+
 
 if __name__ == "__main__":
     main()

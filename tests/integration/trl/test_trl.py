@@ -1,0 +1,70 @@
+"""Scripts of TRL: the same with ranks that share sequences as without, or refused on every rank."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from trl_cases import COVERING, SCRIPTS
+
+# Ranks, and their section; each is compared with as many ranks as it has replicas.
+SHARDED = [(2, {"method": "ring", "size": 2})]
+MATRIX = [(4, {"method": "ulysses", "size": 2})]
+# What a log says of time, and not of the model.
+TIMES = ("runtime", "per_second")
+REASONS = {
+    "reward": "causal language models",
+    "grpo": "a cache holds whole sequences",
+    "rloo": "a cache holds whole sequences",
+}
+
+
+def cells() -> list[Any]:
+    """Each script under each section; the covering ones on the first of them, the rest with ``--matrix``."""
+    found = []
+    for place, (ranks, section) in enumerate([*SHARDED, *MATRIX]):
+        for name in SCRIPTS:
+            marks = [] if place == 0 and name in COVERING else [pytest.mark.matrix]
+            found.append(pytest.param(name, ranks, section, marks=marks, id=f"{name}-{ranks}-{section['method']}"))
+    return found
+
+
+@pytest.mark.parametrize(("name", "ranks", "section"), cells())
+def test_a_script_comes_to_the_same(
+    name: str, ranks: int, section: dict[str, Any], trl_world: Callable[..., Any]
+) -> None:
+    """Everything that is logged but times, and what was saved."""
+    alone, shared = trl_world(ranks // section["size"], None), trl_world(ranks, section)
+    (expected, *_) = alone.results(name)
+    for found in shared.results(name):
+        assert found["steps"] == expected["steps"]
+        for entry, wanted in zip(found["log"], expected["log"], strict=True):
+            assert numbers(entry) == pytest.approx(numbers(wanted), rel=2e-6, abs=2e-6)
+    weights, wanted = (saved(world.folder / name) for world in (shared, alone))
+    assert weights.keys() == wanted.keys()
+    for key, weight in weights.items():
+        torch.testing.assert_close(weight, wanted[key], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", REASONS)
+def test_a_script_is_refused_on_every_rank(name: str, trl_world: Callable[..., Any]) -> None:
+    """In one line, with the reason."""
+    ranks, section = SHARDED[0]
+    for found in trl_world(ranks, section).results(name):
+        assert REASONS[name] in found["message"]
+        assert "\n" not in found["message"]
+
+
+def numbers(entry: dict[str, float]) -> dict[str, float]:
+    """Of one line of a log."""
+    return {name: value for name, value in entry.items() if not any(time in name for time in TIMES)}
+
+
+def saved(folder: Path) -> dict[str, torch.Tensor]:
+    """Of the weights that a script wrote."""
+    (path,) = folder.glob("*.safetensors")
+    return load_file(path)
