@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Self
 
 from torch import Tensor
@@ -37,6 +38,11 @@ SEAM = Patch(
 )
 
 
+@cache
+def _fits() -> None:
+    SEAM.verify()
+
+
 @dataclass(frozen=True)
 class FusedHead:
     """What a forward pass asked the fused head for.
@@ -58,7 +64,7 @@ class FusedHead:
         """
         if not values.get(REQUEST):
             return None
-        SEAM.verify()
+        _fits()
         return cls(values.get("num_items_in_batch"), values.get("shift_labels") is not None)
 
     def gather(self, output: Any, gather: Callable[[Tensor], Tensor]) -> Any:

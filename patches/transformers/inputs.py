@@ -35,7 +35,10 @@ REFUSED = {
     "logits_to_keep": ("it counts tokens from the end of the sequence, of which a rank holds a part", "leave it out"),
     "output_attentions": ("no rank ever has the weights of whole rows", "set it to false"),
     "output_hidden_states": ("they would be those of this rank's tokens only", "set it to false"),
-    "output_router_logits": ("its balancing loss is no sum over tokens, so shards do not add up", "set it to false"),
+    "output_router_logits": (
+        "its balancing loss is no sum over tokens, so shards do not add up",
+        "set it to false (in TRL, router_aux_loss_coef to 0)",
+    ),
 }
 
 

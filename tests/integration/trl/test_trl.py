@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ import torch
 from safetensors.torch import load_file
 from trl_cases import COVERING, SCRIPTS
 
+ROOT = Path(__file__).parents[3]
+EXAMPLE, JSON = ROOT / "launch" / "examples" / "sft_trl.py", ROOT / "configs" / "deepspeed" / "sft_ring_zero3.json"
 # Ranks, and their section; each is compared with as many ranks as it has replicas.
 SHARDED = [(2, {"method": "ring", "size": 2})]
 MATRIX = [(4, {"method": "ulysses", "size": 2})]
@@ -68,3 +71,20 @@ def saved(folder: Path) -> dict[str, torch.Tensor]:
     """Of the weights that a script wrote."""
     (path,) = folder.glob("*.safetensors")
     return load_file(path)
+
+
+@pytest.mark.matrix
+def test_the_example_trains_by_its_json(tmp_path: Path) -> None:
+    """The shipped script under the shipped JSON, and without the section on one rank: the same weights."""
+    from deepspeed_world import run_launcher
+
+    section = json.loads(JSON.read_text())
+    (tmp_path / "plain.json").write_text(json.dumps({key: section[key] for key in section if "sequence" not in key}))
+    options = "--max_steps 3 --packing --max_length 64 --bf16 false --optim sgd --learning_rate 0.3 --report_to none"
+    for ranks, config in ((1, tmp_path / "plain.json"), (2, JSON)):
+        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+        script = ["-m", "dsp_plugin.launch", str(EXAMPLE), "--deepspeed", str(config), *options.split()]
+        run_launcher([*torchrun, *script, "--output_dir", str(tmp_path / str(ranks))], ranks, tmp_path, 300)
+    expected, found = saved(tmp_path / "1"), saved(tmp_path / "2")
+    for key, weight in found.items():
+        torch.testing.assert_close(weight, expected[key], rtol=0, atol=1e-5)
