@@ -32,12 +32,13 @@ class World:
 
     def __init__(self, ranks: int, section: dict[str, Any] | None, names: list[str], folder: Path) -> None:
         from deepspeed_world import run_ranks
-        from trl_cases import MODEL
-        from trl_models import save_model
+        from trl_cases import MODEL, PREFERENCES
+        from trl_models import save_model, save_preferences
 
         self.ranks, self.folder = ranks, folder
         self.failure: AssertionError | None = None
         save_model(folder / MODEL)
+        save_preferences(folder / PREFERENCES)
         command = ["-m", "dsp_plugin.launch", str(HERE / "trl_worker.py"), str(folder), json.dumps(section), *names]
         try:
             run_ranks(command, ranks, folder, 600)
@@ -59,7 +60,7 @@ def trl_world(
     tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
 ) -> Callable[[int, dict[str, Any] | None], World]:
     """The world of so many ranks under a section; it runs once per session, all scripts with ``--matrix``."""
-    from trl_cases import COVERING, REFUSED, SCRIPTS
+    from trl_cases import COVERING, HEAD, REFUSED, SCRIPTS
 
     worlds: dict[str, World] = {}
     names = list(SCRIPTS) if request.config.getoption("--matrix") else list(COVERING)
@@ -67,7 +68,7 @@ def trl_world(
     def of(ranks: int, section: dict[str, Any] | None) -> World:
         key = f"{ranks} {section}"
         if key not in worlds:
-            every = names if section is None else [*REFUSED, *names]
+            every = names if section is None else [*REFUSED, HEAD, *names]
             worlds[key] = World(ranks, section, every, tmp_path_factory.mktemp(f"trl{ranks}"))
         return worlds[key]
 

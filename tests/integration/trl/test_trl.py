@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from trl_cases import COVERING, SCRIPTS
+from trl_cases import COVERING, HEAD, SCRIPTS
 
 ROOT = Path(__file__).parents[3]
 EXAMPLE, JSON = ROOT / "launch" / "examples" / "sft_trl.py", ROOT / "configs" / "deepspeed" / "sft_ring_zero3.json"
@@ -20,6 +20,7 @@ MATRIX = [(4, {"method": "ulysses", "size": 2})]
 # What a log says of time, and not of the model.
 TIMES = ("runtime", "per_second")
 REASONS = {
+    "sft_short": "would hold none of so short a sequence",
     "reward": "causal language models",
     "grpo": "a cache holds whole sequences",
     "rloo": "a cache holds whole sequences",
@@ -60,6 +61,14 @@ def test_a_script_is_refused_on_every_rank(name: str, trl_world: Callable[..., A
     for found in trl_world(ranks, section).results(name):
         assert REASONS[name] in found["message"]
         assert "\n" not in found["message"]
+
+
+def test_the_head_returns_whole_sequences(trl_world: Callable[..., Any]) -> None:
+    """Whatever it is asked for, with gradients of the loss and of entropies."""
+    ranks, section = SHARDED[0]
+    for found in trl_world(ranks, section).results(HEAD):
+        assert len(found) == 3 * 8
+        assert max(found.values()) < 2e-5, found
 
 
 def numbers(entry: dict[str, float]) -> dict[str, float]:

@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from trl_models import chats, completions, judged, preferences, prompts, texts
+from trl_models import chats, completions, judged, preferences, prompts, saved_preferences, texts
 
-MODEL = "model"
-"""The folder beside the cases' own that holds the model and its tokenizer."""
+MODEL, PREFERENCES = "model", "preferences"
+"""The folders beside the scripts' own: of the model and its tokenizer, and of `saved_preferences`."""
 
 
 @dataclass(frozen=True)
@@ -88,13 +88,8 @@ def dpo(**options: Any) -> Callable[[str, dict[str, Any]], Any]:
     def build(model: str, arguments: dict[str, Any]) -> Any:
         from trl import DPOConfig, DPOTrainer
 
-        return DPOTrainer(
-            model=model,
-            args=DPOConfig(**arguments),
-            train_dataset=preferences(8),
-            eval_dataset=preferences(3),
-            **options,
-        )
+        train, test = saved_preferences(Path(model).parent / PREFERENCES)
+        return DPOTrainer(model=model, args=DPOConfig(**arguments), train_dataset=train, eval_dataset=test, **options)
 
     return build
 
@@ -160,9 +155,12 @@ SCRIPTS = {
 }
 """By name; each is run with and without a section."""
 COVERING = ("sft", "sft_bfd", "dpo", "kto")
+HEAD = "head"
+"""The name of what `trl_head` compares."""
 REFUSED = {
+    "sft_short": Script(sft(texts), 1, {"packing": True, "packing_strategy": "wrapped", "max_length": 20}),
     "reward": Script(reward, 1, {"eval_strategy": "no"}),
     "grpo": Script(grpo, 1, {"eval_strategy": "no"}),
     "rloo": Script(rloo, 1, {"eval_strategy": "no"}),
 }
-"""By name; each ends before its first step, on every rank."""
+"""By name; each ends on every rank, and before its first step, but for rows that are too short."""

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset
+from datasets import Dataset, load_from_disk
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -49,6 +49,18 @@ def save_model(folder: Path) -> None:
         eos_token_id=2,
     )
     LlamaForCausalLM(config).save_pretrained(folder)
+
+
+def save_preferences(folder: Path) -> None:
+    """Writes what `saved_preferences` reads."""
+    preferences(8).save_to_disk(folder / "train")
+    preferences(3).save_to_disk(folder / "test")
+
+
+def saved_preferences(folder: Path) -> tuple[Dataset, Dataset]:
+    """To train on, and to evaluate: from a disk that ranks share, since TRL writes what it precomputes beside it."""
+    train, test = (load_from_disk(str(folder / part)) for part in ("train", "test"))
+    return train, test
 
 
 def texts(count: int = 12, shortest: int = 9, longest: int = 31) -> Dataset:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from trl_cases import REFUSED, SCRIPTS
+from trl_cases import HEAD, MODEL, REFUSED, SCRIPTS
 
 
 def main() -> None:
@@ -19,7 +19,7 @@ def main() -> None:
         print(f"case {name}", flush=True)
         failed = None
         try:
-            result = refused(name, folder, section) if name in REFUSED else SCRIPTS[name].run(folder / name, section)
+            result = came_to(name, folder, section)
         except BaseException:
             failed = traceback.format_exc()
             result = {"failed": failed}
@@ -28,6 +28,17 @@ def main() -> None:
         assert failed is None, failed
     dist.barrier()
     dist.destroy_process_group()
+
+
+def came_to(name: str, folder: Path, section: Any) -> dict[str, Any]:
+    """What a script ended with."""
+    if name in REFUSED:
+        return refused(name, folder, section)
+    if name == HEAD:
+        from trl_head import differences
+
+        return differences(folder / MODEL, section)
+    return SCRIPTS[name].run(folder / name, section)
 
 
 def refused(name: str, folder: Path, section: dict[str, Any] | None) -> dict[str, Any]:
