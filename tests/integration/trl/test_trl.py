@@ -47,7 +47,8 @@ def test_a_script_comes_to_the_same(
     for found in shared.results(name):
         assert found["steps"] == expected["steps"]
         for entry, wanted in zip(found["log"], expected["log"], strict=True):
-            assert numbers(entry) == pytest.approx(numbers(wanted), rel=2e-6, abs=2e-6)
+            assert losses(entry) == pytest.approx(losses(wanted), rel=1e-6)
+            assert numbers(entry) == pytest.approx(numbers(wanted), rel=2e-6, abs=1e-5)
     weights, wanted = (saved(world.folder / name) for world in (shared, alone))
     assert weights.keys() == wanted.keys()
     for key, weight in weights.items():
@@ -71,9 +72,17 @@ def test_the_head_returns_whole_sequences(trl_world: Callable[..., Any]) -> None
         assert max(found.values()) < 2e-5, found
 
 
-def numbers(entry: dict[str, float]) -> dict[str, float]:
+def losses(entry: dict[str, float]) -> dict[str, float]:
     """Of one line of a log."""
-    return {name: value for name, value in entry.items() if not any(time in name for time in TIMES)}
+    return {name: value for name, value in entry.items() if name.endswith("loss")}
+
+
+def numbers(entry: dict[str, float]) -> dict[str, float]:
+    """Of one line of a log: sums of log-probabilities taken from each other, too, hence the absolute tolerance."""
+    # Of a policy that still is the reference, rounding decides which of two rewards is the greater.
+    undecided = any("margins" in name and abs(value) < 1e-4 for name, value in entry.items())
+    left_out = (*TIMES, *(("accuracies",) if undecided else ()))
+    return {name: value for name, value in entry.items() if not any(part in name for part in left_out)}
 
 
 def saved(folder: Path) -> dict[str, torch.Tensor]:

@@ -23,6 +23,7 @@ def differences(model_folder: Path, section: dict[str, Any]) -> dict[str, float]
         add_fused_lm_head(each, temperature=0.7, outputs=EVERYTHING)
     config = {
         "train_micro_batch_size_per_gpu": ROWS,
+        "gradient_clipping": 1e6,
         "optimizer": {"type": "SGD", "params": {"lr": 0.1}},
         "sequence_parallel": section,
     }
