@@ -169,7 +169,7 @@ class ShardedCausalLM:
         placement = running.placement
         for what, calls, expected in (
             ("attention interface", self._attention.calls, self._layers),
-            ("loss function", self._loss.calls, int(placement.labelled)),
+            ("loss function", self._loss.calls, int(placement.labelled and placement.fused is None)),
         ):
             if calls != expected:
                 raise UnsupportedError(
@@ -179,9 +179,12 @@ class ShardedCausalLM:
                     remedy="leave loss_function as it is after deepspeed.initialize; if it is, the model's code does "
                     "not use them",
                 )
-        first, rebuild = first_tensor(output)
-        output = rebuild(first if placement.labelled else self._gather(first, placement))
-        self._local = placement if placement.labelled else None
+        if placement.fused is not None:
+            output = placement.fused.gather(output, partial(self._gather, placement=placement))
+        elif not placement.labelled:
+            first, rebuild = first_tensor(output)
+            output = rebuild(self._gather(first, placement))
+        self._local = placement if placement.labelled and placement.fused is None else None
         self._passes.recall_by(all_tensors(output), running)
         return output
 

@@ -17,6 +17,7 @@ from dsp_plugin.comm.collectives import split
 from dsp_plugin.config.schema import SequenceParallelConfig
 from dsp_plugin.errors import SequenceParallelConfigError, UnsupportedError
 from dsp_plugin.layout import Layout
+from dsp_plugin.patches.transformers.fused_head import FusedHead
 from dsp_plugin.patches.transformers.positions import own_positions
 from dsp_plugin.patches.transformers.rows import TAKEN, Rows, check_shape, take_rows
 
@@ -39,7 +40,10 @@ REFUSED = {
     "logits_to_keep": ("it counts tokens from the end of the sequence, of which a rank holds a part", "leave it out"),
     "output_attentions": ("no rank ever has the weights of whole rows", "set it to false"),
     "output_hidden_states": ("they would be those of this rank's tokens only", "set it to false"),
-    "output_router_logits": ("its balancing loss is no sum over tokens, so shards do not add up", "set it to false"),
+    "output_router_logits": (
+        "its balancing loss is no sum over tokens, so shards do not add up",
+        "set it to false (in TRL, router_aux_loss_coef to 0)",
+    ),
 }
 
 
@@ -51,12 +55,14 @@ class Placement:
         rows: documents and padding of the rows.
         blind: bool ``[B, n]``, `Rows.blind` of this rank's tokens.
         labelled: the model takes a loss.
+        fused: what takes the loss in place of the model's loss function, if something does.
     """
 
     layout: Layout
     rows: Rows
     blind: Tensor | None
     labelled: bool
+    fused: FusedHead | None
 
 
 class InputSharder:
@@ -78,13 +84,15 @@ class InputSharder:
 
         Raises:
             UnsupportedError: something is asked for that needs whole sequences.
-            SequenceParallelConfigError: tensors that do not fit each other, or a loss at padding, see `take_rows`.
+            SequenceParallelConfigError: tensors that do not fit each other, a loss at padding, see `take_rows`, or too
+                few tokens for the ranks.
         """
         values = _by_name(model, args, kwargs)
         _refuse_requests(model, values)
         batch, length = _tokens(values)
         if torch.is_grad_enabled():
             meter.count(tokens=batch * length)
+        fused = FusedHead.asked_for(values)
         labels = _following(values, batch, length)
         positions, mask = values.get("position_ids"), values.get("attention_mask")
         counted = None if labels is None else labels != values.get("ignore_index", IGNORED)
@@ -94,6 +102,7 @@ class InputSharder:
         kind = self._config.layout_for()
         # Zigzag inside each document, so that ranks have alike much to attend to in every one.
         layout = Layout(kind, length, self._sp.size, documents=rows.documents if kind == "zigzag" else None)
+        _refuse_idle_ranks(layout)
 
         if positions is None and rows.order is not None:
             positions = torch.arange(length, device=_device(values)).unsqueeze(0)
@@ -106,13 +115,13 @@ class InputSharder:
             if values.get(name) is not None:
                 values[name] = self._cut(rows.arranged(values[name]), layout)
         if labels is not None:
-            values["labels"] = self._cut(rows.arranged(labels), layout)
+            values["labels" if fused is None else "shift_labels"] = self._cut(rows.arranged(labels), layout)
         if "attention_mask" in inspect.signature(model.forward).parameters:
             # Where there is none, Transformers takes the gaps between a shard's positions for borders of documents.
             values["attention_mask"] = _whole_shard(values)
         values["use_cache"] = False
         blind = None if rows.blind is None else self._cut(rows.blind, layout)
-        return values, Placement(layout, rows, blind, labels is not None)
+        return values, Placement(layout, rows, blind, labels is not None, fused)
 
     def _cut(self, x: Tensor, layout: Layout) -> Tensor:
         if x.requires_grad:
@@ -160,6 +169,17 @@ def _tokens(values: Mapping[str, Any]) -> tuple[int, int]:
         )
     batch, length = values[given[0]].shape[:2]
     return batch, length
+
+
+def _refuse_idle_ranks(layout: Layout) -> None:
+    """Models cannot compute on no tokens, and the other ranks would wait for the one that cannot."""
+    if min(layout.sizes) == 0:
+        raise SequenceParallelConfigError(
+            setting="batch",
+            value=f"{sum(layout.sizes)} tokens",
+            why=f"of {len(layout.sizes)} ranks some would hold none of so short a sequence",
+            remedy="pad it behind its tokens with labels of -100 (pad_to_multiple_of in TRL's and most collators)",
+        )
 
 
 def _device(values: Mapping[str, Any]) -> torch.device:

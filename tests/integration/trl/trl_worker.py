@@ -1,0 +1,54 @@
+"""One rank that runs scripts one after the other: ``trl_worker.py FOLDER SECTION NAME...``, SECTION in JSON."""
+
+from __future__ import annotations
+
+import json
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from trl_cases import HEAD, MODEL, REFUSED, SCRIPTS
+
+
+def main() -> None:
+    """Writes what each came to as ``NAME.rankR.json``."""
+    folder, section, names = Path(sys.argv[1]), json.loads(sys.argv[2]), sys.argv[3:]
+    for name in names:
+        print(f"case {name}", flush=True)
+        failed = None
+        try:
+            result = came_to(name, folder, section)
+        except BaseException:
+            failed = traceback.format_exc()
+            result = {"failed": failed}
+        rank = dist.get_rank() if dist.is_initialized() else 0
+        (folder / f"{name}.rank{rank}.json").write_text(json.dumps(result))
+        assert failed is None, failed
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def came_to(name: str, folder: Path, section: Any) -> dict[str, Any]:
+    """What a script ended with."""
+    if name in REFUSED:
+        return refused(name, folder, section)
+    if name == HEAD:
+        from trl_head import differences
+
+        return differences(folder / MODEL, section)
+    return SCRIPTS[name].run(folder / name, section)
+
+
+def refused(name: str, folder: Path, section: dict[str, Any] | None) -> dict[str, Any]:
+    """What a script ends with."""
+    try:
+        REFUSED[name].run(folder / name, section)
+    except Exception as error:
+        return {"error": type(error).__name__, "message": str(error)}
+    return {"failed": f"{name} was not refused"}
+
+
+if __name__ == "__main__":
+    main()
