@@ -32,6 +32,9 @@ class Sharded(Protocol):
     def aside(self) -> bool:
         """Whether the model now computes whole sequences by itself, which peers may not do at all."""
 
+    def generated(self) -> bool:
+        """Whether it has computed by itself what peers may train on, each of which has computed it, too."""
+
     def make_logits_whole(self, model: nn.Module, engine: nn.Module | None = None) -> None:
         """Have outputs beside a loss whole where they are read; see `Parallelized.make_outputs_whole`."""
 

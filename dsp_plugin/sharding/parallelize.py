@@ -75,6 +75,10 @@ class Parallelized:
         """Whether a model of another library now computes whole sequences by itself, which peers may not do at all."""
         return self._integrated is not None and self._integrated.aside()
 
+    def generated(self) -> bool:
+        """Whether such a model has generated what peers may train on, each what came out on it."""
+        return self._integrated is not None and self._integrated.generated()
+
     def make_outputs_whole(self, module: nn.Module, engine: nn.Module | None = None) -> None:
         """Where the model is another library's, have what it returns beside a loss whole where it is read.
 
@@ -140,7 +144,7 @@ def parallelize(
         raise
     handle._undo[:0] = checks
     if handle._integrated is not None:
-        peers.alone = handle.aside
+        peers.alone, peers.samples.always = handle.aside, handle.generated
     handle.make_outputs_whole(module)
     announce(
         config,

@@ -40,12 +40,13 @@ class EqualPeers:
 
     Attributes:
         alone: whether the module now computes without its peers; None for one that never does, nor its copies.
+        samples: compares what peers are given.
     """
 
     def __init__(self, module: nn.Module, groups: SequenceParallelGroups) -> None:
         self._module, self._groups, self._sp = module, groups, groups.sp
         self.alone: Callable[[], bool] | None = None
-        self._samples = SameSampleCheck(groups.sp, _SAMPLES)
+        self.samples = SameSampleCheck(groups.sp, _SAMPLES)
         self._weighed = False
         self._training_passes = 0
 
@@ -66,7 +67,7 @@ class EqualPeers:
         if not answers(self._sp) or (self.alone is not None and self.alone()):
             return
         refuse_transforms("a sharded model", *(x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)))
-        self._samples.compare(module.training, args, kwargs)
+        self.samples.compare(module.training, args, kwargs)
         if not self._weighed:
             _compare_weights(module, self._sp)
             self._weighed = True

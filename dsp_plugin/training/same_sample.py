@@ -34,6 +34,7 @@ class SameSampleCheck:
 
     Attributes:
         alone: whether the module now computes without its peers, who may not call it at all.
+        always: whether every forward is checked from now on, as where peers train on what each computed for itself.
 
     Args:
         sp: the sequence axis. In debug mode every forward is checked, else the first `CHECKED_FORWARDS` in training
@@ -45,6 +46,7 @@ class SameSampleCheck:
         self._sp, self._remedy = sp, remedy
         self._seen = {True: 0, False: 0}
         self.alone: Callable[[], bool] = lambda: False
+        self.always: Callable[[], bool] = lambda: False
 
     def attach(self, module: nn.Module) -> RemovableHandle:
         """Hooks the module. Call before the module is parallelized: inputs are compared before they are sharded."""
@@ -60,7 +62,8 @@ class SameSampleCheck:
         Raises:
             SequenceParallelConfigError: peers were given different samples.
         """
-        if not answers(self._sp) or (self._seen[training] >= CHECKED_FORWARDS and not self._sp.debug):
+        enough = self._seen[training] >= CHECKED_FORWARDS and not self._sp.debug and not self.always()
+        if enough or not answers(self._sp):
             return
         self._seen[training] += 1
         leaves = list(described_leaves(args, kwargs))

@@ -73,7 +73,7 @@ def parallelizing(upstream: Callable[..., None], patched: Callable[[], str]) -> 
             handle = hook(module, config=section, groups=groups)
             undo.append(handle.remove)
             if isinstance(handle, Parallelized):
-                check.alone = handle.aside
+                check.alone, check.always = handle.aside, handle.generated
             upstream(self, *args, **kwargs)
         except BaseException:
             _unhook(module)

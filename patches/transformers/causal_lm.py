@@ -121,6 +121,10 @@ class ShardedCausalLM:
         """Whether the model generates, by itself: each rank for all tokens of whole sequences."""
         return self._overlay.aside
 
+    def generated(self) -> bool:
+        """Whether it has generated, see `Sharded.generated`."""
+        return self._overlay.generated
+
     def _sharded(self, model: PreTrainedModel, upstream: Callable[..., Any]) -> Callable[..., Any]:
         """Replaces the model's forward, not hooks around it: wrappers call either."""
 

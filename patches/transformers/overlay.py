@@ -58,6 +58,7 @@ class Overlay:
 
     Attributes:
         aside: whether the model is to compute as its own methods do.
+        generated: whether it has generated.
 
     Args:
         undo: gets what takes them off.
@@ -65,7 +66,7 @@ class Overlay:
 
     def __init__(self, model: nn.Module, undo: ExitStack) -> None:
         self._model, self._undo = model, undo
-        self.aside = False
+        self.aside = self.generated = False
 
     def replace(self, name: str, call: Callable[..., Any]) -> None:
         """Have ``call`` stand in for a method."""
@@ -102,6 +103,7 @@ def unsharded_generate(model: Any, overlay: Overlay) -> Callable[..., Any]:
     def generate(*args: Any, **kwargs: Any) -> Any:
         if not weights_are_whole(model):
             kwargs.setdefault("synced_gpus", True)
+        overlay.generated = True
         with overlay.set_aside():
             return upstream(*args, **kwargs)
 

@@ -16,6 +16,9 @@ from hf_models import VOCABULARY, build_model, micro_batch
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel
 
+from dsp_plugin import SequenceParallelConfigError
+from dsp_plugin.training.same_sample import CHECKED_FORWARDS
+
 DECAY, NEW_TOKENS = 0.9, 4
 
 
@@ -161,6 +164,23 @@ def attention_changed_later() -> dict[str, Any]:
     return {"loss": loss, "implementation": engine.module.config._attn_implementation}
 
 
+def trained_on_its_own() -> dict[str, Any]:
+    """Peers learn from what each generated for itself, long after the first passes, and one of them got another token."""
+    torch.manual_seed(0)
+    engine = start(build_model("llama"))
+    for step in range(CHECKED_FORWARDS + 1):
+        engine(**batch(step))
+    tokens = engine.module.generate(batch(0)["input_ids"], max_new_tokens=NEW_TOKENS, do_sample=False)
+    engine(input_ids=tokens, labels=tokens)
+    tokens = tokens.clone()
+    tokens[0, -1] = (tokens[0, -1] + dist.get_rank()) % VOCABULARY
+    try:
+        engine(input_ids=tokens, labels=tokens)
+    except SequenceParallelConfigError as error:
+        return {"refused": str(error)}
+    return {"refused": None}
+
+
 def runs(folder: Path) -> dict[str, Callable[[], dict[str, Any]]]:
     """All of them by name."""
     return {
@@ -168,5 +188,6 @@ def runs(folder: Path) -> dict[str, Callable[[], dict[str, Any]]]:
         "living-zero3": gathered_by_layer,
         "backbone": backbone_learns,
         "company": company,
+        "trained_on_its_own": trained_on_its_own,
         "attention_changed_later": attention_changed_later,
     }

@@ -96,6 +96,12 @@ def test_models_in_one_process_keep_out_of_each_others_way(hf_world: Callable[..
         assert result["losses"] == pytest.approx(losses, rel=1e-6)
 
 
+def test_what_peers_generated_unlike_is_refused(hf_world: Callable[..., Any]) -> None:
+    """Each generates for itself, so every pass from then on is compared, not the first ones only."""
+    for result in hf_world(2, "living").results("trained_on_its_own"):
+        assert "different samples" in result["refused"]
+
+
 def test_an_implementation_chosen_later_is_that_outside_of_passes(hf_world: Callable[..., Any]) -> None:
     torch.manual_seed(0)
     expected = build_model("llama")(**batch(0)).loss.item()

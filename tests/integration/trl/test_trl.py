@@ -18,13 +18,8 @@ EXAMPLE, JSON = ROOT / "launch" / "examples" / "sft_trl.py", ROOT / "configs" / 
 SHARDED = [(2, {"method": "ring", "size": 2})]
 MATRIX = [(4, {"method": "ulysses", "size": 2})]
 # What a log says of time, and not of the model.
-TIMES = ("runtime", "per_second")
-REASONS = {
-    "sft_short": "would hold none of so short a sequence",
-    "reward": "causal language models",
-    "grpo": "a cache holds whole sequences",
-    "rloo": "a cache holds whole sequences",
-}
+TIMES = ("runtime", "per_second", "step_time")
+REASONS = {"sft_short": "would hold none of so short a sequence"}
 
 
 def cells() -> list[Any]:

@@ -152,6 +152,9 @@ SCRIPTS = {
     "dpo_precomputed": Script(dpo(), 1, {"precompute_ref_log_probs": True}),
     "dpo_synced": Script(dpo(), 1, {"sync_ref_model": True, "ref_model_sync_steps": 1}),
     "kto": Script(kto, 2),
+    "reward": Script(reward, 1, {"eval_strategy": "no"}),
+    "grpo": Script(grpo, 1, {"eval_strategy": "no"}),
+    "rloo": Script(rloo, 1, {"eval_strategy": "no"}),
 }
 """By name; each is run with and without a section."""
 COVERING = ("sft", "sft_bfd", "dpo", "kto")
@@ -159,8 +162,5 @@ HEAD = "head"
 """The name of what `trl_head` compares."""
 REFUSED = {
     "sft_short": Script(sft(texts), 1, {"packing": True, "packing_strategy": "wrapped", "max_length": 20}),
-    "reward": Script(reward, 1, {"eval_strategy": "no"}),
-    "grpo": Script(grpo, 1, {"eval_strategy": "no"}),
-    "rloo": Script(rloo, 1, {"eval_strategy": "no"}),
 }
 """By name; each ends on every rank, and before its first step, but for rows that are too short."""
