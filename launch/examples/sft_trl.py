@@ -61,7 +61,8 @@ def small_model() -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
 
 def main() -> None:
     """Trains, evaluates and saves."""
-    data, training, named = TrlParser([ScriptArguments, SFTConfig, ModelConfig]).parse_args_and_config()
+    kinds: Any = (ScriptArguments, SFTConfig, ModelConfig)
+    data, training, named = TrlParser(kinds).parse_args_and_config()
     set_seed(training.seed)
     model: Any = named.model_name_or_path
     tokenizer = None
