@@ -61,8 +61,8 @@ def small_model() -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
 
 def main() -> None:
     """Trains, evaluates and saves."""
-    parser = TrlParser((ScriptArguments, SFTConfig, ModelConfig))  # type: ignore[arg-type]
-    data, training, named = parser.parse_args_and_config()
+    kinds: Any = (ScriptArguments, SFTConfig, ModelConfig)
+    data, training, named = TrlParser(kinds).parse_args_and_config()
     set_seed(training.seed)
     model: Any = named.model_name_or_path
     tokenizer = None

@@ -165,7 +165,7 @@ def attention_changed_later() -> dict[str, Any]:
 
 
 def trained_on_its_own() -> dict[str, Any]:
-    """Peers learn from what each generated for itself, long after the first passes, and one of them got another token."""
+    """Peers learn from what each generated for itself, after the first passes, and one got another token."""
     torch.manual_seed(0)
     engine = start(build_model("llama"))
     for step in range(CHECKED_FORWARDS + 1):

@@ -43,7 +43,11 @@ def test_a_script_comes_to_the_same(
         assert found["steps"] == expected["steps"]
         for entry, wanted in zip(found["log"], expected["log"], strict=True):
             assert losses(entry) == pytest.approx(losses(wanted), rel=1e-6)
-            assert numbers(entry) == pytest.approx(numbers(wanted), rel=2e-6, abs=1e-5)
+            # Of a norm, which small differences of large rewards went into.
+            norms = [numbers(line).pop("grad_norm", 0.0) for line in (entry, wanted)]
+            assert norms[0] == pytest.approx(norms[1], rel=1e-4)
+            found_numbers, wanted_numbers = ({**numbers(line), "grad_norm": 0.0} for line in (entry, wanted))
+            assert found_numbers == pytest.approx(wanted_numbers, rel=2e-6, abs=1e-5)
     weights, wanted = (saved(world.folder / name) for world in (shared, alone))
     assert weights.keys() == wanted.keys()
     for key, weight in weights.items():
