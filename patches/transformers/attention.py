@@ -82,14 +82,20 @@ class SequenceAttention:
             )
         assert isinstance(attention_mask, SequenceMask)
         placement = running.placement
+        rows = placement.rows
+        by_row = rows.documents_by_row
+        if by_row is None and not attention_mask.causal:
+            by_row = rows.apart
         out = self._attention(
             *(x.transpose(1, 2) for x in (query, key, value)),
             what=AttentionSpec(
-                attention_mask.spec(placement.rows.documents),
+                attention_mask.spec(rows.documents),
                 scaling,
                 dropout,
                 _dropout_seed(running.seed, module) if dropout else None,
-                cu_seqlens_by_row=placement.rows.documents_by_row,
+                cu_seqlens_by_row=rows.documents_by_row
+                if attention_mask.causal
+                else rows.documents_by_row or rows.apart,
             ),
             where=Where(self._groups, placement.layout),
         )

@@ -117,14 +117,14 @@ class MaskReader:
                 why="the window counts that padding, which is moved behind the tokens",
                 remedy="pad before or behind the tokens of a row",
             )
-        if not causal and rows.padded:
+        documents = rows.documents or rows.documents_by_row
+        if not causal and rows.apart is not None and documents is not None:
             raise UnsupportedError(
                 setting="attention_mask with sequence_parallel",
-                value="padding",
+                value="padding of packed rows",
                 why="attention that is not causal would see it",
-                remedy="give a batch rows of one length, without padding, or remove the section",
+                remedy="give every document a row of its own, or pack rows to the full",
             )
-        documents = rows.documents or rows.documents_by_row
         if documents is not None and _caller().get("position_ids") is None:
             raise UnsupportedError(
                 setting="position_ids with sequence_parallel",

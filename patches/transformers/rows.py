@@ -33,7 +33,8 @@ class Rows:
         documents_by_row: where rows differ, those of each.
         blind: bool ``[B, L]``: tokens that see no other and not themselves; None if there are none that count.
         interrupted: a document goes on behind padding that stood in its midst.
-        padded: there is padding.
+        apart: where there is padding, the borders of each row between its tokens and their padding; None without. For
+            attention that is not causal, which would see it.
     """
 
     order: Tensor | None = None
@@ -41,7 +42,7 @@ class Rows:
     documents_by_row: tuple[Borders, ...] | None = None
     blind: Tensor | None = None
     interrupted: bool = False
-    padded: bool = False
+    apart: tuple[Borders, ...] | None = None
 
     def arranged(self, x: Tensor) -> Tensor:
         """``x``, ``[1 or B, L, ...]`` as given, in the order of the rows."""
@@ -91,9 +92,14 @@ def take_rows(values: dict[str, Any], counted: Tensor | None, batch: int, length
         documents,
         by_row,
         interrupted=interrupted,
-        padded=not bool(real.all()),
+        apart=_apart(real),
     )
     return found if counted_alone is None else replace(found, blind=found.arranged(counted_alone.to(device)))
+
+
+def _apart(real: Tensor) -> tuple[Borders, ...] | None:
+    length, counts = real.shape[1], real.sum(1).tolist()
+    return None if min(counts, default=length) == length else tuple(tuple(sorted({0, n, length})) for n in counts)
 
 
 class _Pairs:

@@ -52,6 +52,7 @@ class Headed:
     checkpointing: bool = False
     adapted: bool = False
     types: bool = False
+    padded: bool = False
 
     def build(self) -> Any:
         """The model in training mode."""
@@ -65,7 +66,7 @@ class Headed:
         return model.train()
 
     def batch(self, step: int) -> dict[str, Any]:
-        """Whole, of tokens that are none of padding."""
+        """Whole, of tokens that are none of padding; with padding, each row has its own."""
         generator = torch.Generator().manual_seed(step)
         draw = partial(torch.randint, generator=generator)
         batch: dict[str, Any] = {"input_ids": draw(3, VOCABULARY, (MICRO, LENGTH))}
@@ -78,6 +79,12 @@ class Headed:
             batch["labels"][0, :5] = batch["labels"][1, 9:] = -100
         if self.labels == "span":
             batch |= {"start_positions": draw(LENGTH, (MICRO,)), "end_positions": draw(LENGTH, (MICRO,))}
+        if self.padded:
+            batch["attention_mask"] = torch.ones(MICRO, LENGTH, dtype=torch.int64)
+            batch["attention_mask"][0, LENGTH - 5 + step :] = batch["attention_mask"][1, LENGTH - 3 :] = 0
+            batch["input_ids"][batch["attention_mask"] == 0] = PADDING
+            if self.labels in ("tokens", "masked"):
+                batch["labels"][batch["attention_mask"] == 0] = -100
         return batch
 
     def loss(self, model: Any, step: int) -> Tensor:
@@ -99,11 +106,16 @@ HEADED = {
     "electra-span": Headed("ElectraForQuestionAnswering", {**ENCODER, "embedding_size": 16}, "span", "lightseq", 0),
     "modernbert-masked": Headed("ModernBertForMaskedLM", MODERN, "masked", "ring", 2),
     "modernbert-sequence": Headed("ModernBertForSequenceClassification", MODERN, "sequence", "ulysses", 1),
+    "bert-masked-padded": Headed("BertForMaskedLM", ENCODER, "masked", "ring", 2, padded=True),
+    "bert-sequence-padded": Headed("BertForSequenceClassification", ENCODER, "sequence", "usp", 1, padded=True),
+    "llama-sequence-padded": Headed("LlamaForSequenceClassification", DECODER, "sequence", "ring", 2, padded=True),
+    "modernbert-masked-padded": Headed("ModernBertForMaskedLM", MODERN, "masked", "ulysses", 1, padded=True),
 }
 
 # Of them, those of the covering subset.
 COVERING = (
-    *("llama-sequence", "qwen2-sequence-lora", "bert-masked", "bert-sequence", "roberta-tokens", "modernbert-masked"),
+    *("llama-sequence", "qwen2-sequence-lora", "bert-masked", "bert-sequence-padded", "roberta-tokens"),
+    *("modernbert-masked-padded", "llama-sequence-padded"),
 )
 
 
