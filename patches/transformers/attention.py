@@ -93,9 +93,7 @@ class SequenceAttention:
                 scaling,
                 dropout,
                 _dropout_seed(running.seed, module) if dropout else None,
-                cu_seqlens_by_row=rows.documents_by_row
-                if attention_mask.causal
-                else rows.documents_by_row or rows.apart,
+                cu_seqlens_by_row=by_row,
             ),
             where=Where(self._groups, placement.layout),
         )

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
+import importlib
 import re
 import shlex
 from pathlib import Path
@@ -34,6 +36,8 @@ TARGETS = [command for command in DOCUMENTED if command.startswith("make ")]
 
 def flags_of(script: Path) -> set[str]:
     """What a script's parser takes, and those that the scripts share."""
+    if "parse_args_" in (source := script.read_text()):
+        return flags_of_dataclasses(source)
     return {
         str(argument.value)
         for path in (script, *SHARED)
@@ -42,6 +46,21 @@ def flags_of(script: Path) -> set[str]:
         for argument in node.args
         if isinstance(argument, ast.Constant)
     }
+
+
+def flags_of_dataclasses(source: str) -> set[str]:
+    """What Hugging Face's parsers take: the fields of a script's classes, and of those of the libraries."""
+    own = {
+        field.target.id
+        for kind in ast.walk(ast.parse(source))
+        if isinstance(kind, ast.ClassDef)
+        for field in kind.body
+        if isinstance(field, ast.AnnAssign)
+    }
+    libraries = (("transformers", "TrainingArguments"), ("trl", "SFTConfig"), ("trl", "ModelConfig"))
+    named = [getattr(importlib.import_module(library), name) for library, name in libraries if name in source]
+    taken = own.union(*({field.name for field in dataclasses.fields(kind)} for kind in named))
+    return {f"--{name.replace('_', character)}" for name in taken for character in "_-"}
 
 
 def test_commands_are_found():

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from plain_models import KINDS, loss_of
-from plain_training import Case, fully_sharded, shard
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
+from torch_training import Case, fully_sharded, shard
 
 from dsp_plugin import (
     SequenceParallelConfig,

@@ -7,7 +7,7 @@ import re
 import pytest
 from plain_models import KINDS
 from plain_refused import WRONG, heard
-from plain_training import Case, errors
+from torch_training import Case, errors
 
 from dsp_plugin.spawn import spawn
 
