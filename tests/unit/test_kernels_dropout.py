@@ -77,9 +77,7 @@ def test_the_expected_output_is_that_without_dropout() -> None:
 
 def test_settings_are_checked() -> None:
     q, k, v, _ = make(Shape())
-    with pytest.raises(
-        SequenceParallelConfigError, match=r"dropout_p=1\.0: .* is a number in \[0, 1\)"
-    ):
+    with pytest.raises(SequenceParallelConfigError, match=r"dropout_p=1\.0: .* is a number in \[0, 1\)"):
         attention(q, k, v, AttentionSpec(MaskSpec(), dropout_p=1.0, dropout_seed=1))
     with pytest.raises(SequenceParallelConfigError, match=r"dropout_seed: it is None with dropout_p=0\.1"):
         attention(q, k, v, AttentionSpec(MaskSpec(), dropout_p=0.1))

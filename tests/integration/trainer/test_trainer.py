@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ast
+import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +14,7 @@ from accelerate_cases import COVERING_LOOPS, LOOPS
 from safetensors.torch import load_file
 from trainer_cases import COVERING, SCRIPTS
 
+ROOT = Path(__file__).parents[3]
 # Ranks, and their section; the first of each pair is compared with as many ranks as it has replicas.
 SHARDED = [(4, {"method": "ring", "size": 2}), (2, {"method": "ulysses", "size": 2})]
 MATRIX = [(4, {"method": "usp", "size": 4, "ulysses_size": 2}), (3, {"method": "lightseq", "size": 3})]
@@ -74,6 +78,21 @@ def test_a_loop_on_accelerate_comes_to_the_same(
         for what in ("losses", "unbroken"):
             assert found[what] == pytest.approx(expected[what], rel=1e-6), what
         assert flat(found["predicted"]) == pytest.approx(flat(expected["predicted"]), abs=2e-4)
+
+
+@pytest.mark.parametrize(
+    ("script", "config"), [("finetune_trainer.py", "trainer_ring_zero3.json"), ("sft_trl.py", "sft_ring_zero3.json")]
+)
+def test_all_that_a_user_changes_is_the_json(script: str, config: str) -> None:
+    """The examples' code does not name us, and their JSON but for the section is what they have without us."""
+    tree = ast.parse((ROOT / "launch" / "examples" / script).read_text())
+    named = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+    imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    modules = {node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    assert not [name for name in named | imported | modules if "dsp" in name or "sequence_parallel" in name]
+    changed = json.loads((ROOT / "configs" / "deepspeed" / config).read_text())
+    assert set(changed.pop("sequence_parallel")) == {"method", "size"}
+    assert all("sequence" not in key for key in changed)
 
 
 def flat(values: Any) -> list[float]:
