@@ -214,6 +214,7 @@ def _served() -> Iterator[None]:
         yield
     except SystemExit as end:
         if end.code:
+            told.settle()
             raise
     problem = told.unserved()
     if problem is not None:
@@ -234,6 +235,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         prepare(command)
     except (SequenceParallelConfigError, UnsupportedError, PatchError) as error:
         print(f"{PROGRAM}: error: {error}", file=sys.stderr, flush=True)
+        told.settle()
         raise SystemExit(2) from None
     restarts.install()
     try:

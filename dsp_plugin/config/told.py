@@ -18,7 +18,7 @@ from dsp_plugin.errors import SequenceParallelConfigError
 OPTION = "--sequence-parallel"
 VARIABLE = "DSP_PLUGIN_SECTION"
 
-_served: set[str] = set()
+_settled: set[str] = set()
 
 
 def section_text(given: str) -> str:
@@ -91,20 +91,20 @@ def refuse_beside_deepspeed(ds_config: Mapping[str, Any]) -> None:
     )
 
 
-def serve() -> None:
-    """Note that a model is sharded by the section."""
-    _served.add(VARIABLE)
+def settle() -> None:
+    """Note that nobody has to ask whether a model was sharded by the section: one was, or the run has failed."""
+    _settled.add(VARIABLE)
 
 
 def unserved() -> str | None:
-    """What is wrong where a run ends and no model was sharded by its section; None where one was, or when asked again.
+    """What is wrong where a run ends and no model was sharded by its section; None where it is settled, or when asked again.
 
     Raises:
         SequenceParallelConfigError: as `told`.
     """
-    if told() is None or _served:
+    if told() is None or _settled:
         return None
-    serve()
+    settle()
     return (
         f"{OPTION} ({VARIABLE}) gave this run a section, but no model was sharded by it: none went through "
         "accelerate's Accelerator.prepare, which Transformers' Trainer calls. What was trained was trained unsharded. "

@@ -55,4 +55,4 @@ def _shard(model: nn.Module) -> None:
     if inside not in _sharded:
         parallelize(model, config=section, groups=groups).make_outputs_whole(inside, engine=model)
         _sharded.add(inside)
-        told.serve()
+        told.settle()
