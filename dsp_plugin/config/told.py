@@ -97,7 +97,9 @@ def settle() -> None:
 
 
 def unserved() -> str | None:
-    """What is wrong where a run ends and no model was sharded by its section; None where it is settled, or when asked again.
+    """What is wrong where a run ends and no model was sharded by its section; None where that is settled.
+
+    Asked again, it is.
 
     Raises:
         SequenceParallelConfigError: as `told`.

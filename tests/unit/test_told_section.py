@@ -32,7 +32,7 @@ def test_a_section_is_read_from_a_file_or_the_command_line(script: str, tmp_path
     [
         (None, SECTION, ["--sp-method", "ring"], ["--sp-method='ring'", "--sequence-parallel", "drop"]),
         (SECTION, None, ["--sp-method", "ring"], ["--sp-method='ring'", "DSP_PLUGIN_SECTION"]),
-        (SECTION, '{"method": "ulysses", "size": 2}', [], ["another section", "unset DSP_PLUGIN_SECTION"]),
+        (SECTION, '{"method": "ulysses", "size": 2}', [], ["another section", "Unset DSP_PLUGIN_SECTION"]),
         ('{"method": "rings", "size": 2}', None, [], ["DSP_PLUGIN_SECTION", "'rings'"]),
     ],
 )
