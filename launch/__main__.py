@@ -1,9 +1,11 @@
 """Runs a user's unmodified script with the plugin in place.
 
-    python -m dsp_plugin.launch [--cpu[=force]] [--report FOLDER] [--timeout SECONDS] SCRIPT [ARGS ...]
+    python -m dsp_plugin.launch [--cpu[=force]] [--report FOLDER] [--timeout SECONDS]
+        [--sequence-parallel SECTION] SCRIPT [ARGS ...]
     torchrun --nproc-per-node 8 -m dsp_plugin.launch SCRIPT [ARGS ...]
 
-DeepSpeed scripts need nothing more: the "sequence_parallel" section of their DeepSpeed config is honoured.
+DeepSpeed scripts need nothing more: the "sequence_parallel" section of their DeepSpeed config is honoured. Scripts of
+accelerate or Transformers' Trainer on DDP or FSDP2 get theirs by --sequence-parallel, a JSON file or '{"method": ...}'.
 Megatron-core scripts take --context-parallel-size N --sp-method ulysses; a Megatron-LM checkout in the script's folder
 is the one that is used. The --sp-* flags are read here and hidden from the script; a script that has --sp-* flags of
 its own gets them after a lone --. With --report every rank writes what it sent and its peak memory to
@@ -18,7 +20,8 @@ import os
 import runpy
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -27,6 +30,7 @@ from typing import NoReturn
 
 import torch
 
+from dsp_plugin.config import told
 from dsp_plugin.errors import DamagedCheckpointError, PatchError, SequenceParallelConfigError, UnsupportedError
 from dsp_plugin.launch.report import report
 from dsp_plugin.patches import cpu, megatron, restarts
@@ -57,6 +61,7 @@ class Command:
         arguments: what the script sees.
         flags: the ``--sp-*`` flags, as attributes `sp_*`.
         timeout: seconds of silence after which a rank is taken for dead; 0 watches nobody.
+        section: of ``--sequence-parallel``, as JSON.
     """
 
     cpu: str | None
@@ -65,17 +70,20 @@ class Command:
     arguments: tuple[str, ...]
     flags: argparse.Namespace
     timeout: float
+    section: str | None = None
 
     @classmethod
     def parse(cls, argv: Sequence[str]) -> Command:
         """Splits a command line into the launcher's and the script's.
 
         Raises:
-            SequenceParallelConfigError: no script, a script that does not exist, or a flag that is not known.
+            SequenceParallelConfigError: no script, a script that does not exist, a flag that is not known, or a section
+                that is not legal.
         """
         rest = list(argv)
         cpu_mode = None
         report_folder = None
+        section: str | None = None
         timeout: str | None = None
         before: list[str] = []
         # The deepspeed launcher puts the local rank right behind the module; it is meant for the script.
@@ -89,6 +97,8 @@ class Command:
                 report_folder = _folder(value or (rest.pop(0) if rest else ""))
             elif name == "--timeout":
                 timeout = value or (rest.pop(0) if rest else "")
+            elif name == told.OPTION:
+                section = told.section_text(value or (rest.pop(0) if rest else ""))
             elif name in ("--local_rank", "--local-rank"):
                 local_rank = [flag] if value else [flag, *rest[:1]]
                 rest = rest if value else rest[1:]
@@ -98,8 +108,8 @@ class Command:
                     before.append(rest.pop(0))
             else:
                 raise SequenceParallelConfigError(
-                    f"unknown option {flag!r} before the script; the launcher takes --cpu, --report, --timeout and "
-                    f"--sp-* there. "
+                    f"unknown option {flag!r} before the script; the launcher takes --cpu, --report, --timeout, "
+                    f"{told.OPTION} and --sp-* there. "
                     f"Options of the script follow it: {PROGRAM} SCRIPT {flag} ..."
                 )
         if not rest:
@@ -110,7 +120,7 @@ class Command:
                 f"no script at {script!r} (in {os.getcwd()}). Usage: {PROGRAM} SCRIPT [ARGS ...]"
             )
         flags, remaining = _take_flags([*before, *rest])
-        return cls(cpu_mode, report_folder, script, (*local_rank, *remaining), flags, seconds(timeout))
+        return cls(cpu_mode, report_folder, script, (*local_rank, *remaining), flags, seconds(timeout), section)
 
 
 def _folder(text: str) -> Path:
@@ -167,6 +177,15 @@ def prepare(command: Command) -> None:
     if mode is not None:
         cpu.install(force=mode == "force")
     flags = command.flags
+    if command.section is not None:
+        told.tell(command.section)
+    if flags.sp_method is not None and told.told() is not None:
+        raise SequenceParallelConfigError(
+            setting="--sp-method",
+            value=flags.sp_method,
+            why=f"{told.OPTION} ({told.VARIABLE}) is for scripts of accelerate, and --sp-method for Megatron-core",
+            remedy=f"drop {told.OPTION} and unset {told.VARIABLE}, or drop --sp-method",
+        )
     if flags.sp_method is not None:
         given = {name.removeprefix("sp_"): value for name, value in vars(flags).items() if value is not None}
         state = megatron.install(**given, heads=arguments.heads_per_rank(command.arguments))
@@ -188,6 +207,22 @@ def prepare(command: Command) -> None:
     after_import("megatron.training.checkpointing", PatchSet("megatron's last iteration", (tracker.patch(),)).apply)
 
 
+@contextmanager
+def _served() -> Iterator[None]:
+    """Fails a run that has ended well, but did not use the section that it was told."""
+    try:
+        yield
+    except SystemExit as end:
+        if end.code:
+            told.settle()
+            raise
+    problem = told.unserved()
+    if problem is not None:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"{PROGRAM}: error: {problem}", file=sys.stderr, flush=True)
+        raise SystemExit(1)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """The command: exits with 2 and one line where it is wrong, else as the script does."""
     argv = sys.argv[1:] if argv is None else argv
@@ -200,10 +235,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         prepare(command)
     except (SequenceParallelConfigError, UnsupportedError, PatchError) as error:
         print(f"{PROGRAM}: error: {error}", file=sys.stderr, flush=True)
+        told.settle()
         raise SystemExit(2) from None
     restarts.install()
     try:
-        with watched(command.timeout), report(command.report):
+        with _served(), watched(command.timeout), report(command.report):
             runpy.run_path(command.script, run_name="__main__")
     except DamagedCheckpointError:
         # Here and not by the interpreter, for an agent that ends takes its ranks with it.

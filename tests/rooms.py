@@ -69,17 +69,17 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         room for room in _LIBRARY if room not in ("integers", "derivatives", "spawn", "planner", "watch")
     ),
     "patches": ("errors", "integers", "comm", "training", "watch"),
-    "patches/autoload": ("patches", "patches/deepspeed", "patches/accelerate", "patches/transformers"),
+    "patches/autoload": ("config", "patches", "patches/deepspeed", "patches/accelerate", "patches/transformers"),
     "patches/diffusers": ("errors", "plans"),
     "patches/transformers": (*_SEAM, "mask", "kernels", "plans", "sharding", "training", "patches"),
     "patches/deepspeed": (*_SEAM, "plans", "sharding", "training", "patches", "patches/transformers"),
     "patches/accelerate": (
-        *("errors", "groups", "comm", "config", "patches", "patches/deepspeed", "patches/transformers"),
+        *("errors", "groups", "comm", "config", "sharding", "patches", "patches/deepspeed", "patches/transformers"),
     ),
     "patches/megatron": (*_SEAM, "mask", "kernels", "training", "patches"),
     "patches/megatron/models": (*_SEAM, "kernels", "planner", "models", "patches/megatron"),
     **dict.fromkeys(DOORS, ("patches/megatron/models",)),
-    "launch": ("errors", "comm", "watch", "patches", "patches/megatron"),
+    "launch": ("errors", "comm", "config", "watch", "patches", "patches/megatron"),
     "launch/examples": ("dsp_plugin", "kernels", "models", "patches/megatron/models", *DOORS),
 }
 # Of a room that others may know in part only, the files that they may know.
@@ -89,6 +89,8 @@ ONLY = {
     ("sharding", "patches"): ("recompute", "post_import"),
     ("watch", "comm"): ("ledger", "agreement"),
     ("spawn", "comm"): ("agreement",),
+    ("launch", "config"): ("told",),
+    ("patches/autoload", "config"): ("told",),
     ("config", "kernels"): ("spec", "candidates"),
 }
 

@@ -1,7 +1,8 @@
 """Hugging Face accelerate, and with it Transformers' Trainer and TRL: their processes are our replicas.
 
 The ``"sequence_parallel"`` section of the DeepSpeed config that `DeepSpeedPlugin` or `TrainingArguments` read is all
-that a script gives. `replicas` says what a process is, `operations` what is sent between processes. Without the section
+that a script gives; without DeepSpeed, the section that the run was told (`dsp_plugin.config.told`). `replicas` says
+what a process is, `operations` what is sent between processes, `prepared` which models are sharded. Without a section
 no call behaves differently.
 """
 
@@ -13,8 +14,9 @@ from contextlib import suppress
 from typing import Any
 
 from dsp_plugin.config.schema import DEEPSPEED_SECTION
+from dsp_plugin.config.told import told
 from dsp_plugin.errors import PatchError
-from dsp_plugin.patches.accelerate import operations, replicas
+from dsp_plugin.patches.accelerate import operations, prepared, replicas
 from dsp_plugin.patches.accelerate.versions import DISTRIBUTION, SUPPORTED, TESTED
 from dsp_plugin.patches.patch import Patch, PatchSet
 
@@ -85,6 +87,8 @@ PATCHES = PatchSet(
             operations.fetching,
             "iterator",
         ),
+        _patch("shard models", "accelerator:Accelerator.prepare_model", prepared.preparing, "model"),
+        _patch("shard models of FSDP2", "accelerator:Accelerator._prepare_fsdp2", prepared.preparing_fsdp2),
     ),
 )
 
@@ -99,10 +103,16 @@ def install() -> None:
 
 
 def install_where_it_fits() -> None:
-    """`install` on an accelerate that the patches fit; on any other nothing changes but that our section is refused."""
+    """`install` on an accelerate that the patches fit; on any other nothing changes but that our section is refused.
+
+    Raises:
+        PatchError: they do not fit, and the run was told a section.
+    """
     try:
         install()
     except PatchError as error:
+        if told() is not None:
+            raise
         with suppress(PatchError):
             _refusal(error).apply()
 

@@ -16,7 +16,8 @@ from typing import Any
 
 import torch.distributed as dist
 
-from dsp_plugin.config.schema import SequenceParallelConfig
+from dsp_plugin.config.schema import DEEPSPEED_SECTION, SequenceParallelConfig
+from dsp_plugin.config.told import OPTION, VARIABLE, refuse_beside_deepspeed, told
 from dsp_plugin.errors import SequenceParallelConfigError, UnsupportedError
 from dsp_plugin.groups import SequenceParallelGroups
 from dsp_plugin.patches.deepspeed import random_state
@@ -58,7 +59,8 @@ def reading_config(upstream: Callable[..., None]) -> Callable[..., None]:
     """Replaces ``HfDeepSpeedConfig.__init__``, which reads the config for accelerate and, by inheritance, the Trainer.
 
     Raises:
-        SequenceParallelConfigError: the section is none, or another than that of a config that was read before.
+        SequenceParallelConfigError: the section is none, or another than that of a config that was read before, or the
+            run was told one.
         UnsupportedError: AutoTP beside it.
     """
 
@@ -66,6 +68,7 @@ def reading_config(upstream: Callable[..., None]) -> Callable[..., None]:
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:  # noqa: N807
         upstream(self, *args, **kwargs)
         section = SequenceParallelConfig.from_deepspeed(self.config)
+        refuse_beside_deepspeed(self.config)
         if section is None:
             return
         _check_beside(section, self.config)
@@ -78,7 +81,8 @@ def reading_config(upstream: Callable[..., None]) -> Callable[..., None]:
 def choosing_backend(upstream: Callable[..., Any]) -> Callable[..., Any]:
     """Replaces ``PartialState._prepare_backend``, which takes ranks of DeepSpeed on CPUs for processes that are alone.
 
-    Every one would then train on all samples; with or without a section, DeepSpeed's ranks are one world.
+    Every one would then train on all samples; with or without a section, DeepSpeed's ranks are one world. So are those
+    of a run that was told a section, of which accelerate expects to be told that they are on CPUs.
     """
 
     @functools.wraps(upstream)
@@ -88,7 +92,7 @@ def choosing_backend(upstream: Callable[..., Any]) -> Callable[..., Any]:
         found = upstream(self, cpu, sagemaker_dp, backend)
         by_deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
         ranks = int(os.environ.get("WORLD_SIZE", 1)) if "LOCAL_RANK" in os.environ else 1
-        if found[1] == DistributedType.NO and by_deepspeed and ranks > 1:
+        if found[1] == DistributedType.NO and (by_deepspeed or told() is not None) and ranks > 1:
             return "gloo", DistributedType.MULTI_CPU
         return found
 
@@ -96,7 +100,7 @@ def choosing_backend(upstream: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def starting(upstream: Callable[..., None]) -> Callable[..., None]:
-    """Replaces ``PartialState.__init__``: where a config was read before there was a world, the world is folded now."""
+    """Replaces ``PartialState.__init__``: what was read or told before there was a world folds the world now."""
 
     @functools.wraps(upstream)
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:  # noqa: N807
@@ -123,24 +127,17 @@ def configuring(upstream: Callable[..., None]) -> Callable[..., None]:
 
     Raises:
         SequenceParallelConfigError: accelerate's own parallelism config shares sequences, or layers, too.
+        UnsupportedError: the run was told a section, and models are to be wrapped in what `parallelize` does not serve.
     """
 
     @functools.wraps(upstream)
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:  # noqa: N807
         upstream(self, *args, **kwargs)
-        mesh = vars(self).get("parallelism_config")
-        if folded() is None or mesh is None:
+        if folded() is None:
             return
-        for name in ("sp_size", "cp_size", "tp_size"):
-            size = getattr(mesh, name, None) or 1
-            if size > 1:
-                raise SequenceParallelConfigError(
-                    setting=f"ParallelismConfig.{name}",
-                    value=size,
-                    why='the DeepSpeed config has a "sequence_parallel" section, which alone says how ranks share a '
-                    "sequence",
-                    remedy=f'drop {name} (and PARALLELISM_CONFIG_{name.upper()}), or the "sequence_parallel" section',
-                )
+        _refuse_sizes(vars(self).get("parallelism_config"))
+        if told() is not None:
+            _refuse_wrappers(vars(self))
 
     return __init__
 
@@ -202,13 +199,57 @@ def _check_beside(section: SequenceParallelConfig, config: Mapping[str, Any]) ->
         )
 
 
+def _refuse_sizes(mesh: Any) -> None:
+    if told() is None:
+        names: tuple[str, ...] = ("sp_size", "cp_size", "tp_size")
+        source = f'the DeepSpeed config has a "{DEEPSPEED_SECTION}" section, which'
+        other = f'the "{DEEPSPEED_SECTION}" section'
+    else:
+        # Its meshes are made of as many ranks as there are processes, which are replicas.
+        names = ("sp_size", "cp_size", "tp_size", "dp_shard_size", "dp_replicate_size")
+        source, other = f"the section of {OPTION} ({VARIABLE})", OPTION
+    for name in names:
+        size = getattr(mesh, name, None) or 1
+        if size > 1:
+            by_data = name.startswith("dp_")
+            raise SequenceParallelConfigError(
+                setting=f"ParallelismConfig.{name}",
+                value=size,
+                why=f"{source} alone says how ranks share a sequence"
+                + (", and gradients are averaged over all ranks" if by_data else ""),
+                remedy=f"drop {name} (and PARALLELISM_CONFIG_{name.upper()})"
+                + (": DDP and FSDP2 go over all ranks by themselves" if by_data else f", or {other}"),
+            )
+
+
+def _refuse_wrappers(state: Mapping[str, Any]) -> None:
+    kind = state["distributed_type"].value
+    version = getattr(state.get("fsdp_plugin"), "fsdp_version", 1)
+    if kind == "FSDP" and version != 2:
+        raise UnsupportedError(
+            setting="fsdp_version",
+            value=version,
+            why="FSDP1 puts parameters into flat ones, of which nothing says over which ranks their gradients are "
+            "averaged",
+            remedy="set fsdp_version to 2 (FSDP_VERSION=2), or leave FSDP out",
+        )
+    if kind not in ("FSDP", "NO") and not kind.startswith("MULTI_"):
+        raise UnsupportedError(
+            setting="distributed_type",
+            value=kind,
+            why=f"the section of {OPTION} ({VARIABLE}) is for models in DDP and FSDP2",
+            remedy="choose one of these in accelerate's config",
+        )
+
+
 def _fold() -> None:
     from accelerate.state import AcceleratorState, PartialState
 
     shared = PartialState._shared_state
-    if _now.section is None or "num_processes" not in shared or _now.groups is not None:
+    section = _now.section or told()
+    if section is None or "num_processes" not in shared or _now.groups is not None:
         return
-    _now.groups = groups = SequenceParallelGroups.build(_now.section)
+    _now.groups = groups = SequenceParallelGroups.build(section)
     for state in (shared, AcceleratorState._shared_state):
         if "num_processes" in state:
             state.update({"num_processes": groups.dp.size, "process_index": groups.dp.rank})

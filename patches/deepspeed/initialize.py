@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from dsp_plugin.config.schema import SequenceParallelConfig
+from dsp_plugin.config.told import refuse_beside_deepspeed
 from dsp_plugin.patches.deepspeed.refusals import refuse_conflicts
 
 
@@ -22,6 +23,7 @@ def refusing(upstream: Callable[..., Any]) -> Callable[..., Any]:
     def initialize(*args: Any, **kwargs: Any) -> Any:
         given = signature.bind(*args, **kwargs).arguments
         config = _user_config(given)
+        refuse_beside_deepspeed(config or {})
         if config is not None and given.get("model") is not None and SequenceParallelConfig.from_deepspeed(config):
             refuse_conflicts(config, given["model"], given.get("mpu"), given.get("mesh_param"))
         return upstream(*args, **kwargs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Iterator
 from dataclasses import replace
@@ -12,9 +13,11 @@ import pytest
 pytest.importorskip("accelerate")
 pytest.importorskip("deepspeed")
 
+import deepspeed
+import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
-from accelerate.utils import ParallelismConfig
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, ParallelismConfig
 from accelerate.utils.deepspeed import HfDeepSpeedConfig
 
 from dsp_plugin.errors import SequenceParallelConfigError, UnsupportedError
@@ -104,3 +107,40 @@ def test_a_newer_version_is_named_in_a_warning_and_runs() -> None:
         warnings.simplefilter("error")
         first.apply()
     assert accelerate.PATCHES.applied
+
+
+def test_the_section_that_a_run_is_told_folds_every_world(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DSP_PLUGIN_SECTION", json.dumps(config()["sequence_parallel"]))
+    for _ in range(2):
+        PartialState(cpu=True)
+        assert folded() is not None
+        AcceleratorState._reset_state(reset_partial_state=True)
+        assert folded() is None
+
+
+@pytest.mark.parametrize("with_section", [False, True])
+def test_deepspeed_beside_a_section_that_the_run_is_told_is_refused(
+    with_section: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DSP_PLUGIN_SECTION", json.dumps(config()["sequence_parallel"]))
+    ds_config = config() if with_section else {"train_batch_size": 2}
+    said = "has a .* section as well" if with_section else "where its section belongs"
+    with pytest.raises(SequenceParallelConfigError, match=said):
+        HfDeepSpeedConfig(ds_config)
+    with pytest.raises(SequenceParallelConfigError, match=said):
+        deepspeed.initialize(model=torch.nn.Linear(2, 2), config=ds_config)
+
+
+def test_wrappers_that_are_not_served_are_refused_beside_a_told_section(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DSP_PLUGIN_SECTION", json.dumps(config()["sequence_parallel"]))
+    with pytest.raises(SequenceParallelConfigError, match=r"dp_shard_size=2.*over all ranks by themselves"):
+        Accelerator(cpu=True, parallelism_config=ParallelismConfig(dp_shard_size=2))
+    AcceleratorState._reset_state(reset_partial_state=True)
+    state = Accelerator(cpu=True).state
+    # As it is on accelerators, to which accelerate gives FSDP alone.
+    PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+    state.fsdp_plugin = FullyShardedDataParallelPlugin(fsdp_version=2)
+    AcceleratorState(_from_accelerator=True)
+    state.fsdp_plugin = FullyShardedDataParallelPlugin(fsdp_version=1)
+    with pytest.raises(UnsupportedError, match=r"fsdp_version=1.*Set fsdp_version to 2"):
+        AcceleratorState(_from_accelerator=True)

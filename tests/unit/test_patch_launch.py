@@ -70,6 +70,12 @@ def test_splits_the_command_line(
         (["--report", "/proc/no/such", "SCRIPT"], ["--report='/proc/no/such'", "nothing can be written there"]),
         (["--report"], ["--report", "no folder is named"]),
         (["SCRIPT", "--sp-method"], ["--sp-method", "expected one argument"]),
+        (["--sequence-parallel"], ["--sequence-parallel=''", "no file can be read there"]),
+        (["--sequence-parallel", "no/such.json", "SCRIPT"], ["no/such.json", "No such file"]),
+        (["--sequence-parallel", "SCRIPT", "SCRIPT"], ["--sequence-parallel", "is not JSON"]),
+        (["--sequence-parallel={'method': 1}", "SCRIPT"], ["--sequence-parallel", "is not JSON"]),
+        (['--sequence-parallel={"method": "rings", "size": 2}', "SCRIPT"], ["--sequence-parallel", "'rings'", "ring"]),
+        (['--sequence-parallel={"method": "ring", "sise": 2}', "SCRIPT"], ["unknown key 'sise'", "'size'"]),
     ],
 )
 def test_mistakes_are_named(argv: list[str], words: list[str], script: str) -> None:

@@ -9,7 +9,14 @@ from typing import Any
 import torch
 from accelerate import Accelerator, DataLoaderConfiguration
 from accelerate.state import AcceleratorState
-from accelerate.utils import DeepSpeedPlugin, broadcast_object_list, gather_object, set_seed
+from accelerate.utils import (
+    DeepSpeedPlugin,
+    DistributedType,
+    FullyShardedDataParallelPlugin,
+    broadcast_object_list,
+    gather_object,
+    set_seed,
+)
 from torch.utils.data import DataLoader
 from trainer_cases import LONGEST, Stream, Text, build_model, to_longest
 
@@ -21,10 +28,12 @@ class Loop:
     """A training loop.
 
     Attributes:
+        wrapper: "ddp" or "fsdp2", without DeepSpeed; None for ZeRO.
         stage: of ZeRO.
         split_batches, dispatch_batches, streamed: how data are read.
     """
 
+    wrapper: str | None = None
     stage: int = 1
     split_batches: bool = False
     dispatch_batches: bool | None = None
@@ -33,7 +42,11 @@ class Loop:
     def run(self, folder: Path, section: dict[str, Any] | None) -> dict[str, Any]:
         """Trains half, stops, goes on with everything made anew, and evaluates."""
         folder.mkdir(parents=True, exist_ok=True)
-        whole, broken = self._train(folder, section, stop=None), self._train(folder, section, stop=STEPS // 2)
+        whole = self._train(folder, section, stop=None)
+        if self.wrapper == "fsdp2":
+            # What accelerate saves of it cannot be read on CPUs, with a section or without.
+            return {**whole, "unbroken": whole["losses"]}
+        broken = self._train(folder, section, stop=STEPS // 2)
         went_on = self._train(folder, section, stop=None, resume=True)
         broken["losses"] += went_on.pop("losses")
         return {**whole, "unbroken": whole["losses"], "losses": broken["losses"], "on": went_on}
@@ -42,21 +55,7 @@ class Loop:
         self, folder: Path, section: dict[str, Any] | None, stop: int | None, resume: bool = False
     ) -> dict[str, Any]:
         AcceleratorState._reset_state(reset_partial_state=True)
-        config: dict[str, Any] = {
-            "train_micro_batch_size_per_gpu": "auto",
-            "train_batch_size": "auto",
-            "gradient_accumulation_steps": 2,
-            "zero_optimization": {"stage": self.stage},
-        }
-        if section is not None:
-            config["sequence_parallel"] = section
-        accelerator = Accelerator(
-            deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=config),
-            gradient_accumulation_steps=2,
-            dataloader_config=DataLoaderConfiguration(
-                split_batches=self.split_batches, dispatch_batches=self.dispatch_batches
-            ),
-        )
+        accelerator = self._accelerator(section)
         set_seed(5)
         model = build_model()
         optimizer = torch.optim.SGD(model.parameters(), lr=0.3)
@@ -89,6 +88,35 @@ class Loop:
             if done == STEPS:
                 break
         return {"losses": losses, "rate": schedule.get_last_lr(), **self._evaluate(accelerator, model, held_out)}
+
+    def _accelerator(self, section: dict[str, Any] | None) -> Accelerator:
+        more: dict[str, Any] = {
+            "gradient_accumulation_steps": 2,
+            "dataloader_config": DataLoaderConfiguration(
+                split_batches=self.split_batches, dispatch_batches=self.dispatch_batches
+            ),
+        }
+        if self.wrapper is None:
+            config: dict[str, Any] = {
+                "train_micro_batch_size_per_gpu": "auto",
+                "train_batch_size": "auto",
+                "gradient_accumulation_steps": 2,
+                "zero_optimization": {"stage": self.stage},
+            }
+            if section is not None:
+                config["sequence_parallel"] = section
+            return Accelerator(deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=config), **more)
+        accelerator = Accelerator(cpu=True, **more)
+        if self.wrapper == "fsdp2":
+            # accelerate gives FSDP to accelerators alone, though all that it does works on CPUs.
+            accelerator.state.distributed_type = DistributedType.FSDP
+            accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(
+                fsdp_version=2,
+                auto_wrap_policy="transformer_based_wrap",
+                transformer_cls_names_to_wrap=["LlamaDecoderLayer"],
+                cpu_ram_efficient_loading=False,
+            )
+        return accelerator
 
     def _evaluate(self, accelerator: Accelerator, model: Any, held_out: DataLoader) -> dict[str, Any]:
         model.eval()
@@ -133,4 +161,11 @@ LOOPS = {
     "loop_dispatched": Loop(stage=3, dispatch_batches=True, streamed=True),
 }
 """By name; each is run with and without a section."""
+WRAPPED_LOOPS = {
+    "loop_ddp": Loop("ddp"),
+    "loop_ddp_split": Loop("ddp", split_batches=True),
+    "loop_fsdp2": Loop("fsdp2", dispatch_batches=True, streamed=True),
+}
+"""By name; each is run with and without a section that the run is told."""
 COVERING_LOOPS = ("loop_dispatched",)
+COVERING_WRAPPED_LOOPS = ("loop_fsdp2",)

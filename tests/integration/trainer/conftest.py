@@ -30,12 +30,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 class World:
     """What scripts came to on some ranks."""
 
-    def __init__(self, ranks: int, section: dict[str, Any] | None, names: list[str], folder: Path) -> None:
+    def __init__(
+        self, ranks: int, section: dict[str, Any] | None, names: list[str], folder: Path, told: bool = False
+    ) -> None:
         from deepspeed_world import run_ranks
 
         self.ranks, self.folder = ranks, folder
         self.failure: AssertionError | None = None
-        command = ["-m", "dsp_plugin.launch", str(HERE / "trainer_worker.py"), str(folder), json.dumps(section), *names]
+        option = ["--sequence-parallel", json.dumps(section)] if told and section is not None else []
+        script = [str(HERE / "trainer_worker.py"), str(folder), json.dumps(None if told else section), *names]
+        command = ["-m", "dsp_plugin.launch", *option, *script]
         try:
             run_ranks(command, ranks, folder, 400)
         except AssertionError as failure:
@@ -59,14 +63,33 @@ def trainer_world(
     from accelerate_cases import COVERING_LOOPS, LOOPS
     from trainer_cases import COVERING, SCRIPTS
 
-    worlds: dict[str, World] = {}
     everything = request.config.getoption("--matrix")
     names = [*SCRIPTS, *LOOPS] if everything else [*COVERING, *COVERING_LOOPS]
+    return _worlds(names, tmp_path_factory, told=False)
+
+
+@pytest.fixture(scope="session")
+def told_world(
+    tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
+) -> Callable[[int, dict[str, Any] | None], World]:
+    """As `trainer_world`, without DeepSpeed: the launcher is told the section."""
+    from accelerate_cases import COVERING_WRAPPED_LOOPS, WRAPPED_LOOPS
+    from trainer_cases import COVERING_DDP, DDP_SCRIPTS
+
+    everything = request.config.getoption("--matrix")
+    names = [*DDP_SCRIPTS, *WRAPPED_LOOPS] if everything else [*COVERING_DDP, *COVERING_WRAPPED_LOOPS]
+    return _worlds(names, tmp_path_factory, told=True)
+
+
+def _worlds(
+    names: list[str], folders: pytest.TempPathFactory, told: bool
+) -> Callable[[int, dict[str, Any] | None], World]:
+    worlds: dict[str, World] = {}
 
     def of(ranks: int, section: dict[str, Any] | None) -> World:
         key = f"{ranks} {section}"
         if key not in worlds:
-            worlds[key] = World(ranks, section, names, tmp_path_factory.mktemp(f"trainer{ranks}"))
+            worlds[key] = World(ranks, section, names, folders.mktemp(f"trainer{ranks}"), told)
         return worlds[key]
 
     return of

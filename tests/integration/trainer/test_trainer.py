@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import ast
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from accelerate_cases import COVERING_LOOPS, LOOPS
+from accelerate_cases import COVERING_LOOPS, COVERING_WRAPPED_LOOPS, LOOPS, WRAPPED_LOOPS
 from safetensors.torch import load_file
-from trainer_cases import COVERING, SCRIPTS
+from trainer_cases import COVERING, COVERING_DDP, DDP_SCRIPTS, SCRIPTS
 
 ROOT = Path(__file__).parents[3]
 # Ranks, and their section; the first of each pair is compared with as many ranks as it has replicas.
@@ -21,22 +21,36 @@ MATRIX = [(4, {"method": "usp", "size": 4, "ulysses_size": 2}), (3, {"method": "
 COUNTS = ("steps", "epoch", "tokens", "rates", "labelled")
 
 
-def cells() -> list[Any]:
-    """Each script under each section; the covering ones on one of them, the rest with ``--matrix``."""
+def cells(sections: list[tuple[int, dict[str, Any]]], names: Iterable[str], covering: Collection[str]) -> list[Any]:
+    """Each script under each section; the covering ones on the first of them, the rest with ``--matrix``."""
     found = []
-    for place, (ranks, section) in enumerate([*SHARDED, *MATRIX]):
-        for name in SCRIPTS:
-            marks = [] if place == 0 and name in COVERING else [pytest.mark.matrix]
+    for place, (ranks, section) in enumerate(sections):
+        for name in names:
+            marks = [] if place == 0 and name in covering else [pytest.mark.matrix]
             found.append(pytest.param(name, ranks, section, marks=marks, id=f"{name}-{ranks}-{section['method']}"))
     return found
 
 
-@pytest.mark.parametrize(("name", "ranks", "section"), cells())
+@pytest.mark.parametrize(("name", "ranks", "section"), cells([*SHARDED, *MATRIX], SCRIPTS, COVERING))
 def test_a_script_comes_to_the_same(
     name: str, ranks: int, section: dict[str, Any], trainer_world: Callable[..., Any]
 ) -> None:
+    """Under DeepSpeed, whose config has the section."""
+    compare_scripts(name, trainer_world(ranks // section["size"], None), trainer_world(ranks, section))
+
+
+@pytest.mark.parametrize(("name", "ranks", "section"), cells([*SHARDED, *MATRIX], DDP_SCRIPTS, COVERING_DDP))
+def test_a_script_on_ddp_comes_to_the_same(
+    name: str, ranks: int, section: dict[str, Any], told_world: Callable[..., Any]
+) -> None:
+    alone, shared = told_world(ranks // section["size"], None), told_world(ranks, section)
+    compare_scripts(name, alone, shared)
+    # Which a launcher is whose section sharded no model.
+    assert shared.failure is None
+
+
+def compare_scripts(name: str, alone: Any, shared: Any) -> None:
     """Losses, norms, metrics, what was saved; and every count that is logged."""
-    alone, shared = trainer_world(ranks // section["size"], None), trainer_world(ranks, section)
     (expected, *_) = alone.results(name)
     for found in shared.results(name):
         for what in COUNTS:
@@ -46,8 +60,8 @@ def test_a_script_comes_to_the_same(
             assert flat(found.get(what, [])) == pytest.approx(flat(expected.get(what, [])), rel=2e-5, abs=2e-5), what
         for what in ("losses", "evaluated"):
             assert found[what] == pytest.approx(expected[what], rel=1e-6), what
-        assert found.get("metrics") == pytest.approx(expected.get("metrics"), rel=1e-6)
-        if SCRIPTS[name].save_at is not None:
+        assert found.get("metrics", {}) == pytest.approx(expected.get("metrics", {}), rel=1e-6)
+        if {**SCRIPTS, **DDP_SCRIPTS}[name].save_at is not None:
             assert found["losses"] == pytest.approx(found["unbroken"], rel=1e-6)
     weights, wanted = (load_file(world.folder / name / "final" / "model.safetensors") for world in (shared, alone))
     assert weights.keys() == wanted.keys()
@@ -55,22 +69,26 @@ def test_a_script_comes_to_the_same(
         torch.testing.assert_close(weight, wanted[key], rtol=0, atol=1e-5)
 
 
-def loops() -> list[Any]:
-    """As `cells`."""
-    found = []
-    for place, (ranks, section) in enumerate(SHARDED):
-        for name in LOOPS:
-            marks = [] if place == 0 and name in COVERING_LOOPS else [pytest.mark.matrix]
-            found.append(pytest.param(name, ranks, section, marks=marks, id=f"{name}-{ranks}-{section['method']}"))
-    return found
-
-
-@pytest.mark.parametrize(("name", "ranks", "section"), loops())
+@pytest.mark.parametrize(("name", "ranks", "section"), cells(SHARDED, LOOPS, COVERING_LOOPS))
 def test_a_loop_on_accelerate_comes_to_the_same(
     name: str, ranks: int, section: dict[str, Any], trainer_world: Callable[..., Any]
 ) -> None:
+    """Under DeepSpeed, whose config has the section."""
+    compare_loops(name, trainer_world(ranks // section["size"], None), trainer_world(ranks, section))
+
+
+@pytest.mark.parametrize(("name", "ranks", "section"), cells(SHARDED, WRAPPED_LOOPS, COVERING_WRAPPED_LOOPS))
+def test_a_loop_on_ddp_or_fsdp2_comes_to_the_same(
+    name: str, ranks: int, section: dict[str, Any], told_world: Callable[..., Any]
+) -> None:
+    alone, shared = told_world(ranks // section["size"], None), told_world(ranks, section)
+    compare_loops(name, alone, shared)
+    # Which a launcher is whose section sharded no model.
+    assert shared.failure is None
+
+
+def compare_loops(name: str, alone: Any, shared: Any) -> None:
     """Losses, schedule, metrics in order; what is gathered, reduced and told between processes."""
-    alone, shared = trainer_world(ranks // section["size"], None), trainer_world(ranks, section)
     (expected, *_) = alone.results(name)
     for rank, found in enumerate(shared.results(name)):
         for what in ("labelled", "processes", "numbers", "shared", "summed", "writers", "told", "rate"):

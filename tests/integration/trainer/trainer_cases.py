@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -109,7 +109,7 @@ class Script:
     """A Trainer's script.
 
     Attributes:
-        stage: of ZeRO.
+        stage: of ZeRO; None for DDP without DeepSpeed.
         arguments: of `TrainingArguments`, beyond what all have.
         trainer: of `Trainer`.
         data: makes the training data.
@@ -118,7 +118,7 @@ class Script:
         evaluate: evaluate at the end.
     """
 
-    stage: int = 1
+    stage: int | None = 1
     arguments: dict[str, Any] = field(default_factory=dict)
     trainer: dict[str, Any] = field(default_factory=dict)
     data: Callable[[], Any] = lambda: Text(22, 0)
@@ -170,6 +170,7 @@ class Script:
         if section is not None:
             config["sequence_parallel"] = section
         arguments = {
+            **({"use_cpu": True} if self.stage is None else {"deepspeed": config}),
             "per_device_train_batch_size": 2,
             "per_device_eval_batch_size": 2,
             "gradient_accumulation_steps": 2,
@@ -186,7 +187,7 @@ class Script:
         }
         return Trainer(
             model=build_model(),
-            args=TrainingArguments(output_dir=str(folder), deepspeed=config, **arguments),
+            args=TrainingArguments(output_dir=str(folder), **arguments),
             train_dataset=self.data(),
             eval_dataset=Text(7, 5),
             data_collator=self.collator,
@@ -222,4 +223,10 @@ SCRIPTS = {
     ),
 }
 """By name; each is run with and without a section."""
+DDP_SCRIPTS = {
+    f"ddp_{name}": replace(SCRIPTS[name], stage=None)
+    for name in ("plain", "by_length", "resumed", "streamed", "dispatched", "own_loss", "smoothed", "predicted")
+}
+"""By name; each is run with and without a section that the run is told."""
 COVERING = ("plain", "resumed", "own_loss", "predicted")
+COVERING_DDP = ("ddp_predicted",)

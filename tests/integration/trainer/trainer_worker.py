@@ -8,8 +8,8 @@ import traceback
 from pathlib import Path
 
 import torch.distributed as dist
-from accelerate_cases import LOOPS
-from trainer_cases import SCRIPTS
+from accelerate_cases import LOOPS, WRAPPED_LOOPS
+from trainer_cases import DDP_SCRIPTS, SCRIPTS
 
 
 def main() -> None:
@@ -19,7 +19,7 @@ def main() -> None:
         print(f"case {name}", flush=True)
         failed = None
         try:
-            result = {**SCRIPTS, **LOOPS}[name].run(folder / name, section)
+            result = {**SCRIPTS, **LOOPS, **DDP_SCRIPTS, **WRAPPED_LOOPS}[name].run(folder / name, section)
         except BaseException:
             failed = traceback.format_exc()
             result = {"failed": failed}
