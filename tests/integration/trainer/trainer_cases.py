@@ -228,5 +228,5 @@ DDP_SCRIPTS = {
     for name in ("plain", "by_length", "resumed", "streamed", "dispatched", "own_loss", "smoothed", "predicted")
 }
 """By name; each is run with and without a section that the run is told."""
-COVERING = ("plain", "resumed", "own_loss", "predicted")
+COVERING = ("plain", "resumed", "predicted")
 COVERING_DDP = ("ddp_predicted",)
