@@ -124,7 +124,8 @@ def measure(shape: tuple[int, ...], repeats: int, work: float) -> dict[str, Poin
     group = dist.group.WORLD
     assert group is not None
     axis = Axis.of_group("lasp", group)
-    exchanges = {name: state_exchange(name, axis, known=None, nothing_decays=True) for name in EXCHANGES}
+    passing = (False,) * axis.size
+    exchanges = {name: state_exchange(name, axis, passing, known=None, nothing_decays=True) for name in EXCHANGES}
     state = torch.full(shape, float(axis.rank + 1))
     sent = {}
     for name, exchange in exchanges.items():

@@ -264,15 +264,13 @@ class _LinearAttention(torch.autograd.Function):
         counter.record(form.name, "forward")
         x = form.cut(inputs)
         written = form.write(x)
-        keep = form.chunks.keep(written.state)
-        local = scan(_kept(written.transition, keep), written.state)
+        local = scan(written.transition, written.state, form.chunks.first)
         start = None if initial_state is None or not call.exchange.first else initial_state.to(local.state.dtype)
         arriving = call.exchange.forward(local.transition, local.left_by(start))
         read = form.read(x, written.carry)
         arrived = arriving.wait()
         entering = start if call.exchange.first else arrived
-        states = local.entered_by(entering)
-        out = read.intra + read.reads @ (states if keep is None else states * keep)
+        out = read.intra + read.reads @ local.entered_by(entering)
         ctx.call, ctx.started = call, initial_state is not None
         ctx.device_type = inputs.v.device.type
         ctx.set_materialize_grads(False)
@@ -298,20 +296,18 @@ def _gradients(ctx: Any, dout: Tensor | None, dleaving: Tensor | None) -> tuple[
         written = form.write(x)
         carry = tuple(part.detach().requires_grad_() for part in written.carry)
         read = form.read(x, carry)
-    keep = form.chunks.keep(written.state)
-    transition = _kept(written.transition, keep)
+    transition, starts = written.transition, form.chunks.first
     wide = written.state.dtype
     dout = torch.zeros_like(inputs.v) if dout is None else dout
     dchunks = form.chunks.split(dout).to(read.intra.dtype)
 
     with torch.no_grad():
-        unread = read.reads.mT @ dchunks
-        gradients = scan(transposed(transition), unread if keep is None else unread * keep, reverse=True)
+        gradients = scan(transposed(transition), read.reads.mT @ dchunks, starts, reverse=True)
         dleaving = None if dleaving is None else dleaving.to(wide)
         arriving = call.exchange.backward(gradients.transition, gradients.left_by(dleaving), kept)
         # While they travel: the part of the graph that no gradient of a later rank reaches.
-        states = scan(transition, written.state).entered_by(entering)
-        dreads = dchunks @ (states if keep is None else states * keep).mT
+        states = scan(transition, written.state, starts).entered_by(entering)
+        dreads = dchunks @ states.mT
     middle = [x.q, x.k, x.v, *((x.sums,) if x.sums is not None else ()), *carry]
     passed = torch.autograd.grad((read.intra, read.reads), middle, (dchunks, dreads), allow_unused=True)
     arrived = arriving.wait()
@@ -320,9 +316,8 @@ def _gradients(ctx: Any, dout: Tensor | None, dleaving: Tensor | None) -> tuple[
             dleaving = arrived if dleaving is None else dleaving + arrived
         dstates = gradients.entered_by(dleaving)
         outer: list[tuple[Tensor, Tensor | None]] = [(written.state, dstates)]
-        if written.transition is not None and transition is not None:
-            dtransition = dstates if keep is None else dstates * keep
-            outer.append((written.transition, transition_gradient(written.transition, dtransition, states)))
+        if transition is not None:
+            outer.append((transition, transition_gradient(transition, dstates, states)))
     outer += zip(middle[: len(middle) - len(carry)], passed, strict=False)
     outer += zip(written.carry, passed[len(middle) - len(carry) :], strict=True)
     reached = [(tensor, grad) for tensor, grad in outer if grad is not None and tensor.requires_grad]
@@ -333,10 +328,3 @@ def _gradients(ctx: Any, dout: Tensor | None, dleaving: Tensor | None) -> tuple[
     if ctx.started:
         dinitial = gradients.left_by(dleaving) if call.exchange.first else torch.zeros_like(gradients.state)
     return None, dinitial, *(None if leaf is None else next(grads) for leaf in leaves)
-
-
-def _kept(transition: Tensor | None, keep: Tensor | None) -> Tensor | None:
-    """The transition with what is forgotten at the start of documents."""
-    if keep is None:
-        return transition
-    return keep.view(1, 1, *keep.shape) if transition is None else transition * keep

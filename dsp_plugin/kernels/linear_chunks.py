@@ -118,16 +118,12 @@ class Chunks:
         """N; one chunk of nothing where there are no tokens."""
         return max(sum(count for _, count in self._stretches), 1)
 
-    def keep(self, like: Tensor) -> Tensor | None:
-        """``[N, 1, 1]``: 0 for chunks at whose start the state is forgotten, else 1; None where it never is."""
-        if not self.starts:
-            return None
-        kept = torch.ones(self.count, 1, 1, dtype=like.dtype, device=like.device)
+    @cached_property
+    def first(self) -> frozenset[int]:
+        """The chunks with which documents start."""
         borders = sorted({0, *self.starts, self.length})
-        for start, (chunk, _) in zip(borders, self._stretches, strict=False):
-            if start in self.starts:
-                kept[chunk] = 0
-        return kept
+        starts = set(self.starts)
+        return frozenset(chunk for start, (chunk, _) in zip(borders, self._stretches, strict=False) if start in starts)
 
     def split(self, x: Tensor) -> Tensor:
         """``[B, n, H, D]`` to ``[B, H, N, C, D]``, padded with zeros, in the accumulation dtype."""
@@ -247,8 +243,9 @@ def pairs(q: Tensor, k: Tensor, sums: Tensor | None, *, inclusive: bool) -> Tens
     if sums.shape[-1] > 1:
         return _pairs_by_halves(q, k, sums, inclusive)
     later = torch.ones(q.shape[-2], q.shape[-2], dtype=torch.bool, device=q.device).tril(diagonal)
-    # Masked before the exponential: above the diagonal it could overflow, and 0 * inf is not a number.
-    return (q @ k.mT) * _decay((sums - sums.mT).masked_fill(~later, -torch.inf), q)
+    # Masked before the exponential: above the diagonal it could overflow, and 0 * inf is not a number. Nor is 0 * NaN,
+    # which the other factor, or the gradient of the product, may have there.
+    return (q @ k.mT).tril(diagonal) * _decay((sums - sums.mT).masked_fill(~later, -torch.inf), q)
 
 
 def _pairs_by_halves(q: Tensor, k: Tensor, sums: Tensor, inclusive: bool) -> Tensor:

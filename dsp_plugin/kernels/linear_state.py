@@ -4,12 +4,16 @@ A stretch of tokens turns the state that comes in into the state that goes out, 
 ``(T, S)`` is its summary: the *transition*, and the state from zero. In the backward pass the gradient of the state
 runs through the same stretches the other way, ``D_in = T^T D_out + R``, with summaries of the same form.
 
+Where a document starts nothing passes, and that is chosen, not multiplied by 0: 0 * NaN is NaN, and a number of one
+document that is none would be one of all.
+
 States are ``[..., K, V]``, fp32 (fp64 for fp64 inputs). Transitions are None where nothing decays, ``[..., 1, 1]`` for
 a decay of the whole state, ``[..., K, 1]`` for one of each key dim, and ``[..., K, K]`` for delta rules.
 """
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import NamedTuple
 
 import torch
@@ -24,24 +28,34 @@ class Scan(NamedTuple):
     Attributes:
         entering: the state that enters each chunk when none enters the first.
         before: the transition of everything before each chunk.
-        transition: that of all chunks.
+        transition: that of all chunks; 0 where nothing passes them and states decay.
         state: what leaves the last chunk when nothing enters the first.
+        reached: the chunks that a state which enters the first comes to, those that ``before`` is of: the ones before
+            the first start of a document, in the order of the scan.
+        passes: whether it leaves the last, too: no document starts here.
     """
 
     entering: Tensor
     before: Tensor | None
     transition: Tensor | None
     state: Tensor
+    reached: range
+    passes: bool
 
     def entered_by(self, state: Tensor | None) -> Tensor:
         """The state that enters each chunk when ``state`` ``[B, H, K, V]`` enters the first."""
-        if state is None:
+        if state is None or not self.reached:
             return self.entering
-        return self.entering + apply(self.before, state.unsqueeze(CHUNK_DIM))
+        added = apply(self.before, state.unsqueeze(CHUNK_DIM))
+        if len(self.reached) == self.entering.shape[CHUNK_DIM]:
+            return self.entering + added
+        states = self.entering.clone()
+        states.narrow(CHUNK_DIM, self.reached.start, len(self.reached)).add_(added)
+        return states
 
     def left_by(self, state: Tensor | None) -> Tensor:
         """The state that leaves the last chunk when ``state`` enters the first."""
-        return self.state if state is None else self.state + apply(self.transition, state)
+        return self.state + apply(self.transition, state) if self.passes and state is not None else self.state
 
 
 def apply(transition: Tensor | None, state: Tensor) -> Tensor:
@@ -70,32 +84,49 @@ def transition_gradient(transition: Tensor, gradient: Tensor, state: Tensor) -> 
     return (gradient * state).sum_to_size(transition.shape)
 
 
-def scan(transition: Tensor | None, state: Tensor, *, reverse: bool = False) -> Scan:
+def scan(transition: Tensor | None, state: Tensor, starts: Collection[int] = (), *, reverse: bool = False) -> Scan:
     """Add up the summaries of chunks.
 
     Args:
         transition: ``[B or 1, H or 1, N, ...]``, one per chunk.
         state: ``[B, H, N, K, V]``.
+        starts: the chunks with which documents start: no state enters them, no gradient leaves them.
         reverse: go from the last chunk to the first, as gradients do.
     """
-    chunks = range(state.shape[CHUNK_DIM])
+    count = state.shape[CHUNK_DIM]
     transitions = None if transition is None else transition.unbind(CHUNK_DIM)
     states = state.unbind(CHUNK_DIM)
+    nothing = torch.zeros_like(states[0])
+    total, product = nothing, None if transitions is None else _identity(transitions[0])
     entering, before = [], []
-    total, product = torch.zeros_like(states[0]), None if transitions is None else _identity(transitions[0])
-    for chunk in reversed(chunks) if reverse else chunks:
+    passes, reached = True, 0
+    for chunk in reversed(range(count)) if reverse else range(count):
+        if chunk in starts and not reverse:
+            total, passes = nothing, False
         entering.append(total)
+        reached += passes
+        if passes and product is not None:
+            before.append(product)
+        if chunk in starts and reverse:
+            total, passes = nothing, False
+            continue
         if transitions is None:
             total = total + states[chunk]
             continue
-        before.append(product)
         total = apply(transitions[chunk], total) + states[chunk]
-        product = compose(transitions[chunk], product)
+        if passes:
+            product = compose(transitions[chunk], product)
     if reverse:
         entering.reverse()
         before.reverse()
-    stacked = None if transitions is None else torch.stack([x for x in before if x is not None], CHUNK_DIM)
-    return Scan(torch.stack(entering, CHUNK_DIM), stacked, product, total)
+    return Scan(
+        entering=torch.stack(entering, CHUNK_DIM),
+        before=torch.stack(before, CHUNK_DIM) if before else None,
+        transition=product if passes or product is None else torch.zeros_like(product),
+        state=total,
+        reached=range(count - reached, count) if reverse else range(reached),
+        passes=passes,
+    )
 
 
 def _identity(transition: Tensor) -> Tensor:

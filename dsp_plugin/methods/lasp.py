@@ -104,7 +104,7 @@ def _local_starts(borders: tuple[int, ...], layout: Layout, rank: int) -> tuple[
 
 def _exchange_of(
     inputs: Inputs, exchange: str, axis: Axis, layout: Layout, borders: tuple[int, ...]
-) -> tuple[str, Axis, Tensor | None, bool]:
+) -> tuple[str, Axis, tuple[bool, ...], Tensor | None, bool]:
     """What `state_exchange` takes."""
     q, _, v, g, beta = inputs
     batch, _, heads, v_dim = v.shape
@@ -112,17 +112,12 @@ def _exchange_of(
     state_bytes = batch * heads * q.shape[-1] * v_dim * dtype.itemsize
     transition_bytes = _transition_bytes(decay_of(g, beta), batch, heads, q.shape[-1], dtype.itemsize)
     name = choose_exchange(exchange, state_bytes, transition_bytes, v_dim, axis.size)
-    if transition_bytes:
-        return name, axis, None, False
-    starts = [bool(_local_starts(borders, layout, rank)) for rank in range(axis.size)]
-    if g is None and not any(starts):
-        return name, axis, None, True
-    known = torch.tensor([0.0 if start else 1.0 for start in starts], dtype=torch.float64, device=v.device)
-    known = known.view(-1, 1, 1, 1, 1)
-    if g is not None:
-        lengths = torch.tensor(layout.sizes, dtype=torch.float64, device=v.device)
-        known = known * (g.detach().double().view(1, 1, -1, 1, 1) * lengths.view(-1, 1, 1, 1, 1)).exp()
-    return name, axis, known.to(dtype), False
+    forgetful = tuple(bool(_local_starts(borders, layout, rank)) for rank in range(axis.size))
+    if transition_bytes or g is None:
+        return name, axis, forgetful, None, not transition_bytes
+    lengths = torch.tensor(layout.sizes, dtype=torch.float64, device=v.device)
+    known = (g.detach().double().view(1, 1, -1, 1, 1) * lengths.view(-1, 1, 1, 1, 1)).exp()
+    return name, axis, forgetful, known.to(dtype), False
 
 
 def _transition_bytes(decay: str, batch: int, heads: int, k_dim: int, itemsize: int) -> int:

@@ -65,10 +65,12 @@ class Chain:
     """``ring`` and ``scan``: a pipeline along the ranks.
 
     Attributes:
+        forgets: a document starts in this rank's stretch, so that no state passes it.
         scanned: cut states into blocks.
     """
 
     axis: Axis
+    forgets: bool
     scanned: bool
 
     @property
@@ -78,11 +80,11 @@ class Chain:
 
     def forward(self, transition: Tensor | None, state: Tensor) -> Arriving:
         """See `StateExchange`."""
-        return _Pipeline(transition, state, Sender(self.axis, METHOD, "forward"), self.scanned)
+        return _Pipeline(transition, state, Sender(self.axis, METHOD, "forward"), self)
 
     def backward(self, transition: Tensor | None, gradient: Tensor, kept: Tensor | None) -> Arriving:
         """See `StateExchange`."""
-        return _Pipeline(transition, gradient, Sender(self.axis, METHOD, "backward"), self.scanned)
+        return _Pipeline(transition, gradient, Sender(self.axis, METHOD, "backward"), self)
 
 
 class _Pipeline:
@@ -94,14 +96,15 @@ class _Pipeline:
 
     kept: Tensor | None = None
 
-    def __init__(self, transition: Tensor | None, state: Tensor, sender: Sender, scanned: bool) -> None:
+    def __init__(self, transition: Tensor | None, state: Tensor, sender: Sender, chain: Chain) -> None:
         axis = sender.axis
         backwards = sender.phase == "backward"
         self._sender, self._transition, self._like = sender, transition, state
         self._place = axis.size - 1 - axis.rank if backwards else axis.rank
+        self._alone = self._place == 0 or chain.forgets
         self._before, self._after = (axis.rank + 1, axis.rank - 1) if backwards else (axis.rank - 1, axis.rank + 1)
         columns = state.shape[-1]
-        blocks = scan_blocks(state.numel() * state.element_size(), columns, axis.size) if scanned else 1
+        blocks = scan_blocks(state.numel() * state.element_size(), columns, axis.size) if chain.scanned else 1
         self._states = list(state.tensor_split(blocks, -1))
         self._arrived: list[Tensor] = []
         self._waves: list[Transfers] = []
@@ -132,7 +135,7 @@ class _Pipeline:
 
     def _leaving(self, block: int) -> Tensor:
         state = self._states[block]
-        return state if self._place == 0 else state + apply(self._transition, self._arrived[block])
+        return state if self._alone else state + apply(self._transition, self._arrived[block])
 
     def _take(self) -> None:
         """Wait for what the last wave brings."""
@@ -146,11 +149,13 @@ class Gathered:
     """``allgather``.
 
     Attributes:
+        forgetful: for every rank whether a document starts in its stretch, so that no state passes it.
         known: every rank's transition ``[P, ...]``, where this rank can tell; then none is sent.
         nothing_decays: transitions are all identity.
     """
 
     axis: Axis
+    forgetful: tuple[bool, ...]
     known: Tensor | None
     nothing_decays: bool
 
@@ -162,18 +167,26 @@ class Gathered:
     def forward(self, transition: Tensor | None, state: Tensor) -> Arriving:
         """See `StateExchange`."""
         sent = transition if self.known is None and not self.nothing_decays else None
-        return _Everyone(sent, state, self.known, Sender(self.axis, METHOD, "forward"))
+        return _Everyone(sent, state, self.known, Sender(self.axis, METHOD, "forward"), self.forgetful)
 
     def backward(self, transition: Tensor | None, gradient: Tensor, kept: Tensor | None) -> Arriving:
         """See `StateExchange`."""
-        return _Everyone(None, gradient, kept, Sender(self.axis, METHOD, "backward"))
+        return _Everyone(None, gradient, kept, Sender(self.axis, METHOD, "backward"), self.forgetful)
 
 
 class _Everyone:
     """One all-gather of summaries, and the sum over those before this rank in the direction of the pass."""
 
-    def __init__(self, sent: Tensor | None, state: Tensor, transitions: Tensor | None, sender: Sender) -> None:
+    def __init__(
+        self,
+        sent: Tensor | None,
+        state: Tensor,
+        transitions: Tensor | None,
+        sender: Sender,
+        forgetful: tuple[bool, ...],
+    ) -> None:
         self._sent, self._state, self.kept, self._sender = sent, state, transitions, sender
+        self._forgetful = forgetful
         parts = [state] if sent is None else [state, sent]
         self._collection = Collection(torch.cat([part.reshape(-1) for part in parts]), sender)
 
@@ -193,7 +206,7 @@ class _Everyone:
         total: Tensor | None = None
         for rank in before:
             transition = None if self.kept is None else self.kept[rank]
-            if total is None:
+            if total is None or self._forgetful[rank]:
                 # A view would keep what all ranks sent.
                 total = states[rank].clone()
             else:
@@ -201,15 +214,17 @@ class _Everyone:
         return total
 
 
-def state_exchange(name: str, axis: Axis, known: Tensor | None, nothing_decays: bool) -> StateExchange:
+def state_exchange(
+    name: str, axis: Axis, forgetful: tuple[bool, ...], known: Tensor | None, nothing_decays: bool
+) -> StateExchange:
     """The exchange of a concrete name on the ranks of an axis.
 
     Args:
         name: one of `EXCHANGES`.
-        known, nothing_decays: see `Gathered`.
+        forgetful, known, nothing_decays: see `Gathered`.
     """
     if axis.size == 1:
         return Alone()
     if name == "allgather":
-        return Gathered(axis, known, nothing_decays)
-    return Chain(axis, scanned=name == "scan")
+        return Gathered(axis, forgetful, known, nothing_decays)
+    return Chain(axis, forgetful[axis.rank], scanned=name == "scan")
