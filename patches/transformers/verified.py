@@ -26,9 +26,7 @@ ENCODERS = ("bert", "electra", "modernbert", "roberta")
 
 def unverified(model: PreTrainedModel) -> str | None:
     """Why nobody knows whether the model is exact when it is sharded; None where it is known to be."""
-    # Torch's ``fully_shard`` makes a subclass of the model's class, and the model one of it.
-    kind = next(kind for kind in type(model).__mro__ if kind.__module__.partition(".")[0] != "torch")
-    running = version("transformers")
+    kind, running = _class_of(model), version("transformers")
     if kind.__module__.partition(".")[0] != "transformers":
         return (
             f"its class is of {kind.__module__}, not of Transformers, whose families were compared with the unsharded"
@@ -50,10 +48,15 @@ def unverified(model: PreTrainedModel) -> str | None:
     )
 
 
+def _class_of(model: PreTrainedModel) -> type:
+    """Its class, also where torch's ``fully_shard`` made a subclass of it and the model one of that."""
+    return next(kind for kind in type(model).__mro__ if kind.__module__.partition(".")[0] != "torch")
+
+
 def _is_of(model: PreTrainedModel, family: str, entry: dict[str, Any]) -> bool:
     """Whether it is the family's causal language model, or has the backbone of one, beneath another head."""
     if is_causal_lm(model):
-        return bool(entry["class"] == type(model).__name__)
+        return bool(entry["class"] == _class_of(model).__name__)
     return family == model.config.model_type
 
 
