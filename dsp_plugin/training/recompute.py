@@ -16,7 +16,7 @@ bytes per element, w those of a log-sum-exp: 8 for fp64, else 4.
   a group of one nothing travels, and it is as for Ring. A local kernel that pads values to D keeps its output so.
 - LASP, with Hk query heads and K, V for key and value dims: the output and, on every rank but the first, the state that
   entered: ``B n H V e + B H K V w``. The final state too, if asked for: ``B H K V w``. With the exchange ``allgather``
-  of P > 1 ranks also everyone's transition: ``P w`` times 0 for no decay (1 if documents are packed), H for a decay per
+  of P > 1 ranks also everyone's transition: ``P w`` times 0 for no decay, H for a decay per
   head, B H for one per token, B H K for one per key dim, B H K² for delta rules. In a layout that is not contiguous
   also what was put in order: ``B n (2 Hk K + H V) e`` and the gates. Bidirectional: the output, and instead of states
   ``B H K V w`` for each document with a token here.

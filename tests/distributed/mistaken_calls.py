@@ -69,7 +69,7 @@ CALLS: dict[str, Mistake] = {
     ),
     "borders of a shard": wrong(attend, "cu_seqlens=(0, 4)", "not of a shard", mask=MaskSpec(cu_seqlens=(0, 4))),
     "dropout without a seed": wrong(attend, "dropout_seed", "dropout_p=0.1", "same on every rank", dropout_p=0.1),
-    "dropout of 1.5": wrong(attend, "dropout_p=1.5", "lies in [0, 1)", dropout_p=1.5, dropout_seed=1),
+    "dropout of 1.5": wrong(attend, "dropout_p=1.5", "is a number in [0, 1)", dropout_p=1.5, dropout_seed=1),
     "unknown kernel": wrong(attend, "kernel='flash'", "kernels are auto", kernel="flash"),
     "kernel of another device": unsupported(attend, "kernel='cuda_flash'", "device cpu", "'auto'", kernel="cuda_flash"),
     "switch to the same dim": wrong(switched(1, 1), "switch='1 -> 1'", "two different dims", "Drop the switch"),

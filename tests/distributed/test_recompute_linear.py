@@ -216,7 +216,7 @@ def formula(case: Case, groups: SequenceParallelGroups, dtype: torch.dtype, fina
         if case.decay == "head":
             entries = HEADS
         elif case.decay == "none":
-            entries = int(case.documents == "packed")
+            entries = 0
         kept += size * entries * w
     if case.layout == "zigzag" and size > 1:
         token = 2 * QUERY_HEADS * KEY_DIM + HEADS * VALUE_DIM + HEADS * (case.decay == "scalar")

@@ -273,7 +273,7 @@ def _mismatched(method: str) -> None:
     groups = SequenceParallelGroups.build(SequenceParallelConfig(method=method, size=2))
     q, k, v = (torch.randn(1, 5, 2, 4) for _ in range(3))
     layout = Layout("contiguous", 8, 2)
-    what = AttentionSpec(MaskSpec(cu_seqlens=(0, 7)))
+    what = AttentionSpec(MaskSpec(cu_seqlens=(0, 3, 8)))
     METHODS[method].attention(q, k, v, what=what, where=Where(groups, layout))
 
 
