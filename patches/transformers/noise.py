@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from dsp_plugin.errors import SequenceParallelConfigError
 from dsp_plugin.layout import Layout
 
 ALPHA = "neftune_noise_alpha"
@@ -15,21 +14,11 @@ ALPHA = "neftune_noise_alpha"
 def scale_noise(model: Any, layout: Layout, rank: int) -> Callable[[], None]:
     """Has the noise of one forward pass scaled as it would be unsharded; returns what undoes it.
 
-    The hook divides alpha by the root of the count of entries that it is given, n * D of L * D.
-
-    Raises:
-        SequenceParallelConfigError: there is noise, and a rank has no token to take its scale from.
+    The hook divides alpha by the root of the count of entries that it is given, n * D of L * D; no rank is without.
     """
     embeddings = model.get_input_embeddings()
     alpha = getattr(embeddings, ALPHA, None)
     if alpha is None or not model.training:
         return lambda: None
-    if min(layout.sizes) == 0:
-        raise SequenceParallelConfigError(
-            setting="sequence length",
-            value=layout.length,
-            why=f"{layout.size} ranks share it, so that some have no token, which NEFTune divides by",
-            remedy=f"train on sequences of {layout.size} tokens or more, or without {ALPHA}",
-        )
     setattr(embeddings, ALPHA, alpha * math.sqrt(layout.sizes[rank] / layout.length))
     return lambda: setattr(embeddings, ALPHA, alpha)
