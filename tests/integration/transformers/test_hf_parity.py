@@ -14,6 +14,15 @@ from hf_cases import Case, Trained, cases, train_alone
 
 LOSS_TOLERANCE, GRADIENT_TOLERANCE = 1e-6, 1e-5
 ALL = [case for world in (2, 3, 4) for case in cases(world)]
+# Three ranks in the covering subset: test_hf_rows.
+BEYOND = 3
+
+
+def chosen(found: list[Case]) -> list[Any]:
+    """As parameters; those of one world run with ``--matrix``."""
+    return [
+        pytest.param(case, id=case.name, marks=[pytest.mark.matrix] if case.world == BEYOND else []) for case in found
+    ]
 
 
 @cache
@@ -22,7 +31,7 @@ def alone(family: str, batch: str, replicas: int, dtype: str = "fp32") -> Traine
     return train_alone(family, batch, replicas, dtype)
 
 
-@pytest.mark.parametrize("case", [case for case in ALL if case.dtype == "fp32"], ids=lambda case: case.name)
+@pytest.mark.parametrize("case", chosen([case for case in ALL if case.dtype == "fp32"]))
 def test_training_equals_the_unsharded_run(case: Case, hf_world: Callable[[int], Any]) -> None:
     """Losses of every step, and every gradient of the first."""
     expected, results = alone(case.family, case.batch, case.replicas), hf_world(case.world).results(case.name)
@@ -39,7 +48,7 @@ def test_training_equals_the_unsharded_run(case: Case, hf_world: Callable[[int],
         assert error < GRADIENT_TOLERANCE, f"{name}: {error:.1e}"
 
 
-@pytest.mark.parametrize("world", [3, 4])
+@pytest.mark.parametrize("world", [pytest.param(BEYOND, marks=pytest.mark.matrix), 4])
 def test_the_first_rank_names_the_model_once(world: int, hf_world: Callable[[int], Any]) -> None:
     """One line for each configuration and model, and none on other ranks, where nothing but these cases runs."""
     first, *others = ((hf_world(world).folder / f"rank{rank}.log").read_text() for rank in range(world))
@@ -52,7 +61,7 @@ def test_the_first_rank_names_the_model_once(world: int, hf_world: Callable[[int
     assert not any(re.search(r"^dsp_plugin .*", text, re.M) for text in others)
 
 
-@pytest.mark.parametrize("case", ALL, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", chosen(ALL))
 def test_sequence_peers_see_one_loss(case: Case, hf_world: Callable[[int], Any]) -> None:
     """A script that logs its loss logs the same on all peers, and it is that of the whole sequence."""
     local = [result["local"] for result in hf_world(case.world).results(case.name)]
@@ -60,7 +69,7 @@ def test_sequence_peers_see_one_loss(case: Case, hf_world: Callable[[int], Any])
         assert all(losses == local[first] for losses in local[first : first + case.size])
 
 
-@pytest.mark.parametrize("case", [case for case in ALL if case.dtype == "bf16"], ids=lambda case: case.name)
+@pytest.mark.parametrize("case", chosen([case for case in ALL if case.dtype == "bf16"]))
 def test_bf16_stays_within_the_noise_of_bf16(case: Case, hf_world: Callable[[int], Any]) -> None:
     """Sharding moves gradients no farther than bf16 itself moves them from fp32."""
     exact = alone(case.family, case.batch, case.replicas)
