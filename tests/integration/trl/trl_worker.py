@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import traceback
 from pathlib import Path
 from typing import Any
+
+# TRL runs a kernel of its own wherever Triton is installed, which without a GPU only its interpreter can.
+os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import torch.distributed as dist
 from trl_cases import HEAD, MODEL, REFUSED, SCRIPTS
