@@ -126,11 +126,15 @@ def model_arguments(argv: list[str]) -> list[str]:
 
 
 def assert_parity(run: Run, reference: Run) -> None:
-    """Losses within 1e-6 and every first-step gradient within 1e-5, relative."""
+    """The first loss within 1e-6, later ones and every first-step gradient within 1e-5, relative.
+
+    Later losses are of weights that Adam moved, which divides small gradients by themselves and their rounding.
+    """
     assert len(run.losses) == len(reference.losses) == 3
     assert reference.losses[-1] < reference.losses[0], "the reference does not learn, so equal losses would say little"
     for step, (ours, theirs) in enumerate(zip(run.losses, reference.losses, strict=True)):
-        assert abs(ours - theirs) <= 1e-6 * abs(theirs), f"step {step}: loss {ours} is not {theirs}"
+        bound = 1e-5 if step else 1e-6
+        assert abs(ours - theirs) <= bound * abs(theirs), f"step {step}: loss {ours} is not {theirs}"
     assert run.gradients.keys() == reference.gradients.keys()
     for name, theirs in reference.gradients.items():
         ours = run.gradients[name]
