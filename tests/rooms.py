@@ -74,7 +74,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "patches/transformers": (*_SEAM, "mask", "kernels", "plans", "sharding", "training", "patches"),
     "patches/deepspeed": (*_SEAM, "plans", "sharding", "training", "patches", "patches/transformers"),
     "patches/accelerate": (
-        *("errors", "groups", "comm", "config", "sharding", "patches", "patches/deepspeed", "patches/transformers"),
+        *("errors", "groups", "comm", "config", "sharding", "training", "patches", "patches/transformers"),
     ),
     "patches/megatron": (*_SEAM, "mask", "kernels", "training", "patches"),
     "patches/megatron/models": (*_SEAM, "kernels", "planner", "models", "patches/megatron"),

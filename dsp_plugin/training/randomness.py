@@ -8,8 +8,11 @@ on all ranks, since which weights it drops must not depend on the sharding.
 
 from __future__ import annotations
 
+import random
+import sys
 from dataclasses import dataclass
 from hashlib import blake2b
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -79,8 +82,15 @@ def _state() -> list[torch.Tensor]:
 
 
 def share_generators(axis: Axis) -> None:
-    """Set torch's generators to the state of those of the axis's first rank. Collective."""
-    box: list[list[torch.Tensor]] = [_state()]
+    """Set the generators of python, numpy and torch to the state of those of the axis's first rank. Collective."""
+    if axis.size == 1:
+        return
+    numpy = sys.modules.get("numpy")
+    box: list[Any] = [(random.getstate(), None if numpy is None else numpy.random.get_state(), _state())]
     dist.broadcast_object_list(box, src=axis.ranks[0], group=axis.group)
-    for put_back, state in zip((torch.set_rng_state, torch.cuda.set_rng_state), box[0], strict=False):
+    of_python, of_numpy, of_torch = box[0]
+    random.setstate(of_python)
+    if numpy is not None and of_numpy is not None:
+        numpy.random.set_state(of_numpy)
+    for put_back, state in zip((torch.set_rng_state, torch.cuda.set_rng_state), of_torch, strict=False):
         put_back(state)

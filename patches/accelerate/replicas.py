@@ -12,6 +12,7 @@ import functools
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
@@ -20,7 +21,7 @@ from dsp_plugin.config.schema import DEEPSPEED_SECTION, SequenceParallelConfig
 from dsp_plugin.config.told import OPTION, VARIABLE, refuse_beside_deepspeed, told
 from dsp_plugin.errors import SequenceParallelConfigError, UnsupportedError
 from dsp_plugin.groups import SequenceParallelGroups
-from dsp_plugin.patches.deepspeed import random_state
+from dsp_plugin.training.randomness import share_generators
 
 
 @dataclass
@@ -164,8 +165,6 @@ def writing_state(upstream: Callable[..., Any]) -> Callable[..., Any]:
     def save_accelerator_state(output_dir: str, *args: Any, **kwargs: Any) -> Any:
         if writes_here():
             return upstream(output_dir, *args, **kwargs)
-        from pathlib import Path
-
         return Path(output_dir)
 
     return save_accelerator_state
@@ -254,4 +253,4 @@ def _fold() -> None:
         if "num_processes" in state:
             state.update({"num_processes": groups.dp.size, "process_index": groups.dp.rank})
     # What a script draws from here on (weights, orders, noise) belongs to samples that peers share.
-    random_state.share(groups.sp)
+    share_generators(groups.sp)

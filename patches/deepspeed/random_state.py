@@ -8,8 +8,6 @@ stream as it found it.
 
 from __future__ import annotations
 
-import random
-import sys
 import weakref
 from hashlib import blake2b
 from typing import Any
@@ -21,15 +19,17 @@ from torch.utils.hooks import RemovableHandle
 
 from dsp_plugin.comm.axis import Axis
 from dsp_plugin.training.copies import LeftBehind
+from dsp_plugin.training.randomness import share_generators
 
 
 def share(axis: Axis) -> None:
     """Sets the generators of python, numpy, torch and the accelerator to those of the axis's first rank. Collective."""
-    if axis.size == 1:
-        return
-    box: list[Any] = [_state() if axis.rank == 0 else None]
-    dist.broadcast_object_list(box, src=axis.ranks[0], group=axis.group)
-    _restore(box[0])
+    share_generators(axis)
+    state = _torch_state()
+    if axis.size > 1 and state["accelerator"] is not None:
+        box = [state["accelerator"]]
+        dist.broadcast_object_list(box, src=axis.ranks[0], group=axis.group)
+        _restore_torch({**state, "accelerator": box[0]})
 
 
 def shared_seed(axis: Axis) -> int:
@@ -80,20 +80,6 @@ class ForwardSeed:
         if self._outer is not None:
             _restore_torch(self._outer)
             self._outer = None
-
-
-def _state() -> dict[str, Any]:
-    state: dict[str, Any] = {"python": random.getstate(), **_torch_state()}
-    if "numpy" in sys.modules:
-        state["numpy"] = sys.modules["numpy"].random.get_state()
-    return state
-
-
-def _restore(state: dict[str, Any]) -> None:
-    random.setstate(state["python"])
-    _restore_torch(state)
-    if "numpy" in state and "numpy" in sys.modules:
-        sys.modules["numpy"].random.set_state(state["numpy"])
 
 
 def _torch_state() -> dict[str, Any]:
