@@ -87,8 +87,9 @@ class InputSharder:
             SequenceParallelConfigError: tensors that do not fit each other, a loss at padding, see `take_rows`, or too
                 few tokens for the ranks.
         """
-        values = _by_name(model, args, kwargs)
-        _refuse_requests(model, values)
+        signature = inspect.signature(model.forward)
+        values = _by_name(signature, args, kwargs)
+        _refuse_requests(model, signature, values)
         batch, length = _tokens(values)
         if torch.is_grad_enabled():
             meter.count(tokens=batch * length)
@@ -116,7 +117,7 @@ class InputSharder:
                 values[name] = self._cut(rows.arranged(values[name]), layout)
         if labels is not None:
             values["labels" if fused is None else "shift_labels"] = self._cut(rows.arranged(labels), layout)
-        if "attention_mask" in inspect.signature(model.forward).parameters:
+        if "attention_mask" in signature.parameters:
             # Where there is none, Transformers takes the gaps between a shard's positions for borders of documents.
             values["attention_mask"] = _whole_shard(values)
         values["use_cache"] = False
@@ -129,8 +130,7 @@ class InputSharder:
         return layout.shard(x, SEQUENCE_DIM, self._sp.rank).contiguous()
 
 
-def _by_name(model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    signature = inspect.signature(model.forward)
+def _by_name(signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     values = dict(signature.bind(*args, **kwargs).arguments)
     for parameter in signature.parameters.values():
         if parameter.kind is parameter.VAR_KEYWORD:
@@ -138,8 +138,7 @@ def _by_name(model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, An
     return values
 
 
-def _refuse_requests(model: PreTrainedModel, values: Mapping[str, Any]) -> None:
-    named = inspect.signature(model.forward).parameters
+def _refuse_requests(model: PreTrainedModel, signature: inspect.Signature, values: Mapping[str, Any]) -> None:
     for name, (why, remedy) in REFUSED.items():
         value = values.get(name)
         if value is None and name.startswith("output_"):
@@ -147,7 +146,7 @@ def _refuse_requests(model: PreTrainedModel, values: Mapping[str, Any]) -> None:
         if isinstance(value, Tensor) or value:
             raise UnsupportedError(f"{name} with sequence_parallel: {why}. To go on, {remedy}.")
     for name, value in values.items():
-        if isinstance(value, Tensor) and name not in KNOWN and (name != TYPES or name not in named):
+        if isinstance(value, Tensor) and name not in KNOWN and (name != TYPES or name not in signature.parameters):
             raise UnsupportedError(
                 setting=f"argument {name} with sequence_parallel",
                 value=tuple(value.shape),
