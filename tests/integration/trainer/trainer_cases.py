@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from script_world import deepspeed_config
 from torch.utils.data import Dataset, IterableDataset
 from transformers import EvalPrediction, LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments, set_seed
 
@@ -160,17 +161,8 @@ class Script:
         return result
 
     def _trainer(self, folder: Path, section: dict[str, Any] | None) -> Trainer:
-        config: dict[str, Any] = {
-            "train_batch_size": "auto",
-            "train_micro_batch_size_per_gpu": "auto",
-            "gradient_accumulation_steps": "auto",
-            "gradient_clipping": "auto",
-            "zero_optimization": {"stage": self.stage, "stage3_gather_16bit_weights_on_model_save": True},
-        }
-        if section is not None:
-            config["sequence_parallel"] = section
         arguments = {
-            **({"use_cpu": True} if self.stage is None else {"deepspeed": config}),
+            **({"use_cpu": True} if self.stage is None else {"deepspeed": deepspeed_config(self.stage, section)}),
             "per_device_train_batch_size": 2,
             "per_device_eval_batch_size": 2,
             "gradient_accumulation_steps": 2,

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "deepspeed"))
+
+from script_world import ScriptWorld
 
 HERE = Path(__file__).parent
 # What each world runs, by its size and a name, in order, and the seconds until it counts as hung.
@@ -26,8 +28,6 @@ MATRIX = {(2, "living"): ("hf_peft_matrix", "hf_heads_matrix")}
 if any(importlib.util.find_spec(name) is None for name in ("deepspeed", "transformers", "peft")):
     collect_ignore_glob = ["test_*.py"]
 
-sys.path.insert(0, str(HERE.parent / "deepspeed"))
-
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Marks everything below this folder."""
@@ -37,31 +37,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.timeout(300))
 
 
-class World:
+class World(ScriptWorld):
     """The results of one world."""
 
     def __init__(self, size: int, name: str, folder: Path, matrix: bool) -> None:
-        from deepspeed_world import run_ranks
-
-        self.size, self.folder = size, folder
-        self.failure: AssertionError | None = None
         groups, timeout = GROUPS[size, name]
         groups += MATRIX.get((size, name), ()) if matrix else ()
-        try:
-            run_ranks([str(HERE / "hf_worker.py"), str(folder), *groups], size, folder, timeout)
-        except AssertionError as failure:
-            self.failure = failure
-
-    def results(self, case: str) -> list[dict[str, Any]]:
-        """What each rank recorded of a case."""
-        found = []
-        for rank in range(self.size):
-            path = self.folder / f"{case}.rank{rank}.json"
-            assert path.exists(), f"rank {rank} never ended case {case}:\n{self.failure}"
-            found.append(json.loads(path.read_text()))
-        failed = [result["failed"] for result in found if "failed" in result]
-        assert not failed, failed[0]
-        return found
+        super().__init__([str(HERE / "hf_worker.py"), str(folder), *groups], size, folder, timeout)
 
     def gradients(self, case: str) -> dict[str, torch.Tensor | None]:
         """The gradients of the first step, by parameter name."""

@@ -11,12 +11,14 @@ from typing import Any
 
 import pytest
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "deepspeed"))
+
+from script_world import ScriptWorld
+
 HERE = Path(__file__).parent
 
 if any(importlib.util.find_spec(name) is None for name in ("deepspeed", "transformers", "accelerate", "trl")):
     collect_ignore_glob = ["test_*.py"]
-
-sys.path.insert(0, str(HERE.parent / "deepspeed"))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -27,49 +29,26 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.timeout(700))
 
 
-class World:
-    """What scripts came to on some ranks."""
-
-    def __init__(self, ranks: int, section: dict[str, Any] | None, names: list[str], folder: Path) -> None:
-        from deepspeed_world import run_ranks
-        from trl_cases import MODEL, PREFERENCES
-        from trl_models import save_model, save_preferences
-
-        self.ranks, self.folder = ranks, folder
-        self.failure: AssertionError | None = None
-        save_model(folder / MODEL)
-        save_preferences(folder / PREFERENCES)
-        command = ["-m", "dsp_plugin.launch", str(HERE / "trl_worker.py"), str(folder), json.dumps(section), *names]
-        try:
-            run_ranks(command, ranks, folder, 600)
-        except AssertionError as failure:
-            self.failure = failure
-
-    def results(self, name: str) -> list[dict[str, Any]]:
-        """By rank."""
-        paths = [self.folder / f"{name}.rank{rank}.json" for rank in range(self.ranks)]
-        found = [json.loads(path.read_text()) for path in paths if path.exists()]
-        failed = [result["failed"] for result in found if "failed" in result]
-        assert not failed, failed[0]
-        assert len(found) == self.ranks, f"{self.ranks - len(found)} ranks never ended {name}:\n{self.failure}"
-        return found
-
-
 @pytest.fixture(scope="session")
 def trl_world(
     tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
-) -> Callable[[int, dict[str, Any] | None], World]:
+) -> Callable[[int, dict[str, Any] | None], ScriptWorld]:
     """The world of so many ranks under a section; it runs once per session, all scripts with ``--matrix``."""
-    from trl_cases import COVERING, HEAD, REFUSED, SCRIPTS
+    from trl_cases import COVERING, HEAD, MODEL, PREFERENCES, REFUSED, SCRIPTS
+    from trl_models import save_model, save_preferences
 
-    worlds: dict[str, World] = {}
+    worlds: dict[str, ScriptWorld] = {}
     names = list(SCRIPTS) if request.config.getoption("--matrix") else list(COVERING)
 
-    def of(ranks: int, section: dict[str, Any] | None) -> World:
+    def of(ranks: int, section: dict[str, Any] | None) -> ScriptWorld:
         key = f"{ranks} {section}"
         if key not in worlds:
             every = names if section is None else [*REFUSED, HEAD, *names]
-            worlds[key] = World(ranks, section, every, tmp_path_factory.mktemp(f"trl{ranks}"))
+            folder = tmp_path_factory.mktemp(f"trl{ranks}")
+            save_model(folder / MODEL)
+            save_preferences(folder / PREFERENCES)
+            script = [str(HERE / "trl_worker.py"), str(folder), json.dumps(section), *every]
+            worlds[key] = ScriptWorld(["-m", "dsp_plugin.launch", *script], ranks, folder, 600)
         return worlds[key]
 
     return of

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from script_world import deepspeed_config
 from trl_models import chats, completions, judged, preferences, prompts, saved_preferences, texts
 
 MODEL, PREFERENCES = "model", "preferences"
@@ -37,17 +38,8 @@ class Script:
         Returns:
             What the trainer logged.
         """
-        config: dict[str, Any] = {
-            "train_batch_size": "auto",
-            "train_micro_batch_size_per_gpu": "auto",
-            "gradient_accumulation_steps": "auto",
-            "gradient_clipping": "auto",
-            "zero_optimization": {"stage": self.stage, "stage3_gather_16bit_weights_on_model_save": True},
-        }
-        if section is not None:
-            config["sequence_parallel"] = section
         arguments = {
-            "deepspeed": config,
+            "deepspeed": deepspeed_config(self.stage, section),
             "output_dir": str(folder),
             "per_device_train_batch_size": 2,
             "per_device_eval_batch_size": 2,

@@ -5,33 +5,22 @@ from __future__ import annotations
 import json
 import os
 import sys
-import traceback
 from pathlib import Path
 from typing import Any
 
 # TRL runs a kernel of its own wherever Triton is installed, which without a GPU only its interpreter can.
 os.environ.setdefault("TRITON_INTERPRET", "1")
 
-import torch.distributed as dist
+sys.path.insert(1, str(Path(__file__).parents[1] / "deepspeed"))
+
+from script_world import run_scripts
 from trl_cases import HEAD, MODEL, REFUSED, SCRIPTS
 
 
 def main() -> None:
     """Writes what each came to as ``NAME.rankR.json``."""
     folder, section, names = Path(sys.argv[1]), json.loads(sys.argv[2]), sys.argv[3:]
-    for name in names:
-        print(f"case {name}", flush=True)
-        failed = None
-        try:
-            result = came_to(name, folder, section)
-        except BaseException:
-            failed = traceback.format_exc()
-            result = {"failed": failed}
-        rank = dist.get_rank() if dist.is_initialized() else 0
-        (folder / f"{name}.rank{rank}.json").write_text(json.dumps(result))
-        assert failed is None, failed
-    dist.barrier()
-    dist.destroy_process_group()
+    run_scripts(names, folder, lambda name: came_to(name, folder, section))
 
 
 def came_to(name: str, folder: Path, section: Any) -> dict[str, Any]:
