@@ -5,6 +5,7 @@ from __future__ import annotations
 from difflib import get_close_matches
 from typing import Any
 
+from dsp_plugin.config.memory import Bytes
 from dsp_plugin.config.settings import Settings
 from dsp_plugin.errors import SequenceParallelConfigError
 from dsp_plugin.layout import MOST_RANKS
@@ -25,6 +26,7 @@ def check_combination(config: Settings) -> None:
     _check_plan(config)
     _check_batch(config)
     _check_log(config)
+    _check_memory(config)
 
 
 def check_count(setting: str, value: Any) -> None:
@@ -85,6 +87,52 @@ def _check_log(config: Settings) -> None:
                 why="log_every is 0, so there is no step log to write",
                 remedy="set log_every to 10, say, or drop it",
             )
+
+
+def _check_memory(config: Settings) -> None:
+    memory = config.memory
+    if memory == "auto":
+        return
+    axes = METHODS[config.for_softmax].axes if config.kind != "switch" else ()
+    if memory.attention_rounds != 1 and "ulysses" not in axes:
+        able = [name for name, method in METHODS.items() if method.kind == "softmax" and "ulysses" in method.axes]
+        raise SequenceParallelConfigError(
+            setting="memory.attention_rounds",
+            value=memory.attention_rounds,
+            why=f"rounds of heads are for attention that gathers tokens, and method {config.for_softmax} gathers none",
+            remedy=f"drop it, or set method to one of {', '.join(able)}",
+        )
+    if memory.attention_rounds != 1 and not isinstance(memory.attention_rounds, Bytes) and config.heads is not None:
+        check_rounds(memory.attention_rounds, config.heads, config.ulysses_size)
+    for name in ("tile_tokens", "mlp_tiles"):
+        if name in memory.model_fields_set and (config.plan is not None or config.batch):
+            raise SequenceParallelConfigError(
+                setting=f"memory.{name}",
+                value=getattr(memory, name),
+                why="the model is described by " + ("plan" if config.plan is not None else "batch") + ", which does "
+                "not say where its head and its MLPs are",
+                remedy="drop it, and use dsp_plugin.token_log_probs in the model's own loss",
+            )
+
+
+def check_rounds(rounds: int, heads: int, ranks: int) -> None:
+    """Check that every rank has a head for each round.
+
+    Args:
+        heads: query heads on one tensor-parallel rank.
+        ranks: U, that share them.
+
+    Raises:
+        SequenceParallelConfigError: some has not.
+    """
+    fewest = heads // ranks
+    if rounds > max(fewest, 1):
+        raise SequenceParallelConfigError(
+            setting="memory.attention_rounds",
+            value=rounds,
+            why=f"{heads} query heads over ulysses_size={ranks} leave a rank {fewest}, and a round has at least one",
+            remedy=f"set it to {max(fewest, 1)} or less",
+        )
 
 
 def _refuse_name(setting: str, name: Any, known: list[str]) -> None:

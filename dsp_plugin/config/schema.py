@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 from typing import Any, Self, get_args
 
-from pydantic import ValidationError, model_validator
+from pydantic import BaseModel, ValidationError, model_validator
 
 from dsp_plugin.config.checks import check_combination, check_count, check_method, check_softmax_method
+from dsp_plugin.config.memory import MemoryConfig
 from dsp_plugin.config.section_names import DEEPSPEED_SECTION, misnamed
 from dsp_plugin.config.settings import LossConfig, Settings
 from dsp_plugin.config.sizes import complete_sizes
@@ -35,6 +37,7 @@ _MEGATRON_FLAGS = {
     "log_tensorboard": "sp_log_tensorboard",
     "log_wandb": "sp_log_wandb",
     "peak_tflops": "sp_peak_tflops",
+    "memory": "sp_memory",
 }
 
 # What to write where a value has the wrong type, by setting.
@@ -52,7 +55,10 @@ _EXAMPLES = {
     "log_tensorboard": "write the path of a folder",
     "log_wandb": "write the name of a project",
     "peak_tflops": "write a number, such as 989",
+    "memory": 'write "auto", or {"tile_tokens": 4096, "mlp_tiles": 8, "offload": true, "attention_rounds": 4}',
 }
+
+_SECTIONS: dict[str, type[BaseModel]] = {"loss": LossConfig, "memory": MemoryConfig}
 
 
 class SequenceParallelConfig(Settings):
@@ -68,8 +74,9 @@ class SequenceParallelConfig(Settings):
             SequenceParallelConfigError: an unknown key, a value of the wrong type, or an illegal combination.
         """
         _refuse_unknown(settings, type(self).model_fields)
-        if isinstance(settings.get("loss"), Mapping):
-            _refuse_unknown(settings["loss"], LossConfig.model_fields, "loss.")
+        for key, section in _SECTIONS.items():
+            if isinstance(settings.get(key), Mapping):
+                _refuse_unknown(settings[key], section.model_fields, f"{key}.")
         try:
             super().__init__(**settings)
         except ValidationError as error:
@@ -132,6 +139,7 @@ class SequenceParallelConfig(Settings):
                 )
             return None
         settings["size"] = getattr(args, "context_parallel_size", 1)
+        settings["memory"] = _section_or_word(settings["memory"])
         given = {key: value for key, value in settings.items() if value is not None}
         return cls.parse(given, source="Megatron flags (--sp-KEY; size is --context-parallel-size)")
 
@@ -240,6 +248,14 @@ def _is_count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 < value <= MOST_RANKS
 
 
+def _section_or_word(text: Any) -> Any:
+    """What a flag holds that takes a section in JSON or a word."""
+    try:
+        return json.loads(text) if isinstance(text, str) and text.lstrip().startswith("{") else text
+    except ValueError:
+        return text
+
+
 def _flag(attribute: str) -> str:
     return "--" + attribute.replace("_", "-")
 
@@ -267,4 +283,6 @@ def _first_problem(error: ValidationError) -> SequenceParallelConfigError:
     else:
         said = problem["msg"] if cause is None else str(cause)
         why, remedy = said[0].lower() + said[1:], _EXAMPLES.get(setting, "correct the value")
-    return SequenceParallelConfigError(setting=".".join(map(str, problem["loc"])), value=value, why=why, remedy=remedy)
+    # Where a setting is a section or a word, pydantic names the section's class, too.
+    place = ".".join(str(part) for part in problem["loc"] if part != MemoryConfig.__name__)
+    return SequenceParallelConfigError(setting=place, value=value, why=why, remedy=remedy)

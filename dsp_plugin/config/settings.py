@@ -18,6 +18,7 @@ from pydantic import (
     StrictStr,
 )
 
+from dsp_plugin.config.memory import AUTO_ATTENTION_BYTES, Bytes, MemoryConfig
 from dsp_plugin.integers import MOST
 from dsp_plugin.layout import LayoutKind
 from dsp_plugin.methods import METHODS
@@ -112,6 +113,8 @@ class Settings(BaseModel):
         logits: of a causal language model of Transformers that is given labels, whether the logits that a script reads
             are those of whole sequences (``gather``, which is done where they are read) or of this rank's tokens
             (``local``).
+        memory: what a step trades for memory, see `MemoryConfig`; ``auto`` takes of it what the model and the length
+            need.
         plan: ``package.module:name`` of a `Plan` for the model; needed where the model is not one we know.
         attention: globs over module names: the modules whose `scaled_dot_product_attention` or `linear_attention`
             spans the sequence.
@@ -145,6 +148,7 @@ class Settings(BaseModel):
     peak_tflops: Annotated[float, Field(gt=0, allow_inf_nan=False), BeforeValidator(_number)] | None = None
     unverified_model: StrictBool = False
     logits: Literal["gather", "local"] = "gather"
+    memory: MemoryConfig | Literal["auto"] = Field(default_factory=MemoryConfig)
     plan: Reference | None = None
     attention: Annotated[tuple[Text, ...], BeforeValidator(_listed)] = ()
     batch: dict[Argument, Dim] = Field(default_factory=dict)
@@ -156,6 +160,11 @@ class Settings(BaseModel):
     def kind(self) -> Literal["softmax", "linear", "switch"]:
         """What ``method`` does: serve softmax attention or linear attention, or switch the sharded dim."""
         return METHODS[self.method].kind
+
+    @property
+    def attention_rounds(self) -> int | Bytes:
+        """In how many rounds of heads Ulysses works, or what a round may gather."""
+        return Bytes(AUTO_ATTENTION_BYTES) if self.memory == "auto" else self.memory.attention_rounds
 
     @property
     def for_softmax(self) -> str:

@@ -53,6 +53,7 @@ def add_flags(parser: argparse.ArgumentParser, defaults: argparse.Namespace | No
     group.add_argument("--sp-log-tensorboard", help="folder for TensorBoard to get them, too")
     group.add_argument("--sp-log-wandb", help="project of Weights & Biases, likewise")
     group.add_argument("--sp-peak-tflops", type=float, help="of a device, for model FLOP utilization in the step log")
+    group.add_argument("--sp-memory", help="what a step trades for memory: auto, or a section in JSON")
     if defaults is not None:
         parser.set_defaults(**vars(defaults))
     return parser
