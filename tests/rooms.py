@@ -24,7 +24,7 @@ FOLDERS = (
     *(
         f"dsp_plugin/{room}"
         for room in (
-            *("comm", "kernels", "methods", "config", "plans", "planner", "sharding", "training", "watch"),
+            *("comm", "kernels", "tiles", "methods", "config", "plans", "planner", "sharding", "training", "watch"),
             *("models", "rehearsal", "verification", "cli"),
         )
     ),
@@ -35,7 +35,19 @@ FOLDERS = (
 DOORS = tuple(f"patches/megatron/{name}" for name in ("linear_specs", "video_dit", "vit"))
 # Modules that are rooms of their own: each knows what is built on the rest of its folder, which knows nothing of it.
 ALONE = ("patches/autoload", *DOORS)
-_LIBRARY = (*NOUNS, "comm", "kernels", "methods", "config", "plans", "planner", "sharding", "training", "watch")
+_LIBRARY = (
+    *NOUNS,
+    "comm",
+    "kernels",
+    "tiles",
+    "methods",
+    "config",
+    "plans",
+    "planner",
+    "sharding",
+    "training",
+    "watch",
+)
 _SEAM = ("errors", "layout", "groups", "comm", "methods", "config")
 
 # What may see the whole library below it.
@@ -51,17 +63,18 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "groups": ("comm",),
     "comm": ("errors", "derivatives", "layout"),
     "kernels": ("errors", "integers", "derivatives", "mask"),
+    "tiles": ("errors", "derivatives"),
     "training": ("errors", "integers", "derivatives", "comm", "groups"),
     "watch": ("errors", "comm"),
     "methods": ("errors", "derivatives", "layout", "mask", "groups", "comm", "kernels", "training"),
     "config": ("errors", "integers", "layout", "kernels", "methods"),
     "plans": ("errors", "config"),
-    "planner": ("errors", "layout", "plans", "methods"),
+    "planner": ("errors", "layout", "plans", "methods", "config", "tiles"),
     "sharding": (
         *("errors", "derivatives", "layout", "mask", "groups", "comm", "kernels", "methods", "config", "plans"),
         *("planner", "training", "patches"),
     ),
-    "models": ("errors", "kernels", "plans"),
+    "models": ("errors", "kernels", "tiles", "plans"),
     "rehearsal": (*_LIBRARY, "models"),
     "verification": _LIBRARY,
     "cli": (*_LIBRARY, "models", "rehearsal", "verification"),
@@ -71,12 +84,12 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "patches": ("errors", "integers", "comm", "training", "watch"),
     "patches/autoload": ("config", "patches", "patches/deepspeed", "patches/accelerate", "patches/transformers"),
     "patches/diffusers": ("errors", "plans"),
-    "patches/transformers": (*_SEAM, "mask", "kernels", "plans", "sharding", "training", "patches"),
+    "patches/transformers": (*_SEAM, "mask", "kernels", "tiles", "plans", "sharding", "training", "patches"),
     "patches/deepspeed": (*_SEAM, "plans", "sharding", "training", "patches", "patches/transformers"),
     "patches/accelerate": (
         *("errors", "groups", "comm", "config", "sharding", "training", "patches", "patches/transformers"),
     ),
-    "patches/megatron": (*_SEAM, "mask", "kernels", "training", "patches"),
+    "patches/megatron": (*_SEAM, "mask", "kernels", "tiles", "training", "patches"),
     "patches/megatron/models": (*_SEAM, "kernels", "planner", "models", "patches/megatron"),
     **dict.fromkeys(DOORS, ("patches/megatron/models",)),
     "launch": ("errors", "comm", "config", "watch", "patches", "patches/megatron"),
