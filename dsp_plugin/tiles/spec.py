@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dsp_plugin.errors import SequenceParallelConfigError
 
-AUTO_LOGITS_BYTES = 256 << 20
+AUTO_LOGITS_BYTES = 512 << 20
 """What one tile of logits, in fp32, may take where the user left its size open."""
 
 
