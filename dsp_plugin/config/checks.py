@@ -102,21 +102,19 @@ def _check_memory(config: Settings) -> None:
             why=f"rounds of heads are for attention that gathers tokens, and method {config.for_softmax} gathers none",
             remedy=f"drop it, or set method to one of {', '.join(able)}",
         )
-    if memory.attention_rounds != 1 and not isinstance(memory.attention_rounds, Bytes) and config.heads is not None:
-        check_rounds(memory.attention_rounds, config.heads, config.ulysses_size)
-    for name in ("tile_tokens", "mlp_tiles"):
-        if name in memory.model_fields_set and (config.plan is not None or config.batch):
+    described = "batch" if config.batch else "a plan" if config.plan is not None or config.kind == "switch" else None
+    for name, off in (("tile_tokens", None), ("mlp_tiles", 1)):
+        if getattr(memory, name) != off and described is not None:
             raise SequenceParallelConfigError(
                 setting=f"memory.{name}",
                 value=getattr(memory, name),
-                why="the model is described by " + ("plan" if config.plan is not None else "batch") + ", which does "
-                "not say where its head and its MLPs are",
+                why=f"the model is described by {described}, which does not say where its head and its MLPs are",
                 remedy="drop it, and use dsp_plugin.token_log_probs in the model's own loss",
             )
 
 
-def check_rounds(rounds: int, heads: int, ranks: int) -> None:
-    """Check that every rank has a head for each round.
+def check_rounds(rounds: int | Bytes, heads: int, ranks: int) -> None:
+    """Check that every rank has a head for each round; what a round may gather says only later how many there are.
 
     Args:
         heads: query heads on one tensor-parallel rank.
@@ -126,7 +124,7 @@ def check_rounds(rounds: int, heads: int, ranks: int) -> None:
         SequenceParallelConfigError: some has not.
     """
     fewest = heads // ranks
-    if rounds > max(fewest, 1):
+    if not isinstance(rounds, Bytes) and rounds > max(fewest, 1):
         raise SequenceParallelConfigError(
             setting="memory.attention_rounds",
             value=rounds,

@@ -9,7 +9,7 @@ from typing import Any, Self, get_args
 
 from pydantic import BaseModel, ValidationError, model_validator
 
-from dsp_plugin.config.checks import check_combination, check_count, check_method, check_softmax_method
+from dsp_plugin.config.checks import check_combination, check_count, check_method, check_rounds, check_softmax_method
 from dsp_plugin.config.memory import MemoryConfig
 from dsp_plugin.config.section_names import DEEPSPEED_SECTION, misnamed
 from dsp_plugin.config.settings import LossConfig, Settings
@@ -231,6 +231,7 @@ class SequenceParallelConfig(Settings):
             raise SequenceParallelConfigError(
                 f"method={self.method!r} with size={self.size}, {shapes}: " + " ".join(reasons)
             )
+        check_rounds(self.attention_rounds, heads // tp, self.ulysses_size)
 
     def layout_for(self, native: LayoutKind | None = None) -> LayoutKind:
         """The token order to use where the framework's own, if it has one, is ``native``.

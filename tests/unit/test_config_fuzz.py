@@ -6,6 +6,7 @@ from argparse import Namespace
 from collections.abc import Callable
 from contextlib import redirect_stdout
 from io import StringIO
+from keyword import iskeyword
 from typing import Any
 
 import pytest
@@ -34,7 +35,7 @@ def text(value: Any) -> bool:
 
 
 def identifier(value: Any) -> bool:
-    return type(value) is str and value.isidentifier() and value not in ("class", "None", "lambda")
+    return type(value) is str and value.isidentifier() and not iskeyword(value)
 
 
 def argument(value: Any) -> bool:
@@ -52,6 +53,29 @@ def reference(value: Any) -> bool:
 
 def dim(value: Any) -> bool:
     return whole(value, -64, 63)
+
+
+def amount(value: Any) -> bool:
+    return value in ("2GiB", "40GB", "1.5 MiB")
+
+
+MEMORY: dict[str, Callable[[Any], bool]] = {
+    "tile_tokens": lambda v: v is None or whole(v, 1, 2**63 - 1),
+    "mlp_tiles": lambda v: whole(v, 1, 2**63 - 1),
+    "offload": lambda v: type(v) is bool or amount(v),
+    "attention_rounds": lambda v: whole(v, 1, 2**63 - 1) or amount(v),
+}
+AMOUNTS = st.sampled_from(["2GiB", "40GB", "1.5 MiB", "GiB", "-1GB", "0B", "2 gibibytes", "1e400GB", "nanGB"])
+PARTS = st.dictionaries(st.sampled_from([*MEMORY, "offloads", 3]), st.one_of(VALUES, AMOUNTS), max_size=2)
+
+
+def memory_fits(memory: Any, described: bool, rounds: bool) -> bool:
+    """Args: described: by a plan or a batch. rounds: whether the method gathers tokens."""
+    if type(memory) is str:
+        return memory == "auto"
+    return (rounds or memory.get("attention_rounds", 1) == 1) and (
+        not described or (memory.get("tile_tokens") is None and memory.get("mlp_tiles", 1) == 1)
+    )
 
 
 LEGAL: dict[str, Callable[[Any], bool]] = {
@@ -84,6 +108,10 @@ LEGAL: dict[str, Callable[[Any], bool]] = {
         )
     ),
     "gather_output": lambda v: v is None or dim(v),
+    "memory": lambda v: (
+        (type(v) is str and v == "auto")
+        or (type(v) is dict and all(key in MEMORY and MEMORY[key](value) for key, value in v.items()))
+    ),
 }
 
 
@@ -127,6 +155,11 @@ def legal(section: dict[str, Any]) -> bool:
             bool(section.get("log_every"))
             or all(section.get(key) is None for key in ("log_tensorboard", "log_wandb", "peak_tflops"))
         )
+        and memory_fits(
+            section.get("memory", {}),
+            described=bool(batch) or plan is not None or method == "dsp",
+            rounds=method != "dsp" and "u" in AXES[softmax],
+        )
     )
 
 
@@ -136,7 +169,8 @@ BASES: list[dict[str, Any]] = [
     {"method": "dsp", "size": 4, "plan": "my.plans:plan"},
     {"method": "ulysses", "size": 4, **BATCH},
     {"method": "ring", "size": 2, "layout": "zigzag", **BATCH, "gather_output": 1},
-    {"method": "usp", "ulysses_size": 2, "ring_size": 2, "heads": 8},
+    {"method": "usp", "ulysses_size": 2, "ring_size": 2, "heads": 8, "memory": {"attention_rounds": 2}},
+    {"method": "ulysses", "size": 2, "memory": {"tile_tokens": 64, "mlp_tiles": 2, "offload": "2GiB"}},
     {"method": "usp", "size": 12, "log_every": 10, "peak_tflops": 989.5, "log_tensorboard": "runs/1"},
     {"method": "lightseq", "size": 3, **BATCH, "positions": None},
     {"method": "lasp", "size": 4, "exchange": "scan", "softmax_method": "usp", "ulysses_size": 2},
@@ -149,7 +183,7 @@ def sections(draw: Any, keys: tuple[Any, ...] = (*LEGAL, "sise", 3)) -> dict[str
     section = dict(draw(st.sampled_from(BASES)))
     for key in draw(st.lists(st.sampled_from(keys), max_size=3)):
         if draw(st.integers(0, 5)):
-            section[key] = draw(VALUES)
+            section[key] = draw(st.one_of(PARTS, VALUES) if key == "memory" else VALUES)
         else:
             section.pop(key, None)
     return section
@@ -165,6 +199,8 @@ def kept(config: SequenceParallelConfig, section: dict[str, Any]) -> bool:
             found = {name: getattr(found, name) for name in value}
         if key == "attention":
             value = tuple(value)
+        if key == "memory" and value != "auto":
+            found, value = found.model_fields_set, set(value)
         if found != value or (type(found) is not type(value) and key != "peak_tflops"):
             return False
     return config.ulysses_size * config.ring_size == config.size

@@ -203,6 +203,36 @@ WRONG_CONFIGS: dict[str, tuple[Callable[[], Any], list[str]]] = {
         lambda: ulysses(log_every=1, peak_tflops="989"),
         ["peak_tflops='989'", "number, not str", "such as 989"],
     ),
+    "memory as a number": (lambda: ulysses(memory=4), ["memory=4", "valid dictionary", 'Write "auto", or {']),
+    "memory of another word": (lambda: ulysses(memory="all"), ["memory='all'", 'Write "auto", or {']),
+    "unknown part of memory": (
+        lambda: ulysses(memory={"offloads": True}),
+        ["unknown key 'memory.offloads'", "mean 'memory.offload'?", "Known keys: tile_tokens, mlp_tiles"],
+    ),
+    "tiles of no tokens": (
+        lambda: ulysses(memory={"tile_tokens": 0}),
+        ["memory.tile_tokens=0", "integer of 1 or more, not 0", '"tile_tokens": 4096'],
+    ),
+    "tiles as truth": (lambda: ulysses(memory={"mlp_tiles": True}), ["memory.mlp_tiles=True", "1 or more, not True"]),
+    "host memory without a unit": (lambda: ulysses(memory={"offload": 40}), ["memory.offload=40", 'such as "40GiB"']),
+    "host memory of nothing": (lambda: ulysses(memory={"offload": "0GiB"}), ["memory.offload='0GiB'", "1 byte"]),
+    "rounds of a ring": (
+        lambda: Config(method="ring", size=2, memory={"attention_rounds": 2}),
+        ["memory.attention_rounds=2", "method ring gathers none", "set method to one of ulysses, usp"],
+    ),
+    "more rounds than heads": (
+        lambda: ulysses(size=4, memory={"attention_rounds": 3}).check_model(heads=16, tensor_parallel_size=2),
+        ["memory.attention_rounds=3", "8 query heads over ulysses_size=4 leave a rank 2", "Set it to 2 or less"],
+    ),
+    "tiles of a model by batch": (
+        lambda: ulysses(**BATCH, loss={"labels": "labels"}, memory={"tile_tokens": 64}),
+        ["memory.tile_tokens=64", "described by batch", "dsp_plugin.token_log_probs"],
+    ),
+    "tiles of a model by plan": (lambda: dsp(memory={"mlp_tiles": 4}), ["memory.mlp_tiles=4", "described by a plan"]),
+    "memory that is no JSON": (
+        lambda: megatron(sp_method="ulysses", context_parallel_size=2, sp_memory="{tile_tokens: 4}"),
+        ["Megatron flags", "memory='{tile_tokens: 4}'", 'Write "auto", or {'],
+    ),
     "folder without a name": (
         lambda: ulysses(log_every=1, log_tensorboard=""),
         ["log_tensorboard=''", "text that can be printed", "path of a folder"],

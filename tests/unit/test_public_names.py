@@ -62,6 +62,7 @@ MEGATRON_FLAGS = (
         "--sp-quiet",
     ),
     *("--sp-log-every", "--sp-log-tensorboard", "--sp-log-wandb", "--sp-peak-tflops"),
+    "--sp-memory",
 )
 ENTRY_POINTS = {
     ("console_scripts", "dsp-plugin"): "dsp_plugin.cli.app:app",
