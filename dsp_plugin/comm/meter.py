@@ -27,8 +27,15 @@ class Meter:
     def clear(self) -> None:
         """Starts from 0."""
         self.tokens = self.attention_flops = 0
-        self._host_seconds = 0.0
+        self._host_seconds = self._device_seconds = 0.0
         self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+
+    def fold(self) -> None:
+        """Adds up the events that a device is done with, so that they do not pile up; waits for none."""
+        with _lock:
+            done = next((place for place, (_, end) in enumerate(self._events) if not end.query()), len(self._events))
+            past, self._events = self._events[:done], self._events[done:]
+        self._device_seconds += sum(start.elapsed_time(end) for start, end in past) / 1000
 
     def waited(self) -> float:
         """Seconds that computation stood still for communication.
@@ -38,7 +45,8 @@ class Meter:
         """
         for _, end in self._events:
             end.synchronize()
-        return self._host_seconds + sum(start.elapsed_time(end) for start, end in self._events) / 1000
+        self.fold()
+        return self._host_seconds + self._device_seconds
 
 
 _open: list[Meter] = []

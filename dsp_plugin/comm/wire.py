@@ -9,10 +9,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from dsp_plugin.comm.agreement import Shapes, agree, explained
 from dsp_plugin.comm.axis import Axis
@@ -21,6 +23,10 @@ from dsp_plugin.comm.meter import waiting
 
 # torch 2.13 renamed it and warns at the old name.
 _all_gather_single = dist.all_gather_single if hasattr(dist, "all_gather_single") else dist.all_gather_into_tensor
+
+
+# The devices on which a group's communicator has all of its ranks.
+_joined: WeakKeyDictionary[ProcessGroup, set[torch.device]] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -136,7 +142,7 @@ def collect(buffer: Tensor, counts: Sequence[int], sender: Sender, whole_shapes:
         return list(gathered.split(list(counts)))
     parts = [buffer if peer == axis.rank else buffer.new_empty(count) for peer, count in enumerate(counts)]
     transfers = [(peer, buffer, parts[peer]) for peer in range(axis.size) if peer != axis.rank]
-    works = _post([(p, send) for p, send, _ in transfers], [(p, part) for p, _, part in transfers], axis)
+    works = _post([(p, send) for p, send, _ in transfers], [(p, part) for p, _, part in transfers], axis, buffer)
     _wait(works, buffer.is_cuda)
     return parts
 
@@ -165,7 +171,7 @@ class Transfers:
         _enter(collective, like.dtype, send_counts, [receives.get(peer, 0) for peer in range(axis.size)], sender)
         self._sent, self._on_cuda = dict(sends), like.is_cuda
         self._received = {peer: like.new_empty(count) for peer, count in receives.items()}
-        self._works = _post(list(self._sent.items()), list(self._received.items()), axis)
+        self._works = _post(list(self._sent.items()), list(self._received.items()), axis, like)
 
     def wait(self) -> dict[int, Tensor]:
         """What arrived, flat, by sender; returns once everything sent and received is done. May be called again."""
@@ -218,7 +224,11 @@ def _all_to_all(
     )
 
 
-def _post(sends: list[tuple[int, Tensor]], receives: list[tuple[int, Tensor]], axis: Axis) -> list[dist.Work]:
+def _post(
+    sends: list[tuple[int, Tensor]], receives: list[tuple[int, Tensor]], axis: Axis, like: Tensor
+) -> list[dist.Work]:
+    """Starts transfers of one round, which every rank of the axis enters."""
+    _join(axis, like.device)
     # Receives first: behind a send of its own, gloo's word that a rank is ready to receive would wait for that send.
     operations = [
         dist.P2POp(kind, tensor.view(torch.uint8), axis.ranks[peer], axis.group)
@@ -227,6 +237,20 @@ def _post(sends: list[tuple[int, Tensor]], receives: list[tuple[int, Tensor]], a
         if tensor.numel()
     ]
     return dist.batch_isend_irecv(operations) if operations else []
+
+
+def _join(axis: Axis, device: torch.device) -> None:
+    """Brings every rank of the axis into its communicator, before a round in which some have nothing to send.
+
+    NCCL makes a communicator at the first operation of a group, and waits there for all of its ranks.
+    """
+    if device.type != "cuda":
+        return
+    assert axis.group is not None
+    joined = _joined.setdefault(axis.group, set())
+    if device not in joined:
+        dist.all_reduce(torch.zeros(1, device=device), group=axis.group)
+        joined.add(device)
 
 
 @contextmanager

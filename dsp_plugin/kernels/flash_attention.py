@@ -13,9 +13,12 @@ from packaging.version import Version
 from torch import Tensor
 
 from dsp_plugin.kernels.kernel import BlockSpec
+from dsp_plugin.kernels.spec import AttentionSpec
 from dsp_plugin.kernels.windowed import Window, WindowedFlash
 
 _FA2_MINIMUM = Version("2.7.0")
+# Wider ones have no deterministic instance (hopper/flash_bwd_launch_template.h).
+_FA3_DETERMINISTIC = 192
 
 
 @lru_cache(maxsize=8)
@@ -31,6 +34,8 @@ def _import(name: str) -> tuple[ModuleType | None, str]:
         return None, f"importing {name} failed: {error}"
 
 
+# Asked at every call; the metadata of packages is read from files.
+@lru_cache(maxsize=4)
 def _distribution_version(*names: str) -> str | None:
     for name in names:
         try:
@@ -140,6 +145,14 @@ class FlashAttention3(WindowedFlash):
         if not all(hasattr(torch.ops.flash_attn_3, op) for op in ("fwd", "bwd")):
             return False, "this flash_attn_interface registers no flash_attn_3 operators; it is an early beta"
         return True, "flash_attn_interface is installed"
+
+    def supports(
+        self, dtype: torch.dtype, device: torch.device, head_dim: int, v_head_dim: int, spec: AttentionSpec
+    ) -> str | None:
+        widest = max(head_dim, v_head_dim)
+        if torch.are_deterministic_algorithms_enabled() and widest > _FA3_DETERMINISTIC:
+            return f"its deterministic backward takes head dims up to {_FA3_DETERMINISTIC}, not {widest}"
+        return super().supports(dtype, device, head_dim, v_head_dim, spec)
 
     def refuses_capability(self, capability: tuple[int, int], head_dim: int) -> str | None:
         if capability[0] != 9:

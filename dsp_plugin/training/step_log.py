@@ -116,6 +116,7 @@ class StepLog:
                 its tokens.
         """
         self._steps += 1
+        self._meter.fold()
         if loss is not None:
             value = loss.detach().double().reshape(())
             self._losses.append(torch.stack([value, torch.ones_like(value)]) * weight)
@@ -146,6 +147,9 @@ class StepLog:
         self._open.enter_context(meter(self._meter))
 
     def _record(self, step: int) -> StepRecord:
+        if _on_cuda():
+            # The clock would else stop where the last kernel was launched, not where it ended.
+            torch.cuda.synchronize()
         seconds = (time.perf_counter() - self._started) / self._steps
         losses = torch.stack(self._losses).sum(0).tolist() if self._losses else [0.0, 0.0]
         counted = [float(self._meter.tokens), float(self._parameters), float(self._meter.attention_flops)]

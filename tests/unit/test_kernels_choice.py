@@ -88,6 +88,20 @@ def test_cuda_kernels_know_their_limits(
     assert kernel.supports(torch.bfloat16, torch.device("cuda:0"), 192, 128, AttentionSpec()) is None
 
 
+def test_a_deterministic_run_takes_no_kernel_without_a_deterministic_backward(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    device = torch.device("cuda:0")
+    assert FlashAttention3().supports(torch.bfloat16, device, 256, 64, AttentionSpec()) is None
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert FlashAttention3().supports(torch.bfloat16, device, 192, 192, AttentionSpec()) is None
+        refusal = FlashAttention3().supports(torch.bfloat16, device, 64, 256, AttentionSpec())
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert refusal is not None
+    assert "up to 192, not 256" in refusal
+
+
 def test_unknown_kernels_name_the_nearest() -> None:
     with pytest.raises(SequenceParallelConfigError, match=r"kernel='cpuflash': kernels are auto, fa3.*'cpu_flash'"):
         choose(AttentionSpec(kernel="cpuflash"), "cpu", torch.float32, 64)

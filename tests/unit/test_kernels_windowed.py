@@ -172,6 +172,7 @@ def stand_in(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(type(table.KERNELS[name]), "supports", lambda *_: None)
     monkeypatch.setattr(importlib.metadata, "version", lambda _: "2.8.3")
     flash_attention._import.cache_clear()
+    flash_attention._distribution_version.cache_clear()
     if name == "fa2":
         monkeypatch.setitem(sys.modules, "flash_attn", ModuleType("flash_attn"))
         monkeypatch.setitem(sys.modules, "flash_attn.flash_attn_interface", fake_flash_attn_2())
@@ -182,6 +183,7 @@ def stand_in(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
             register_fake_flash_attn_3(library, FA3_SCHEMAS[request.param.split("-")[1]])
             yield name
     flash_attention._import.cache_clear()
+    flash_attention._distribution_version.cache_clear()
 
 
 @pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS.keys())
@@ -219,16 +221,19 @@ def test_the_torch_operators_accept_what_cuda_flash_passes(window: Window) -> No
 def test_an_old_or_broken_package_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     flash_attention._import.cache_clear()
+    flash_attention._distribution_version.cache_clear()
     assert FlashAttention2().available() == (False, "package flash_attn is not installed")
     assert FlashAttention3().available() == (False, "package flash_attn_interface is not installed")
 
     flash_attention._import.cache_clear()
+    flash_attention._distribution_version.cache_clear()
     monkeypatch.setitem(sys.modules, "flash_attn", ModuleType("flash_attn"))
     monkeypatch.setitem(sys.modules, "flash_attn.flash_attn_interface", fake_flash_attn_2())
     monkeypatch.setattr(importlib.metadata, "version", lambda _: "2.5.9.post1")
     assert FlashAttention2().available() == (False, "flash_attn 2.5.9.post1 is older than 2.7.0")
 
     flash_attention._import.cache_clear()
+    flash_attention._distribution_version.cache_clear()
 
     def broken(name: str) -> ModuleType:
         raise ImportError("undefined symbol: _ZN3c105ErrorC2E")
@@ -238,3 +243,4 @@ def test_an_old_or_broken_package_is_reported(monkeypatch: pytest.MonkeyPatch) -
     assert not available
     assert "undefined symbol" in reason
     flash_attention._import.cache_clear()
+    flash_attention._distribution_version.cache_clear()

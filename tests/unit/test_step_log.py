@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from dsp_plugin import SequenceParallelConfig, SequenceParallelConfigError
+from dsp_plugin.comm.meter import Meter
 from dsp_plugin.mask import MaskSpec
 from dsp_plugin.training.log_writers import in_units, line, scalars, tensorboard, wandb, writers
 from dsp_plugin.training.step_log import StepRecord
@@ -121,3 +122,34 @@ def test_pairs_are_those_of_the_dense_mask(causal: bool, window: Any, borders: A
         document = torch.searchsorted(ends, torch.arange(length), right=True)
         seen &= document[:, None] == document[None]
     assert mask.pairs(length) == int(seen.sum())
+
+
+class _Event:
+    """A device's event, done when told so."""
+
+    def __init__(self, at: float, done: bool = True) -> None:
+        self.at, self.done = at, done
+
+    def query(self) -> bool:
+        return self.done
+
+    def synchronize(self) -> None:
+        self.done = True
+
+    def elapsed_time(self, end: _Event) -> float:
+        assert self.done
+        assert end.done
+        return end.at - self.at
+
+
+def test_events_of_a_device_are_added_up_as_they_are_done() -> None:
+    counted = Meter()
+    pairs = [(_Event(0.0), _Event(5.0)), (_Event(9.0), _Event(12.0, done=False))]
+    counted._events = list(pairs)
+    counted.fold()
+    assert counted._events == pairs[1:]
+    assert counted.waited() == pytest.approx(0.008)
+    assert counted._events == []
+    assert counted.waited() == pytest.approx(0.008)
+    counted.clear()
+    assert counted.waited() == 0.0
