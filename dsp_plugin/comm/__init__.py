@@ -1,7 +1,6 @@
 """Communication: autograd collectives over one counted choke point."""
 
 from dsp_plugin.comm.collectives import (
-    Route,
     all_gather,
     all_to_all,
     gather,
@@ -12,6 +11,7 @@ from dsp_plugin.comm.collectives import (
 )
 from dsp_plugin.comm.ledger import Ledger, LedgerRow, ledger
 from dsp_plugin.comm.relayout import relayout
+from dsp_plugin.comm.routes import Route
 
 __all__ = [
     "Ledger",

@@ -10,7 +10,6 @@ passes are made of the same collectives, so they have gradients by the same cont
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from math import prod
 from typing import Any
 
@@ -18,43 +17,10 @@ import torch
 from torch import Tensor
 
 from dsp_plugin.comm.axis import Axis
+from dsp_plugin.comm.routes import Route, assembled, consecutive, pack
 from dsp_plugin.comm.wire import Sender, Transfers, collect, exchange
 from dsp_plugin.derivatives import refuse_transforms
-from dsp_plugin.layout import Layout, run_of, shard_ranges
-
-Runs = tuple[range, ...]
-
-
-@dataclass(frozen=True)
-class Route:
-    """How one tensor goes through an all-to-all: scattered along one dim, gathered along another.
-
-    Attributes:
-        scatter_dim: whole before, cut after.
-        gather_dim: cut before, whole after.
-        scatter: for each destination the entries of ``scatter_dim`` that it gets. They may overlap: a key/value head
-            that two ranks need goes to both, and its gradients are added up.
-        gather: for each source the entries of ``gather_dim`` that its local ones are, in local order.
-    """
-
-    scatter_dim: int
-    gather_dim: int
-    scatter: tuple[Runs, ...]
-    gather: tuple[Runs, ...]
-
-    @classmethod
-    def even(cls, scatter_dim: int, gather_dim: int, scatter_length: int, gather_length: int, parts: int) -> Route:
-        """The route that cuts both dims into ``parts`` contiguous runs whose sizes differ by at most one."""
-        return cls(
-            scatter_dim,
-            gather_dim,
-            tuple((run,) for run in shard_ranges(scatter_length, parts)),
-            tuple((run,) for run in shard_ranges(gather_length, parts)),
-        )
-
-    def inverse(self) -> Route:
-        """The route back, which is also the route of the gradient."""
-        return Route(self.gather_dim, self.scatter_dim, self.gather, self.scatter)
+from dsp_plugin.layout import Layout
 
 
 def all_to_all(tensors: Sequence[Tensor], routes: Sequence[Route], *, axis: Axis, method: str) -> tuple[Tensor, ...]:
@@ -74,7 +40,7 @@ def all_to_all(tensors: Sequence[Tensor], routes: Sequence[Route], *, axis: Axis
     assert len(tensors) == len(routes)
     assert len({x.dtype for x in tensors}) == 1
     if axis.size == 1 and all(
-        _consecutive(route.gather) and route.scatter[0] == (range(x.shape[route.scatter_dim]),)
+        consecutive(route.gather) and route.scatter[0] == (range(x.shape[route.scatter_dim]),)
         for x, route in zip(tensors, routes, strict=True)
     ):
         return tuple(tensors)
@@ -96,94 +62,15 @@ class _AllToAll(torch.autograd.Function):
 
 
 def _route(tensors: Sequence[Tensor], routes: Sequence[Route], sender: Sender) -> tuple[Tensor, ...]:
-    axis = sender.axis
-    pieces = [
-        (x, route, route.scatter[peer]) for peer in range(axis.size) for x, route in zip(tensors, routes, strict=True)
-    ]
-    shapes = [_cut(x.shape, route.scatter_dim, runs) for x, route, runs in pieces]
-    send_counts = _per_peer([prod(shape) for shape in shapes], len(tensors))
-    arriving = [
-        _cut(_cut(x.shape, route.scatter_dim, route.scatter[axis.rank]), route.gather_dim, route.gather[peer])
-        for peer in range(axis.size)
-        for x, route in zip(tensors, routes, strict=True)
-    ]
-    receive_counts = _per_peer([prod(shape) for shape in arriving], len(tensors))
-
-    if len(tensors) == 1 and _leads(tensors[0].shape, routes[0].scatter_dim, routes[0].scatter):
-        packed = tensors[0].contiguous().view(-1)
-    else:
-        packed = tensors[0].new_empty(sum(send_counts))
-        slots = packed.split([prod(shape) for shape in shapes])
-        for (x, route, runs), shape, slot in zip(pieces, shapes, slots, strict=True):
-            _fill(slot.view(shape), x, route.scatter_dim, runs)
-    whole = [_with(x.shape, route.gather_dim, _length(route.gather)) for x, route in zip(tensors, routes, strict=True)]
-    received = exchange(packed, send_counts, receive_counts, sender, whole)
-
-    blocks = [
-        slot.view(shape)
-        for slot, shape in zip(received.split([prod(shape) for shape in arriving]), arriving, strict=True)
-    ]
-    return tuple(
-        _assemble(received, blocks[index :: len(tensors)], route, single=len(tensors) == 1)
-        for index, route in enumerate(routes)
-    )
+    packed = pack(tensors, routes, sender.axis)
+    received = exchange(packed.buffer, packed.send_counts, packed.receive_counts, sender, packed.whole)
+    return tuple(assembled(received, packed.blocks(received), routes))
 
 
 def _with(shape: Sequence[int], dim: int, length: int) -> list[int]:
     changed = list(shape)
     changed[dim] = length
     return changed
-
-
-def _cut(shape: Sequence[int], dim: int, runs: Runs) -> list[int]:
-    return _with(shape, dim, sum(map(len, runs)))
-
-
-def _length(runs_by_rank: Sequence[Runs]) -> int:
-    """Of the dim that the runs, which may overlap, cover."""
-    return max((run[-1] + 1 for runs in runs_by_rank for run in runs if len(run)), default=0)
-
-
-def _per_peer(counts: list[int], tensors: int) -> list[int]:
-    return [sum(counts[start : start + tensors]) for start in range(0, len(counts), tensors)]
-
-
-def _leads(shape: Sequence[int], dim: int, runs_by_rank: Sequence[Runs]) -> bool:
-    """Whether memory order is already rank order along ``dim``, so that packing or unpacking can be skipped."""
-    return prod(shape[:dim]) == 1 and _consecutive(runs_by_rank)
-
-
-def _consecutive(runs_by_rank: Sequence[Runs]) -> bool:
-    runs = [run for runs in runs_by_rank for run in runs]
-    return [run.start for run in runs] == [0, *(run.stop for run in runs[:-1])] and all(run.step == 1 for run in runs)
-
-
-def _fill(slot: Tensor, x: Tensor, dim: int, runs: Runs) -> None:
-    offset = 0
-    for run in runs:
-        slot.narrow(dim, offset, len(run)).copy_(run_of(x, dim, run))
-        offset += len(run)
-
-
-def _assemble(received: Tensor, blocks: list[Tensor], route: Route, single: bool) -> Tensor:
-    dim = route.gather_dim
-    length = _length(route.gather)
-    shape = _with(blocks[0].shape, dim, length)
-    if single and _leads(shape, dim, route.gather):
-        return received.view(shape)
-    overlapping = sum(len(run) for runs in route.gather for run in runs) > length
-    if overlapping:
-        # Sums of several ranks' gradients: bfloat16 would lose what each of them kept.
-        total = received.new_zeros(shape, dtype=torch.promote_types(received.dtype, torch.float32))
-    else:
-        total = received.new_empty(shape)
-    for block, runs in zip(blocks, route.gather, strict=True):
-        offset = 0
-        for run in runs:
-            target, source = run_of(total, dim, run), block.narrow(dim, offset, len(run))
-            target.add_(source) if overlapping else target.copy_(source)
-            offset += len(run)
-    return total.to(received.dtype)
 
 
 def all_gather(x: Tensor, dim: int, layout: Layout, *, axis: Axis, method: str) -> Tensor:

@@ -22,6 +22,7 @@ from dsp_plugin.config.memory import AUTO_ATTENTION_BYTES, Bytes, MemoryConfig
 from dsp_plugin.integers import MOST
 from dsp_plugin.layout import LayoutKind
 from dsp_plugin.methods import METHODS
+from dsp_plugin.methods.head_rounds import RoundBudget
 from dsp_plugin.methods.state_exchange import ExchangeName
 
 LayoutName = Literal["auto", LayoutKind]
@@ -162,9 +163,12 @@ class Settings(BaseModel):
         return METHODS[self.method].kind
 
     @property
-    def attention_rounds(self) -> int | Bytes:
+    def attention_rounds(self) -> int | RoundBudget:
         """In how many rounds of heads Ulysses works, or what a round may gather."""
-        return Bytes(AUTO_ATTENTION_BYTES) if self.memory == "auto" else self.memory.attention_rounds
+        if self.memory == "auto":
+            return RoundBudget(AUTO_ATTENTION_BYTES, binding=False)
+        given: int = self.memory.attention_rounds
+        return RoundBudget(given) if isinstance(given, Bytes) else given
 
     @property
     def for_softmax(self) -> str:

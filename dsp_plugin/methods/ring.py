@@ -89,13 +89,7 @@ class _Ring(torch.autograd.Function):
         sender: Sender,
         gradient_dtype: torch.dtype,
     ) -> Tensor:
-        out, lse = empty_state(q, v)
-        for hop, held in _rotation(Tokens(k, v), schedule, sender):
-            for work in hop.work:
-                keys, values = held.k[:, work.k], held.v[:, work.k]
-                partial = block_forward(call, q[:, work.q], keys, values, work.q_positions, work.k_positions)
-                merge_(out[:, work.q], lse[:, :, work.q], *partial)
-        out = out.to(q.dtype)
+        out, lse = ring_forward(q, k, v, call, schedule, sender)
         ctx.call, ctx.schedule, ctx.sender, ctx.gradient_dtype = call, schedule, sender.backward(), gradient_dtype
         ctx.save_for_backward(q, k, v, out, lse)
         return out
@@ -104,29 +98,60 @@ class _Ring(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse = ctx.saved_tensors
-        wide = accumulation_dtype(q.dtype)
-        dq, dk, dv = (torch.zeros(x.shape, dtype=wide, device=x.device) for x in (q, k, v))
-        collection = _Collection(Tokens(dk, dv), ctx.schedule, ctx.sender, ctx.gradient_dtype)
-        for hop, held in _rotation(Tokens(k, v), ctx.schedule, ctx.sender):
-            shares = collection.shares(hop)
-            for work in hop.work:
-                gradients = block_backward(
-                    ctx.call,
-                    dout[:, work.q],
-                    q[:, work.q],
-                    held.k[:, work.k],
-                    held.v[:, work.k],
-                    out[:, work.q],
-                    lse[:, :, work.q],
-                    work.q_positions,
-                    work.k_positions,
-                )
-                totals = dq[:, work.q], shares.k[:, work.k], shares.v[:, work.k]
-                for total, gradient in zip(totals, gradients, strict=True):
-                    total.add_(gradient)
-            collection.pass_on(hop, shares)
-        collection.finish()
+        saved = q, k, v, out, lse
+        dq, dk, dv = ring_backward(dout, *saved, ctx.call, ctx.schedule, ctx.sender, ctx.gradient_dtype)
         return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None, None, None
+
+
+def ring_forward(
+    q: Tensor, k: Tensor, v: Tensor, call: AttentionCall, schedule: RingSchedule, sender: Sender
+) -> tuple[Tensor, Tensor]:
+    """``(out, lse)`` without autograd, of a call whose blocks are cut at document borders already."""
+    out, lse = empty_state(q, v)
+    for hop, held in _rotation(Tokens(k, v), schedule, sender):
+        for work in hop.work:
+            keys, values = held.k[:, work.k], held.v[:, work.k]
+            partial = block_forward(call, q[:, work.q], keys, values, work.q_positions, work.k_positions)
+            merge_(out[:, work.q], lse[:, :, work.q], *partial)
+    return out.to(q.dtype), lse
+
+
+def ring_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    call: AttentionCall,
+    schedule: RingSchedule,
+    sender: Sender,
+    gradient_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``(dq, dk, dv)`` of what `ring_forward` returned, in fp32 or wider."""
+    wide = accumulation_dtype(q.dtype)
+    dq, dk, dv = (torch.zeros(x.shape, dtype=wide, device=x.device) for x in (q, k, v))
+    collection = _Collection(Tokens(dk, dv), schedule, sender, gradient_dtype)
+    for hop, held in _rotation(Tokens(k, v), schedule, sender):
+        shares = collection.shares(hop)
+        for work in hop.work:
+            gradients = block_backward(
+                call,
+                dout[:, work.q],
+                q[:, work.q],
+                held.k[:, work.k],
+                held.v[:, work.k],
+                out[:, work.q],
+                lse[:, :, work.q],
+                work.q_positions,
+                work.k_positions,
+            )
+            totals = dq[:, work.q], shares.k[:, work.k], shares.v[:, work.k]
+            for total, gradient in zip(totals, gradients, strict=True):
+                total.add_(gradient)
+        collection.pass_on(hop, shares)
+    collection.finish()
+    return dq, dk, dv
 
 
 def _rotation(own: Tokens, schedule: RingSchedule, sender: Sender) -> Iterator[tuple[Hop, Tokens]]:

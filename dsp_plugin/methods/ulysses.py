@@ -5,80 +5,36 @@
     out_BLhD                --one all-to-all-->  out_BnHD
 
 Any token order works: tokens are put into global order as they are unpacked, which costs nothing extra. Any head counts
-work down to one query head per rank; see `HeadPartition`.
+work down to one query head per rank; see `HeadPartition`. Heads may go in rounds, see `in_rounds`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property, lru_cache
 
 from torch import Tensor
 
-from dsp_plugin.comm.axis import Axis
-from dsp_plugin.comm.collectives import Route, all_to_all
 from dsp_plugin.errors import SequenceParallelConfigError
-from dsp_plugin.kernels.softmax import attend
+from dsp_plugin.kernels.call import AttentionCall
+from dsp_plugin.kernels.softmax import attend, block_backward, block_forward
 from dsp_plugin.kernels.spec import AttentionSpec
-from dsp_plugin.layout import shard_ranges
+from dsp_plugin.methods.head_exchange import HEAD_DIM, HeadExchange
+from dsp_plugin.methods.head_partition import head_partition
+from dsp_plugin.methods.head_rounds import RoundBudget, choose
+from dsp_plugin.methods.in_rounds import attention_in_rounds
 from dsp_plugin.methods.inputs import SEQUENCE_DIM, check_shards, checked, illegal_heads
 from dsp_plugin.methods.method import Method, Where, WireBytes, Workload
 
-HEAD_DIM = 2
 
-
-@dataclass(frozen=True)
-class HeadPartition:
-    """Which query heads each Ulysses rank computes, and which key/value heads they need.
-
-    Whole key/value groups where that keeps the ranks as even as floor and ceiling can; otherwise a group is cut and its
-    key/value head goes to both ranks. With fewer key/value heads than ranks every rank gets exactly one, so that no
-    head is sent twice to a rank or repeated in memory before sending.
-    """
-
-    heads: int
-    kv_heads: int
-    ranks: int
-
-    @cached_property
-    def queries(self) -> tuple[range, ...]:
-        """Query heads by rank."""
-        even = shard_ranges(self.heads, self.ranks)
-        whole_groups = self._along_groups()
-        if self.kv_heads < self.ranks or max(map(len, whole_groups)) == len(even[0]):
-            return whole_groups
-        return even
-
-    @cached_property
-    def keys(self) -> tuple[range, ...]:
-        """Key/value heads by rank."""
-        group = self.heads // self.kv_heads
-        return tuple(range(heads.start // group, (heads.stop - 1) // group + 1) for heads in self.queries)
-
-    def queries_per_key(self, rank: int) -> tuple[int, ...]:
-        """How many of the rank's query heads each of its key/value heads serves."""
-        group, mine = self.heads // self.kv_heads, self.queries[rank]
-        return tuple(min(mine.stop, (kv + 1) * group) - max(mine.start, kv * group) for kv in self.keys[rank])
-
-    def _along_groups(self) -> tuple[range, ...]:
-        group = self.heads // self.kv_heads
-        if self.kv_heads >= self.ranks:
-            return tuple(range(kv.start * group, kv.stop * group) for kv in shard_ranges(self.kv_heads, self.ranks))
-        return tuple(
-            range(kv * group + part.start, kv * group + part.stop)
-            for kv, sharers in enumerate(shard_ranges(self.ranks, self.kv_heads))
-            for part in shard_ranges(group, len(sharers))
-        )
-
-
-@lru_cache(maxsize=256)
-def head_partition(heads: int, kv_heads: int, ranks: int) -> HeadPartition:
-    """The partition, computed once per shape."""
-    return HeadPartition(heads, kv_heads, ranks)
-
-
-def attention(q: Tensor, k: Tensor, v: Tensor, *, what: AttentionSpec, where: Where) -> Tensor:
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    what: AttentionSpec,
+    where: Where,
+    attention_rounds: int | RoundBudget = 1,
+) -> Tensor:
     """Exact attention over a sequence sharded along dim 1.
 
     Args:
@@ -87,12 +43,13 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, what: AttentionSpec, where: Wh
         v: ``[B, n, K, Dv]``.
         what: to compute, over the whole sequence.
         where: the tokens are; of the groups the Ulysses axis is used, whose size must be the layout's.
+        attention_rounds: in how many rounds of heads to do so, or what one of them may gather, see `in_rounds`.
 
     Returns:
         ``[B, n, H, Dv]``.
 
     Raises:
-        SequenceParallelConfigError: shapes, head counts or document borders do not fit.
+        SequenceParallelConfigError: shapes, head counts, rounds or document borders do not fit.
         UnsupportedError: the kernel cannot serve such tensors.
     """
     axis, layout = where.groups.ulysses, where.layout
@@ -104,52 +61,29 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, what: AttentionSpec, where: Wh
     call = checked(q, k, v, what, layout)
 
     tokens = tuple(layout.spans(rank) for rank in range(axis.size))
-    heads_to_ranks = HeadExchange(axis, "ulysses", head_partition(heads, kv_heads, axis.size), tokens)
+    part = head_partition(heads, kv_heads, axis.size)
+    rounds = choose(attention_rounds, q, v, part, layout.length, whole_groups=False)
+    heads_to_ranks = HeadExchange(axis, "ulysses", part, tokens)
+    if rounds.count > 1:
+        return attention_in_rounds(q, k, v, call, rounds, heads_to_ranks, _Whole())
     q, k, v = heads_to_ranks.scatter(q, k, v)
     out, _ = attend(q, k, v, call.narrow(heads_to_ranks.heads, heads_to_ranks.q_per_kv))
     return heads_to_ranks.gather(out)
 
 
-@dataclass(frozen=True)
-class HeadExchange:
-    """The two all-to-alls around an attention whose ranks hold all tokens of some heads.
+class _Whole:
+    """Attention of heads whose tokens are all here."""
 
-    Attributes:
-        axis: the ranks that exchange.
-        method: for the ledger.
-        part: which heads each rank gets.
-        tokens: for every rank, where its local tokens stand among the gathered ones.
-    """
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> tuple[Tensor, Tensor]:
+        tokens = range(q.shape[SEQUENCE_DIM])
+        out, lse = block_forward(call, q, k, v, tokens, tokens)
+        return out.to(q.dtype), lse
 
-    axis: Axis
-    method: str
-    part: HeadPartition
-    tokens: tuple[tuple[range, ...], ...]
-
-    def scatter(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """``[B, n, all heads, D]`` to ``[B, gathered tokens, own heads, D]``, in one collective."""
-        by_key = self._route(self.part.keys)
-        routes = (self._route(self.part.queries), by_key, by_key)
-        q, k, v = all_to_all((q, k, v), routes, axis=self.axis, method=self.method)
-        return q, k, v
-
-    def gather(self, out: Tensor) -> Tensor:
-        """``[B, gathered tokens, own heads, Dv]`` back to ``[B, n, all heads, Dv]``."""
-        route = self._route(self.part.queries).inverse()
-        return all_to_all((out,), (route,), axis=self.axis, method=self.method)[0]
-
-    @property
-    def heads(self) -> range:
-        """The query heads of this rank."""
-        return self.part.queries[self.axis.rank]
-
-    @property
-    def q_per_kv(self) -> tuple[int, ...]:
-        """How many of this rank's query heads each of its key/value heads serves."""
-        return self.part.queries_per_key(self.axis.rank)
-
-    def _route(self, heads: tuple[range, ...]) -> Route:
-        return Route(HEAD_DIM, SEQUENCE_DIM, tuple((run,) for run in heads), self.tokens)
+    def backward(
+        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, call: AttentionCall
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        tokens = range(q.shape[SEQUENCE_DIM])
+        return block_backward(call, dout, q, k, v, out, lse, tokens, tokens)
 
 
 def illegal(workload: Workload) -> list[str]:
@@ -192,4 +126,5 @@ METHOD = Method(
     illegal=illegal,
     wire_bytes=wire_bytes,
     attention=attention,
+    settings=("attention_rounds",),
 )

@@ -10,23 +10,28 @@ order, and the ring works on the runs that they form.
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import accumulate
 
+import torch
 from torch import Tensor
 
 from dsp_plugin.comm.wire import Sender
 from dsp_plugin.errors import SequenceParallelConfigError
 from dsp_plugin.groups import SequenceParallelGroups
+from dsp_plugin.kernels.call import AttentionCall
 from dsp_plugin.kernels.spec import AttentionSpec
 from dsp_plugin.layout import Layout
 from dsp_plugin.mask import MaskSpec
 from dsp_plugin.methods import ring, ulysses
+from dsp_plugin.methods.head_exchange import HEAD_DIM, HeadExchange
+from dsp_plugin.methods.head_partition import head_partition
+from dsp_plugin.methods.head_rounds import RoundBudget, choose
+from dsp_plugin.methods.in_rounds import attention_in_rounds
 from dsp_plugin.methods.inputs import GradientDtype, check_shards, checked, gradient_dtype
 from dsp_plugin.methods.method import Method, Where, WireBytes, Workload
 from dsp_plugin.methods.ring_schedule import RingSchedule, Runs
-from dsp_plugin.methods.ulysses import HEAD_DIM, HeadExchange, head_partition
 
 Members = tuple[tuple[int, ...], ...]
 
@@ -39,11 +44,16 @@ def attention(
     what: AttentionSpec,
     where: Where,
     ring_gradient_dtype: GradientDtype = "fp32",
+    attention_rounds: int | RoundBudget = 1,
 ) -> Tensor:
     """Exact attention over a sequence sharded along dim 1; arguments and result as for `ring.attention`.
 
+    Args:
+        attention_rounds: in how many rounds of heads, or what one of them may gather, see `in_rounds`. The query heads
+            of one key/value head stay in one round, or the ring would pass its keys on in several.
+
     Raises:
-        SequenceParallelConfigError: shapes or head counts do not fit.
+        SequenceParallelConfigError: shapes, head counts or rounds do not fit.
     """
     groups, layout = where.groups, where.layout
     check_shards(q, k, v, layout, groups.sp)
@@ -56,12 +66,34 @@ def attention(
     members = _members(groups)
     gathered = tuple(gathered_tokens(layout, ranks) for ranks in members)
     exchange = HeadExchange(groups.ulysses, "usp", part, gathered[groups.ring.rank][1])
-    q, k, v = exchange.scatter(q, k, v)
+    most = max(sum(map(len, runs)) for runs, _ in gathered)
+    rounds = choose(attention_rounds, q, v, part, most, whole_groups=True)
     sender = Sender(groups.ring, "usp", "forward")
     travel = gradient_dtype(ring_gradient_dtype, q.dtype)
+    schedule = _schedule(layout, members, what.mask)
+    if rounds.count > 1:
+        return attention_in_rounds(q, k, v, call, rounds, exchange, _Along(schedule, sender, travel))
+    q, k, v = exchange.scatter(q, k, v)
     narrowed = call.narrow(exchange.heads, exchange.q_per_kv)
-    out = ring.ring_attention(q, k, v, narrowed, _schedule(layout, members, what.mask), sender, travel)
-    return exchange.gather(out)
+    return exchange.gather(ring.ring_attention(q, k, v, narrowed, schedule, sender, travel))
+
+
+@dataclass(frozen=True)
+class _Along:
+    """Attention of gathered heads along a ring."""
+
+    schedule: RingSchedule
+    sender: Sender
+    gradient_dtype: torch.dtype
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> tuple[Tensor, Tensor]:
+        return ring.ring_forward(q, k, v, call.within_documents(), self.schedule, self.sender)
+
+    def backward(
+        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, call: AttentionCall
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        way = self.schedule, self.sender.backward(), self.gradient_dtype
+        return ring.ring_backward(dout, q, k, v, out, lse, call.within_documents(), *way)
 
 
 def _members(groups: SequenceParallelGroups) -> Members:
@@ -130,5 +162,5 @@ METHOD = Method(
     illegal=illegal,
     wire_bytes=wire_bytes,
     attention=attention,
-    settings=("ring_gradient_dtype",),
+    settings=("ring_gradient_dtype", "attention_rounds"),
 )

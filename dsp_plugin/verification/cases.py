@@ -19,6 +19,8 @@ from dsp_plugin.kernels.table import choose
 from dsp_plugin.layout import Layout, LayoutKind, shard_sizes
 from dsp_plugin.mask import MaskSpec
 from dsp_plugin.methods import METHODS, Workload
+from dsp_plugin.methods.head_partition import head_partition
+from dsp_plugin.methods.head_rounds import check
 from dsp_plugin.methods.state_exchange import EXCHANGES
 from dsp_plugin.verification.masks import packed_length, parse_mask
 
@@ -62,6 +64,7 @@ class Case:
         ulysses_size: for methods that factor P, U of P = U * R.
         by_document: whether a zigzag layout cuts every document of ``mask`` by itself.
         ring_gradient_dtype: in which gradients of keys and values travel, for methods that have the choice.
+        attention_rounds: of heads, for methods that gather tokens.
         sizes: of contiguous shards, where they are not even.
         decay: for linear methods, how the state decays; one of `DECAYS`.
         exchange: for linear methods, how states travel; one of `EXCHANGES`, or ``auto``.
@@ -88,6 +91,7 @@ class Case:
     ulysses_size: int | None = None
     by_document: bool = False
     ring_gradient_dtype: Literal["fp32", "input"] = "fp32"
+    attention_rounds: int = 1
     sizes: tuple[int, ...] | None = None
     decay: str = "none"
     exchange: str = "auto"
@@ -147,6 +151,8 @@ class Case:
             parts.append(f"U={self.ulysses_size}")
         if self.ring_gradient_dtype != "fp32":
             parts.append(f"gradients travel as {self.ring_gradient_dtype}")
+        if self.attention_rounds != 1:
+            parts.append(f"rounds={self.attention_rounds}")
         if self.dropout:
             parts.append(f"dropout={self.dropout}")
         if METHODS[self.method].kind == "linear":
@@ -186,6 +192,8 @@ def refusal(case: Case, device: torch.device | str = "cpu") -> str | None:
         return " ".join(reasons)
     try:
         case.mask.documents(case.masked_length)
+        if case.attention_rounds != 1:
+            _check_rounds(case)
         if method.kind == "linear":
             _check_linear_kernel(case.kernel, torch.device(device), case.dtype)
         else:
@@ -193,6 +201,18 @@ def refusal(case: Case, device: torch.device | str = "cpu") -> str | None:
     except (SequenceParallelConfigError, UnsupportedError) as error:
         return str(error)
     return None
+
+
+def _check_rounds(case: Case) -> None:
+    if "attention_rounds" not in METHODS[case.method].settings:
+        raise SequenceParallelConfigError(
+            setting="attention_rounds",
+            value=case.attention_rounds,
+            why=f"{case.method} gathers no tokens",
+            remedy="verify it without",
+        )
+    part = head_partition(case.heads, case.kv_heads, case.ulysses_size or case.size)
+    check(case.attention_rounds, part, whole_groups=case.method == "usp")
 
 
 def default_cases(method: str, size: int, overrides: Mapping[str, Any] | None = None) -> list[Case]:

@@ -14,7 +14,7 @@ from torch.autograd import forward_ad
 
 from dsp_plugin import Axis, Layout, Plan, SequenceParallelConfig, SequenceParallelGroups, Stage, parallelize
 from dsp_plugin.comm import all_gather, all_to_all, gather, reduce_scatter, relayout, replicate, ring_hop, split
-from dsp_plugin.comm.collectives import Route
+from dsp_plugin.comm.routes import Route
 from dsp_plugin.errors import UnsupportedError
 from dsp_plugin.methods import dsp, halo
 from dsp_plugin.spawn import spawn

@@ -17,8 +17,8 @@ from dsp_plugin import Layout, MaskSpec, SequenceParallelConfig, SequenceParalle
 from dsp_plugin.kernels import calls
 from dsp_plugin.kernels.spec import AttentionSpec
 from dsp_plugin.methods import METHODS
+from dsp_plugin.methods.head_partition import head_partition
 from dsp_plugin.methods.method import Where
-from dsp_plugin.methods.ulysses import head_partition
 from dsp_plugin.patches import recompute as patches
 from dsp_plugin.spawn import spawn
 from dsp_plugin.training.recompute import Tape

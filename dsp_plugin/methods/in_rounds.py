@@ -1,0 +1,270 @@
+"""Attention whose heads are exchanged in rounds, each of them in flight while another one computes (arXiv 2602.21196).
+
+    for every round:  start to gather q, k and v of the heads of the next round
+                      attend to those of this one
+                      start to send their output back
+
+The backward pass goes through the rounds from the last to the first, gathers gradients of the output and sends those of
+q, k and v back the same way. What a pass sends adds up to what it would in one round: keys and values that several
+rounds need travel once, and their gradients are added up in fp32 first.
+
+What is alive, in bytes of one rank. X is ``B n H D e`` of its own query shard, and 1/C of it what a round has of it:
+
+- While a round computes: its gathered tensors, the buffers in which those of the next one travel, and those of the one
+  before on their way back. All of this falls by C.
+- Until the backward pass: q, k, v, out and the log-sum-exp as gathered, of all rounds. That is as much as any attention
+  keeps, for the gathered heads of a round take the place of as much of q, k and v that the caller can free; to gather
+  them again instead would send them twice. Where nothing is to be differentiated, as in the first run of a checkpointed
+  stretch, a round leaves its output only.
+- In the backward pass a round frees what it kept when it is done, and leaves its gradients of q, k and v in the buffer
+  that they came in; they are put together at the end.
+
+Every round has a node of its own in the graph, so that it can be freed by itself; the nodes hand each other an empty
+token, which puts them in order, and share a `_Pass`.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from dsp_plugin.comm.flight import Flight
+from dsp_plugin.comm.routes import Route, lay
+from dsp_plugin.comm.wire import Sender
+from dsp_plugin.derivatives import once_differentiable, refuse_transforms
+from dsp_plugin.kernels.call import AttentionCall
+from dsp_plugin.kernels.merge import accumulation_dtype
+from dsp_plugin.methods.head_exchange import HEAD_DIM, HeadExchange
+from dsp_plugin.methods.head_rounds import HeadRounds
+
+
+class Inside(Protocol):
+    """Attention of gathered heads, without autograd; shapes as for `kernels.softmax`."""
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> tuple[Tensor, Tensor]:
+        """``(out, lse)``, ``out`` in the dtype of q."""
+
+    def backward(
+        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, call: AttentionCall
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """``(dq, dk, dv)``, in that dtype or a wider one."""
+
+
+def attention_in_rounds(
+    q: Tensor, k: Tensor, v: Tensor, call: AttentionCall, rounds: HeadRounds, exchange: HeadExchange, inside: Inside
+) -> Tensor:
+    """The attention of all heads, between two ranks or more.
+
+    Args:
+        q: ``[B, n, H, D]``; k: ``[B, n, K, D]``; v: ``[B, n, K, Dv]``, this rank's shards.
+        call: of all H heads.
+        inside: attends to the gathered heads of a round.
+
+    Returns:
+        ``[B, n, H, Dv]``.
+    """
+    refuse_transforms("attention", q, k, v)
+    shared = _Pass(call, rounds, exchange, inside)
+    token: Tensor = _Enter.apply(shared, q, k, v)
+    for index in range(rounds.count):
+        token = _Round.apply(shared, index, token)
+    out: Tensor = _Leave.apply(shared, token)
+    return out
+
+
+class _Pass:
+    """What the nodes of one call share: what it computes, and what is on its way in the direction it is run."""
+
+    def __init__(self, call: AttentionCall, rounds: HeadRounds, exchange: HeadExchange, inside: Inside) -> None:
+        rank = exchange.axis.rank
+        self.inside, self.rounds = inside, rounds
+        self.calls = [
+            call.narrow(rounds.queries[index][rank], rounds.queries_per_key(index, rank))
+            for index in range(rounds.count)
+        ]
+        self.sender = Sender(exchange.axis, exchange.method, "forward")
+        self.routes = [_routes(exchange, rounds, index) for index in range(rounds.count)]
+        self.going: _Forward | None = None
+        self.returning: _Backward | None = None
+
+
+def _routes(exchange: HeadExchange, rounds: HeadRounds, index: int) -> tuple[Route, ...]:
+    """Of q, and of k and v where any rank gets some in this round."""
+    queries, arriving = exchange.route(rounds.queries[index]), rounds.arriving[index]
+    return (queries, *[exchange.route(arriving)] * 2) if any(arriving) else (queries,)
+
+
+class _Forward:
+    """The state of a forward pass between its nodes."""
+
+    def __init__(self, shared: _Pass, q: Tensor, k: Tensor, v: Tensor) -> None:
+        self._shared = shared
+        self._local: tuple[Tensor, ...] = (q, k, v)
+        self._out = q.new_empty(*q.shape[:-1], v.shape[-1])
+        self._kv: list[Tensor] = []
+        self._computed: Tensor | None = None
+        self._back: Flight | None = None
+        self._next: Flight | None = self._gather(0)
+
+    def _gather(self, index: int) -> Flight | None:
+        routes = self._shared.routes
+        if index == len(routes):
+            self._local = ()
+            return None
+        return Flight(self._local[: len(routes[index])], routes[index], self._shared.sender)
+
+    def attend(self, index: int) -> tuple[Tensor, ...]:
+        """Round ``index``: its gathered q, k, v, out and lse."""
+        shared, rank, flight = self._shared, self._shared.sender.axis.rank, self._next
+        assert flight is not None
+        self._send_back(index - 1)
+        self._next = self._gather(index + 1)
+        q, *kv = flight.land()
+        del flight
+        if shared.rounds.arriving[index][rank]:
+            self._kv = kv
+        k, v = self._kv
+        self._computed, lse = shared.inside.forward(q, k, v, shared.calls[index])
+        return q, k, v, self._computed, lse
+
+    def _send_back(self, index: int) -> None:
+        """Only once the round's node has saved what it needs: recomputation may stop there."""
+        if index < 0:
+            return
+        out, self._computed = self._computed, None
+        assert out is not None
+        flight = Flight((out,), (self._shared.routes[index][0].inverse(),), self._shared.sender)
+        self._land(index - 1)
+        self._back = flight
+
+    def _land(self, index: int) -> None:
+        flight, self._back = self._back, None
+        if flight is not None:
+            lay(self._out, flight.wait()[0], self._shared.routes[index][0].inverse(), add=False)
+
+    def finish(self) -> Tensor:
+        """The output of all rounds."""
+        last = len(self._shared.routes) - 1
+        self._send_back(last)
+        self._land(last)
+        return self._out
+
+
+class _Backward:
+    """The state of a backward pass between its nodes."""
+
+    def __init__(self, shared: _Pass, dout: Tensor) -> None:
+        self._shared, self._sender = shared, shared.sender.backward()
+        self._dout: Tensor | None = dout
+        self._shared_kv: list[Tensor] = []
+        self._back: list[Flight] = []
+        self._next = self._gather(len(shared.routes) - 1)
+
+    def _gather(self, index: int) -> Flight | None:
+        if index < 0:
+            self._dout = None
+            return None
+        assert self._dout is not None
+        return Flight((self._dout,), self._shared.routes[index][:1], self._sender)
+
+    def differentiate(self, index: int, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor) -> None:
+        """Round ``index``; rounds come from the last to the first."""
+        shared, flight = self._shared, self._next
+        assert flight is not None
+        self._next = self._gather(index - 1)
+        (dout,) = flight.land()
+        del flight
+        dq, *dkv = shared.inside.backward(dout, q, k, v, out, lse, shared.calls[index])
+        del dout
+        leaving = [dq.to(q.dtype)]
+        del dq
+        if len(shared.routes[index]) > 1:
+            leaving += [x.to(k.dtype) for x in self._of_kv(index, dkv)]
+        else:
+            self._of_kv(index, dkv)
+        routes = [route.inverse() for route in shared.routes[index]]
+        self._back.append(Flight(leaving, routes, self._sender))
+        if len(self._back) > 1:
+            # Frees what was sent, and keeps what came.
+            self._back[-2].wait()
+
+    def _of_kv(self, index: int, found: list[Tensor]) -> list[Tensor]:
+        """The gradients of keys and values that go home with this round."""
+        shared, rank = self._shared, self._sender.axis.rank
+        if self._shared_kv:
+            for total, gradient in zip(self._shared_kv, found, strict=True):
+                total.add_(gradient)
+            found = self._shared_kv
+        if shared.rounds.arriving[index][rank]:
+            self._shared_kv = []
+            return found
+        self._shared_kv = [x.to(accumulation_dtype(x.dtype)) for x in found]
+        return [x[:, :, :0] for x in found]
+
+    def finish(self) -> tuple[Tensor, ...]:
+        """The gradients of q, k and v."""
+        shared = self._shared
+        arrived = [flight.wait() for flight in self._back]
+        self._back = []
+        routes = [[route.inverse() for route in of_round] for of_round in reversed(shared.routes)]
+        totals = []
+        for which in range(3):
+            heads = shared.rounds.part.heads if which == 0 else shared.rounds.part.kv_heads
+            # Several ranks have a part of the gradient of a key/value head that all of them needed.
+            add = which > 0 and sum(map(len, shared.rounds.part.keys)) > heads
+            blocks = [
+                (of_round[which], way[which]) for of_round, way in zip(arrived, routes, strict=True) if which < len(way)
+            ]
+            like = blocks[0][0][0]
+            shape = [*like.shape[:HEAD_DIM], heads, like.shape[-1]]
+            total = like.new_zeros(shape, dtype=accumulation_dtype(like.dtype)) if add else like.new_empty(shape)
+            for of_ranks, way in blocks:
+                lay(total, of_ranks, way, add=add)
+            totals.append(total.to(like.dtype))
+        return tuple(totals)
+
+
+class _Enter(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, shared: _Pass, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        ctx.shared = shared
+        shared.going = _Forward(shared, q, k, v)
+        return q.new_empty(0)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, _token: Tensor) -> tuple[Tensor | None, ...]:
+        returning, ctx.shared.returning = ctx.shared.returning, None
+        return None, *returning.finish()
+
+
+class _Round(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, shared: _Pass, index: int, token: Tensor) -> Tensor:
+        ctx.shared, ctx.index = shared, index
+        assert shared.going is not None
+        ctx.save_for_backward(*shared.going.attend(index))
+        return token.new_empty(0)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, token: Tensor) -> tuple[Tensor | None, ...]:
+        ctx.shared.returning.differentiate(ctx.index, *ctx.saved_tensors)
+        return None, None, token
+
+
+class _Leave(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, shared: _Pass, token: Tensor) -> Tensor:
+        ctx.shared = shared
+        going, shared.going = shared.going, None
+        assert going is not None
+        return going.finish()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+        ctx.shared.returning = _Backward(ctx.shared, dout)
+        return None, dout.new_empty(0)
