@@ -12,7 +12,7 @@ at the last tensor that it lacks: a tiled MLP at the end of the stretch is not c
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,8 +48,7 @@ def tiled(compute: Compute, x: Tensor, holder: nn.Module, *, tiles: int) -> Tens
         return _shaped(compute(_rows(x)), x)
     slots = _slots(holder)
     if not torch.is_grad_enabled() or not (x.requires_grad or slots):
-        with _uncached(x.device.type):
-            return _shaped(_each(compute, _rows(x), size), x)
+        return _shaped(_each(compute, _rows(x), size), x)
     if not x.requires_grad:
         # Else nothing would be kept of it.
         x = x.detach().requires_grad_()
@@ -112,8 +111,7 @@ class _Tiled(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, call: _Call, *parameters: Tensor) -> Tensor:
         ctx.call = call
-        with _uncached(x.device.type):
-            return _shaped(_each(call.compute, _rows(x), call.size), x)
+        return _shaped(_each(call.compute, _rows(x), call.size), x)
 
     @staticmethod
     @once_differentiable
@@ -153,9 +151,9 @@ class _Sum:
         self.alias = parameter.detach().requires_grad_()
         self._wide = torch.promote_types(parameter.dtype, torch.float32)
         self._sum: Tensor | None = None
-        # While only the parameter's own gradient of this tile is there, not those of all parameters.
-        narrow = self._wide != parameter.dtype
-        self._hook = self.alias.register_post_accumulate_grad_hook(self._add) if narrow else None
+        if self._wide != parameter.dtype:
+            # While only the parameter's own gradient of this tile is there, not those of all parameters.
+            self.alias.register_post_accumulate_grad_hook(self._add)
 
     def _add(self, alias: Tensor) -> None:
         found, alias.grad = alias.grad, None
@@ -168,10 +166,8 @@ class _Sum:
     def taken(self) -> Tensor | None:
         """The sum in the parameter's dtype; None where no tile used the parameter. Nothing is left here."""
         alias, found = self.alias, self._sum
-        if self._hook is not None:
-            # A circle: what frameworks free of the parameter would stay until somebody finds it.
-            self._hook.remove()
         found = alias.grad if found is None else found
+        # Its hook holds this object: in a circle, what frameworks free of a parameter would not be free.
         del self.alias, self._sum
         return None if found is None else found.to(alias.dtype)
 
@@ -184,6 +180,9 @@ def _each(compute: Compute, rows: Tensor, size: int) -> Tensor:
             out = found.new_empty(len(rows), *found.shape[1:])
         out[tile] = found
     assert out is not None
+    if not torch.is_grad_enabled() and torch.is_autocast_enabled(rows.device.type):
+        # Nobody who needs a graph may get weights that were cast without one.
+        torch.clear_autocast_cache()
     return out
 
 
@@ -214,12 +213,12 @@ def _standing_in(
 
 def _autocast_of(device: str) -> Callable[[], AbstractContextManager[Any]]:
     enabled, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
-    return lambda: torch.autocast(device, dtype=dtype, enabled=enabled, cache_enabled=False)
 
+    def again() -> AbstractContextManager[Any]:
+        # A weight is cast once for all tiles, as long as what was cast does not outlive them.
+        return torch.autocast(device, dtype, enabled, cache_enabled=not torch.is_autocast_enabled(device))
 
-def _uncached(device: str) -> AbstractContextManager[Any]:
-    """As it is, but that weights which are cast without a graph are not taken for the parameters afterwards."""
-    return _autocast_of(device)() if torch.is_autocast_enabled(device) else nullcontext()
+    return again
 
 
 def _rows(x: Tensor) -> Tensor:

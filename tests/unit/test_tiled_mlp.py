@@ -245,6 +245,19 @@ def test_operations(dtype: torch.dtype) -> None:
     assert sum(of_a_tile.values()) == 12 + (4 + 2 + 1) + 2 + 3 + 1
 
 
+@pytest.mark.parametrize("within", [True, False])
+def test_weights_are_cast_once(within: bool) -> None:
+    """Forward and backward, but for a backward pass within autocast, which would keep what was cast to its end."""
+    mlp, x = _made("gated", torch.float32)
+    with torch.autocast("cpu", torch.bfloat16), _Seen() as forward:
+        out = tiled(mlp, x, mlp, tiles=5)
+    with torch.autocast("cpu", torch.bfloat16, enabled=within), _Seen() as backward:
+        out.sum().backward()
+    # Gate and up cast each tile for themselves. Backward also gradients of these, and of weights.
+    assert forward.calls["_to_copy"] == 5 * 2 + 3
+    assert backward.calls["_to_copy"] == 2 * 5 * 2 + 15 + (15 if within else 3)
+
+
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_checkpointing(reentrant: bool) -> None:
     """A stretch that ends with the MLP is not computed to its end again, where checkpointing can stop early."""
