@@ -33,7 +33,8 @@ from dsp_plugin.errors import SequenceParallelConfigError
 from dsp_plugin.kernels.linear import DECAYS
 from dsp_plugin.layout import LAYOUTS
 from dsp_plugin.methods.state_exchange import EXCHANGES
-from dsp_plugin.verification.cases import DTYPES, Case, default_cases, refusal
+from dsp_plugin.verification.cases import DTYPES, Case, default_cases
+from dsp_plugin.verification.refusal import refusal
 from dsp_plugin.verification.report import HALF_PRECISION_FACTOR, HALF_PRECISION_FLOOR, TOLERANCES, CaseResult
 from dsp_plugin.verification.world import check_world, device_kind, speaks, verify_cases
 

@@ -17,7 +17,8 @@ from dsp_plugin.config.schema import SequenceParallelConfig
 from dsp_plugin.groups import SequenceParallelGroups
 from dsp_plugin.methods import METHODS
 from dsp_plugin.verification import attention, linear, switch
-from dsp_plugin.verification.cases import Case, refusal
+from dsp_plugin.verification.cases import Case
+from dsp_plugin.verification.refusal import refusal
 from dsp_plugin.verification.report import CaseResult, RankReport
 
 Verifier = Callable[[Case, SequenceParallelGroups, torch.device], RankReport]
