@@ -24,6 +24,9 @@ from dsp_plugin.tiles.spec import tiles_of
 
 Compute = Callable[[Tensor], Tensor]
 
+AUTO_MLP_BYTES = 512 << 20
+"""What ``"auto"`` lets a tile of an MLP take on a device."""
+
 
 def tiled(compute: Compute, x: Tensor, holder: nn.Module, *, tiles: int) -> Tensor:
     """``compute`` of every token, in tiles that differ in size by the last one alone.
