@@ -5,11 +5,11 @@ from __future__ import annotations
 from difflib import get_close_matches
 from typing import Any
 
-from dsp_plugin.config.memory import Bytes
 from dsp_plugin.config.settings import Settings
 from dsp_plugin.errors import SequenceParallelConfigError
 from dsp_plugin.layout import MOST_RANKS
 from dsp_plugin.methods import METHODS
+from dsp_plugin.methods.head_rounds import RoundBudget
 
 # Methods that a plan's stages can use.
 PLANNED = ("dsp", "ulysses", "ring", "usp")
@@ -113,7 +113,7 @@ def _check_memory(config: Settings) -> None:
             )
 
 
-def check_rounds(rounds: int | Bytes, heads: int, ranks: int) -> None:
+def check_rounds(rounds: int | RoundBudget, heads: int, ranks: int) -> None:
     """Check that every rank has a head for each round; what a round may gather says only later how many there are.
 
     Args:
@@ -124,7 +124,7 @@ def check_rounds(rounds: int | Bytes, heads: int, ranks: int) -> None:
         SequenceParallelConfigError: some has not.
     """
     fewest = heads // ranks
-    if not isinstance(rounds, Bytes) and rounds > max(fewest, 1):
+    if not isinstance(rounds, RoundBudget) and rounds > max(fewest, 1):
         raise SequenceParallelConfigError(
             setting="memory.attention_rounds",
             value=rounds,
