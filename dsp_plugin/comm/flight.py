@@ -6,25 +6,24 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from dsp_plugin.comm.routes import Route, assembled, pack
+from dsp_plugin.comm.routes import Packed, Route, assembled
 from dsp_plugin.comm.wire import Exchange, Sender
 
 
 class Flight:
     """Tensors on their way along routes, all of them in one collective, from construction until `wait`.
 
-    Between two ranks or more, which all start the same flights in the same order. A tensor that travels alone and lies
-    in rank order already is sent as it lies, and must stay unwritten until `wait` returns.
+    Between two ranks or more, which all start the same flights in the same order.
 
     Args:
-        tensors: of one dtype, each at least as long along its route's ``scatter_dim`` as what the route sends of it.
-        routes: one per tensor.
+        packed: the tensors, as `routes.pack` makes it; its buffer must stay unwritten until `wait` returns, also where
+            it is one of the tensors.
+        routes: those that they were packed for.
     """
 
-    def __init__(self, tensors: Sequence[Tensor], routes: Sequence[Route], sender: Sender) -> None:
-        packed = pack(tensors, routes, sender.axis)
+    def __init__(self, packed: Packed, routes: Sequence[Route], sender: Sender) -> None:
         self._routes = routes
-        self._received = tensors[0].new_empty(sum(packed.receive_counts))
+        self._received = packed.buffer.new_empty(sum(packed.receive_counts))
         self._blocks = packed.blocks(self._received)
         self._exchange: Exchange | None = Exchange(
             packed.buffer[None],

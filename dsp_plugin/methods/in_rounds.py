@@ -25,13 +25,14 @@ token, which puts them in order, and share a `_Pass`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from dsp_plugin.comm.flight import Flight
-from dsp_plugin.comm.routes import Route, lay
+from dsp_plugin.comm.routes import Route, lay, pack
 from dsp_plugin.comm.wire import Sender
 from dsp_plugin.derivatives import once_differentiable, refuse_transforms
 from dsp_plugin.kernels.call import AttentionCall
@@ -89,6 +90,10 @@ class _Pass:
         self.going: _Forward | None = None
         self.returning: _Backward | None = None
 
+    def start(self, tensors: Sequence[Tensor], routes: Sequence[Route]) -> Flight:
+        """Tensors of the forward pass, of which there may be more than routes, on their way."""
+        return Flight(pack(tensors[: len(routes)], routes, self.sender.axis), routes, self.sender)
+
 
 def _routes(exchange: HeadExchange, rounds: HeadRounds, index: int) -> tuple[Route, ...]:
     """Of q, and of k and v where any rank gets some in this round."""
@@ -102,7 +107,8 @@ class _Forward:
     def __init__(self, shared: _Pass, q: Tensor, k: Tensor, v: Tensor) -> None:
         self._shared = shared
         self._local: tuple[Tensor, ...] = (q, k, v)
-        self._out = q.new_empty(*q.shape[:-1], v.shape[-1])
+        self._out: Tensor | None = None
+        self._shape = [*q.shape[:-1], v.shape[-1]]
         self._kv: list[Tensor] = []
         self._computed: Tensor | None = None
         self._back: Flight | None = None
@@ -113,16 +119,18 @@ class _Forward:
         if index == len(routes):
             self._local = ()
             return None
-        return Flight(self._local[: len(routes[index])], routes[index], self._shared.sender)
+        return self._shared.start(self._local, routes[index])
 
     def attend(self, index: int) -> tuple[Tensor, ...]:
         """Round ``index``: its gathered q, k, v, out and lse."""
-        shared, rank, flight = self._shared, self._shared.sender.axis.rank, self._next
+        shared, rank = self._shared, self._shared.sender.axis.rank
+        flight, self._next = self._next, None
         assert flight is not None
         self._send_back(index - 1)
-        self._next = self._gather(index + 1)
         q, *kv = flight.land()
+        # Its buffers are free before those of the next are made, which needs no longer than this round computes.
         del flight
+        self._next = self._gather(index + 1)
         if shared.rounds.arriving[index][rank]:
             self._kv = kv
         k, v = self._kv
@@ -135,20 +143,24 @@ class _Forward:
             return
         out, self._computed = self._computed, None
         assert out is not None
-        flight = Flight((out,), (self._shared.routes[index][0].inverse(),), self._shared.sender)
         self._land(index - 1)
-        self._back = flight
+        self._back = self._shared.start((out,), (self._shared.routes[index][0].inverse(),))
 
     def _land(self, index: int) -> None:
         flight, self._back = self._back, None
-        if flight is not None:
-            lay(self._out, flight.wait()[0], self._shared.routes[index][0].inverse(), add=False)
+        if flight is None:
+            return
+        arrived = flight.wait()[0]
+        if self._out is None:
+            self._out = arrived[0].new_empty(self._shape)
+        lay(self._out, arrived, self._shared.routes[index][0].inverse(), add=False)
 
     def finish(self) -> Tensor:
         """The output of all rounds."""
         last = len(self._shared.routes) - 1
         self._send_back(last)
         self._land(last)
+        assert self._out is not None
         return self._out
 
 
@@ -157,51 +169,47 @@ class _Backward:
 
     def __init__(self, shared: _Pass, dout: Tensor) -> None:
         self._shared, self._sender = shared, shared.sender.backward()
-        self._dout: Tensor | None = dout
+        # Packed at once, for then its memory is free before the last round, and round by round after that.
+        self._leaving = [pack((dout,), of_round[:1], self._sender.axis) for of_round in shared.routes]
         self._shared_kv: list[Tensor] = []
         self._back: list[Flight] = []
         self._next = self._gather(len(shared.routes) - 1)
 
     def _gather(self, index: int) -> Flight | None:
-        if index < 0:
-            self._dout = None
-            return None
-        assert self._dout is not None
-        return Flight((self._dout,), self._shared.routes[index][:1], self._sender)
+        return Flight(self._leaving.pop(), self._shared.routes[index][:1], self._sender) if self._leaving else None
 
     def differentiate(self, index: int, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor) -> None:
         """Round ``index``; rounds come from the last to the first."""
-        shared, flight = self._shared, self._next
+        shared, flight, self._next = self._shared, self._next, None
         assert flight is not None
-        self._next = self._gather(index - 1)
         (dout,) = flight.land()
         del flight
+        self._next = self._gather(index - 1)
         dq, *dkv = shared.inside.backward(dout, q, k, v, out, lse, shared.calls[index])
         del dout
-        leaving = [dq.to(q.dtype)]
-        del dq
-        if len(shared.routes[index]) > 1:
-            leaving += [x.to(k.dtype) for x in self._of_kv(index, dkv)]
-        else:
-            self._of_kv(index, dkv)
-        routes = [route.inverse() for route in shared.routes[index]]
-        self._back.append(Flight(leaving, routes, self._sender))
-        if len(self._back) > 1:
+        if self._back:
             # Frees what was sent, and keeps what came.
-            self._back[-2].wait()
+            self._back[-1].wait()
+        home = self._of_kv(index, dkv)
+        routes = [route.inverse() for route in shared.routes[index]]
+        packed = pack([dq.to(q.dtype), *(x.to(k.dtype) for x in home)][: len(routes)], routes, self._sender.axis)
+        # Before there is room for what arrives.
+        del dq, home
+        self._back.append(Flight(packed, routes, self._sender))
 
     def _of_kv(self, index: int, found: list[Tensor]) -> list[Tensor]:
-        """The gradients of keys and values that go home with this round."""
+        """The gradients of keys and values that go home with this round; takes all that was ``found``."""
         shared, rank = self._shared, self._sender.axis.rank
-        if self._shared_kv:
-            for total, gradient in zip(self._shared_kv, found, strict=True):
-                total.add_(gradient)
-            found = self._shared_kv
+        for which, total in enumerate(self._shared_kv):
+            wide = accumulation_dtype(total.dtype)
+            found[which] = self._shared_kv[which] = total.to(wide).add_(found[which])
+        home = list(found)
+        found.clear()
         if shared.rounds.arriving[index][rank]:
             self._shared_kv = []
-            return found
-        self._shared_kv = [x.to(accumulation_dtype(x.dtype)) for x in found]
-        return [x[:, :, :0] for x in found]
+            return home
+        self._shared_kv = home
+        return [x[:, :, :0] for x in home]
 
     def finish(self) -> tuple[Tensor, ...]:
         """The gradients of q, k and v."""
