@@ -9,7 +9,8 @@ from dsp_plugin.config.settings import Settings
 from dsp_plugin.errors import SequenceParallelConfigError
 from dsp_plugin.layout import MOST_RANKS
 from dsp_plugin.methods import METHODS
-from dsp_plugin.methods.head_rounds import RoundBudget
+from dsp_plugin.methods.head_partition import head_partition
+from dsp_plugin.methods.head_rounds import RoundBudget, check
 
 # Methods that a plan's stages can use.
 PLANNED = ("dsp", "ulysses", "ring", "usp")
@@ -113,24 +114,18 @@ def _check_memory(config: Settings) -> None:
             )
 
 
-def check_rounds(rounds: int | RoundBudget, heads: int, ranks: int) -> None:
+def check_rounds(config: Settings, heads: int, kv_heads: int) -> None:
     """Check that every rank has a head for each round; what a round may gather says only later how many there are.
 
     Args:
-        heads: query heads on one tensor-parallel rank.
-        ranks: U, that share them.
+        heads, kv_heads: on one tensor-parallel rank.
 
     Raises:
         SequenceParallelConfigError: some has not.
     """
-    fewest = heads // ranks
-    if not isinstance(rounds, RoundBudget) and rounds > max(fewest, 1):
-        raise SequenceParallelConfigError(
-            setting="memory.attention_rounds",
-            value=rounds,
-            why=f"{heads} query heads over ulysses_size={ranks} leave a rank {fewest}, and a round has at least one",
-            remedy=f"set it to {max(fewest, 1)} or less",
-        )
+    method, rounds = METHODS[config.for_softmax], config.attention_rounds
+    if "attention_rounds" in method.settings and not isinstance(rounds, RoundBudget):
+        check(rounds, head_partition(heads, kv_heads, config.ulysses_size), whole_groups="ring" in method.axes)
 
 
 def _refuse_name(setting: str, name: Any, known: list[str]) -> None:

@@ -231,7 +231,7 @@ class SequenceParallelConfig(Settings):
             raise SequenceParallelConfigError(
                 f"method={self.method!r} with size={self.size}, {shapes}: " + " ".join(reasons)
             )
-        check_rounds(self.attention_rounds, heads // tp, self.ulysses_size)
+        check_rounds(self, workload.heads, workload.kv_heads)
 
     def layout_for(self, native: LayoutKind | None = None) -> LayoutKind:
         """The token order to use where the framework's own, if it has one, is ``native``.

@@ -139,14 +139,13 @@ def check(count: int, part: HeadPartition, *, whole_groups: bool) -> None:
     most = most_rounds(part, whole_groups=whole_groups)
     if count <= most:
         return
-    held, all_of = ("key/value", part.kv_heads) if whole_groups else ("query", part.heads)
-    counts = [len(heads) for heads in (part.keys if whole_groups else part.queries)]
+    held, heads = ("key/value", part.kv_heads) if whole_groups else ("query", part.heads)
     twice = "; keys of heads in two rounds would go round the ring in both" if whole_groups else ""
     raise SequenceParallelConfigError(
         setting=SETTING,
         value=count,
-        why=f"of {all_of} {held} heads the {part.ranks} Ulysses ranks need {counts}, and a round has at least one on "
-        f"every rank{twice}",
+        why=f"{heads} {held} heads over ulysses_size={part.ranks} leave a rank {most}, and a round has at least one"
+        f"{twice}",
         remedy=f"set it to {most} or less",
     )
 

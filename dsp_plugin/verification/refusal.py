@@ -49,7 +49,8 @@ def refusal(case: Case, device: torch.device | str = "cpu") -> str | None:
 
 
 def _check_rounds(case: Case) -> None:
-    if "attention_rounds" not in METHODS[case.method].settings:
+    method = METHODS[case.method]
+    if "attention_rounds" not in method.settings:
         raise SequenceParallelConfigError(
             setting="attention_rounds",
             value=case.attention_rounds,
@@ -57,7 +58,7 @@ def _check_rounds(case: Case) -> None:
             remedy="verify it without",
         )
     part = head_partition(case.heads, case.kv_heads, case.ulysses_size or case.size)
-    check(case.attention_rounds, part, whole_groups=case.method == "usp")
+    check(case.attention_rounds, part, whole_groups="ring" in method.axes)
 
 
 def _no_linear_attention(case: Case) -> list[str]:
