@@ -13,6 +13,7 @@ from dsp_plugin.errors import SequenceParallelConfigError, UnsupportedError
 from dsp_plugin.patches.transformers import adapters
 from dsp_plugin.patches.transformers.labels import shifting_part
 from dsp_plugin.patches.transformers.seams import SEAMS
+from dsp_plugin.patches.transformers.tiled_head import check_head
 from dsp_plugin.patches.transformers.verified import SETTING, unverified
 from dsp_plugin.patches.transformers.wrapped import is_causal_lm, model_in, sharded_part
 
@@ -89,6 +90,8 @@ def checked_section(
     local = max(heads.query // tensor_parallel_size, 1)
     config = SequenceParallelConfig.from_deepspeed({DEEPSPEED_SECTION: {"heads": local, **section}})
     assert config is not None
+    if isinstance(config.tile_tokens, int):
+        check_head(model)
     config.check_model(heads=heads.query, kv_heads=heads.kv, tensor_parallel_size=tensor_parallel_size)
     return config
 
