@@ -110,8 +110,9 @@ class _ReadLogits(OrderedDict):
     @property
     def logits(self) -> Tensor:
         """``[B, L, V]``. A collective of the sequence the first time."""
-        gather = vars(self).pop(_GATHER, None)
+        gather = vars(self).get(_GATHER)
         if gather is not None:
+            # Which forgets how, unless reading them is refused.
             self.logits = gather(OrderedDict.__getitem__(self, LOGITS))
         return OrderedDict.__getitem__(self, LOGITS)
 
