@@ -32,7 +32,7 @@ def token_log_probs(
         hidden: ``[..., E]``.
         weight: of the head, ``[V, E]``, whole: under ZeRO 3 and FSDP2 call this in the forward of a module that has it.
         labels: int64 ``[...]``, the token that follows each, shifted already.
-        tile_tokens: tokens of a tile; None for as many as keep its logits within 256 MiB in fp32.
+        tile_tokens: tokens of a tile; None for as many as `auto_tile_tokens` says.
         bias: ``[V]``.
         temperature: above 0; divides what a soft cap leaves.
         scale: of logits, before a soft cap: a family's ``logit_scale``, or 1 / ``logits_scaling``.
