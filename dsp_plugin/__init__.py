@@ -29,6 +29,7 @@ from dsp_plugin.methods import METHODS, Where
 from dsp_plugin.plans.plan import Plan
 from dsp_plugin.plans.stage import Region, Stage
 from dsp_plugin.sharding.parallelize import Parallelized, parallelize
+from dsp_plugin.tiles.log_probs import token_log_probs
 from dsp_plugin.training.data import PackedDocuments, SequenceParallelBatchSampler, SequenceParallelStream
 
 __version__ = "0.1.0"
@@ -59,6 +60,7 @@ __all__ = [
     "parallelize",
     "short_convolution",
     "softmax_attention",
+    "token_log_probs",
 ]
 
 for _integration in entry_points(group="dsp_plugin.autoload"):

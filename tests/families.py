@@ -25,7 +25,7 @@ from compatibility import versions
 from dsp_plugin import SequenceParallelConfig, SequenceParallelGroups
 from dsp_plugin.patches.transformers import tiny, trials
 from dsp_plugin.spawn import spawn
-from dsp_plugin.verification.model import Verdict, compare
+from dsp_plugin.verification.model import Shard, Verdict, compare
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "configs" / "models"
@@ -33,6 +33,7 @@ PAGE = ROOT / "docs" / "models.md"
 METHOD, SIZE = "ring", 2
 # A world that hangs is given up after so many seconds.
 TIMEOUT = 3600.0
+EMPTY: Mapping[str, Any] = {}
 # What the tiny config of a family needs beyond what its names tell.
 SETTINGS: dict[str, dict[str, Any]] = {
     "bamba": {"mamba_d_head": 16},
@@ -56,27 +57,28 @@ def names() -> dict[str, str]:
     return dict(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 
 
-def survey(tried: Mapping[str, Sequence[str]]) -> dict[str, dict[str, Verdict]]:
+def survey(tried: Mapping[str, Sequence[str]], settings: Mapping[str, Any] = EMPTY) -> dict[str, dict[str, Verdict]]:
     """The verdicts by family and feature. Every rank of a world of `SIZE` calls this; they agree.
 
     A family whose plain run is not exact is not tried further.
 
     Args:
         tried: features by family.
+        settings: further ones of the section.
     """
     import transformers
 
     warnings.filterwarnings("ignore")
     transformers.logging.set_verbosity_error()
     groups = SequenceParallelGroups.build(SequenceParallelConfig(method=METHOD, size=SIZE))
-    return {family: _tried(family, features, groups) for family, features in tried.items()}
+    shard = partial(trials.shard, section={**trials.section_of(METHOD, SIZE), **settings})
+    return {family: _tried(family, features, shard, groups) for family, features in tried.items()}
 
 
-def _tried(family: str, features: Sequence[str], groups: SequenceParallelGroups) -> dict[str, Verdict]:
+def _tried(family: str, features: Sequence[str], shard: Shard, groups: SequenceParallelGroups) -> dict[str, Verdict]:
     import transformers
 
     found: dict[str, Verdict] = {}
-    shard = partial(trials.shard, section=trials.section_of(METHOD, SIZE))
     try:
         kind = getattr(transformers, names()[family])
         # The mapping also has configs of which a class takes a part.
@@ -104,9 +106,11 @@ def _tried(family: str, features: Sequence[str], groups: SequenceParallelGroups)
     return found
 
 
-def run(tried: Mapping[str, Sequence[str]], timeout: float = TIMEOUT) -> dict[str, dict[str, Verdict]]:
+def run(
+    tried: Mapping[str, Sequence[str]], timeout: float = TIMEOUT, settings: Mapping[str, Any] = EMPTY
+) -> dict[str, dict[str, Verdict]]:
     """`survey` in a world of its own."""
-    first, *others = spawn(survey, SIZE, tried, timeout=timeout)
+    first, *others = spawn(survey, SIZE, tried, settings, timeout=timeout)
     assert all(_statuses(other) == _statuses(first) for other in others), "ranks disagree"
     return first
 

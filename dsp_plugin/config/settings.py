@@ -163,6 +163,11 @@ class Settings(BaseModel):
         return METHODS[self.method].kind
 
     @property
+    def tile_tokens(self) -> int | Literal["auto"] | None:
+        """Tokens of which the head's logits are alive at once; None for all of them."""
+        return "auto" if self.memory == "auto" else self.memory.tile_tokens
+
+    @property
     def attention_rounds(self) -> int | RoundBudget:
         """In how many rounds of heads Ulysses works, or what a round may gather."""
         if self.memory == "auto":

@@ -28,6 +28,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dsp_plugin.kernels.convolution import short_convolution
 from dsp_plugin.kernels.linear import DECAYS, linear_attention
+from dsp_plugin.tiles.head import tiled_loss
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,7 @@ class LinearLMConfig:
             up to full size blows up rounding with it, and runs that differ by rounding part within tens of steps.
         tie_embeddings: the output weights are the embedding's.
         checkpoint: recompute each layer in the backward pass of training.
+        tile_tokens: tokens of which the loss has logits at once; None for all of them.
         seed: of the first weights.
 
     Raises:
@@ -66,6 +68,7 @@ class LinearLMConfig:
     mixer_norm_eps: float = 1e-2
     tie_embeddings: bool = True
     checkpoint: bool = False
+    tile_tokens: int | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -274,7 +277,10 @@ class LinearLM(nn.Module):
                 x_BnC = checkpoint(layer, x_BnC, rope, use_reentrant=False)
             else:
                 x_BnC = layer(x_BnC, rope)
-        logits_BnU = F.linear(self.norm(x_BnC), (self.embed if self.head is None else self.head).weight)
+        x_BnC, weight_UC = self.norm(x_BnC), (self.embed if self.head is None else self.head).weight
+        if labels is not None and self.config.tile_tokens is not None:
+            return tiled_loss(x_BnC, weight_UC, labels, tile_tokens=self.config.tile_tokens) / (labels != -100).sum()
+        logits_BnU = F.linear(x_BnC, weight_UC)
         if labels is None:
             return logits_BnU
         return F.cross_entropy(wide(logits_BnU).flatten(0, 1), labels.flatten(), ignore_index=-100)

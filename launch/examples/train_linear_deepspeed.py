@@ -32,6 +32,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--conv", type=int, default=4, help="taps of the convolution of q, k and v; 0 for none")
     parser.add_argument("--softmax-every", type=int, default=0, help="every how many layers one has softmax attention")
     parser.add_argument("--recompute", action="store_true", help="recompute layers in the backward pass")
+    parser.add_argument(
+        "--tile-tokens", type=int, help="tokens of which the loss has logits at once; all of them if left out"
+    )
     return parser.parse_args()
 
 
@@ -65,6 +68,7 @@ def main() -> None:
             conv=args.conv,
             softmax_every=args.softmax_every,
             checkpoint=args.recompute,
+            tile_tokens=args.tile_tokens,
             seed=args.seed,
         )
     )

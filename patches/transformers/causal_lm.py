@@ -25,8 +25,10 @@ from dsp_plugin.patches.transformers.mask import MaskReader
 from dsp_plugin.patches.transformers.noise import scale_noise
 from dsp_plugin.patches.transformers.overlay import Overlay, unsharded_generate
 from dsp_plugin.patches.transformers.passes import ModelPass
+from dsp_plugin.patches.transformers.pending import PendingLogits
 from dsp_plugin.patches.transformers.seams import DISTRIBUTION, SEAMS
 from dsp_plugin.patches.transformers.selection import select
+from dsp_plugin.patches.transformers.tiled_head import tiled_head
 from dsp_plugin.patches.transformers.tiled_mlp import tile_mlps
 from dsp_plugin.patches.transformers.whole_logits import OutermostHook
 from dsp_plugin.patches.transformers.wrapped import is_causal_lm, model_in, sharded_part
@@ -66,7 +68,6 @@ class ShardedCausalLM:
         self._inputs = InputSharder(config, groups.sp)
         self._passes: Running[ModelPass] = Running(again=lambda _: selection.selected())
         self._attention = SequenceAttention(config, groups, self._passes)
-        self._loss = SequenceLoss(groups.sp, self._passes)
         self._visit: RegionVisit | None = None
         self._unscale: Callable[[], None] = _nothing
         # Of the pass that has ended, where it left logits of this rank's tokens.
@@ -78,6 +79,8 @@ class ShardedCausalLM:
                 undo.callback(part.register_forward_pre_hook(LeftBehind(self._refuse_astray)).remove)
             undo.callback(enter_again())
             undo.callback(self._passes.close)
+            self._head = tiled_head(model, config.tile_tokens, self._takes_loss, undo)
+            self._loss = SequenceLoss(groups.sp, self._passes, self._head is not None)
             self._overlay = Overlay(model, undo)
             tile_mlps(model, config, self.aside, undo)
             if is_causal_lm(model):
@@ -108,12 +111,17 @@ class ShardedCausalLM:
             model: the sharded one, or what is wrapped around it.
             engine: what calls it, if something does.
         """
-        if self._config.logits == "gather":
-            self._undo.callback(OutermostHook(self._take_gather).attach(model, engine))
+        if self._config.logits == "gather" or self._head is not None:
+            self._undo.callback(OutermostHook(self._take_reader).attach(model, engine))
 
-    def _take_gather(self) -> Callable[[Tensor], Tensor] | None:
+    def _take_reader(self) -> Callable[[Any], Tensor] | None:
         placement, self._local = self._local, None
-        return None if placement is None else partial(self._gather, placement=placement)
+        return None if placement is None else partial(self._read, placement=placement)
+
+    def _read(self, local: Tensor | PendingLogits, placement: Placement) -> Tensor:
+        if isinstance(local, PendingLogits):
+            local = local.compute()
+        return self._gather(local, placement) if self._config.logits == "gather" else local
 
     def _gather(self, local: Tensor, placement: Placement) -> Tensor:
         layout, method = placement.layout, self._config.method
@@ -157,6 +165,10 @@ class ShardedCausalLM:
 
         return pool
 
+    def _takes_loss(self) -> bool:
+        """Whether a forward pass runs whose loss the model takes."""
+        return self._passes.now is not None and self._passes.now.placement.takes_loss
+
     def _begin(self, model: PreTrainedModel, placement: Placement) -> None:
         self._visit = RegionVisit(self._groups.sp) if model.training else None
         self._passes.begin(ModelPass(placement, self._visit.seed if self._visit is not None else None))
@@ -175,7 +187,7 @@ class ShardedCausalLM:
         placement = running.placement
         for what, calls, expected in (
             ("attention interface", self._attention.calls, self._layers),
-            ("loss function", self._loss.calls, int(placement.labelled and placement.fused is None)),
+            ("loss function", self._loss.calls, int(placement.takes_loss)),
         ):
             if calls != expected:
                 raise UnsupportedError(
@@ -190,7 +202,11 @@ class ShardedCausalLM:
         elif not placement.labelled:
             first, rebuild = first_tensor(output)
             output = rebuild(self._gather(first, placement))
-        self._local = placement if placement.labelled and placement.fused is None else None
+        self._local = placement if placement.takes_loss else None
+        if self._local is not None:
+            for part in output.values() if isinstance(output, dict) else output:
+                if isinstance(part, PendingLogits):
+                    part.returned()
         self._passes.recall_by(all_tensors(output), running)
         return output
 

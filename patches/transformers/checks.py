@@ -13,6 +13,7 @@ from dsp_plugin.errors import SequenceParallelConfigError, UnsupportedError
 from dsp_plugin.patches.transformers import adapters
 from dsp_plugin.patches.transformers.labels import shifting_part
 from dsp_plugin.patches.transformers.seams import SEAMS
+from dsp_plugin.patches.transformers.tiled_head import check_head
 from dsp_plugin.patches.transformers.tiled_mlp import check_mlps
 from dsp_plugin.patches.transformers.verified import SETTING, unverified
 from dsp_plugin.patches.transformers.wrapped import is_causal_lm, model_in, sharded_part
@@ -91,6 +92,8 @@ def checked_section(
     config = SequenceParallelConfig.from_deepspeed({DEEPSPEED_SECTION: {"heads": local, **section}})
     assert config is not None
     check_mlps(sharded_part(model), config)
+    if isinstance(config.tile_tokens, int):
+        check_head(model)
     config.check_model(heads=heads.query, kv_heads=heads.kv, tensor_parallel_size=tensor_parallel_size)
     return config
 

@@ -64,6 +64,11 @@ class Placement:
     labelled: bool
     fused: FusedHead | None
 
+    @property
+    def takes_loss(self) -> bool:
+        """Whether the model's loss function takes it."""
+        return self.labelled and self.fused is None
+
 
 class InputSharder:
     """Cuts the arguments of a model's forward to this rank's tokens.

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from dsp_plugin.comm.axis import Axis
+from dsp_plugin.errors import UnsupportedError
 from dsp_plugin.patches.transformers.passes import ModelPass
+from dsp_plugin.patches.transformers.pending import SETTING, UNTILED, PendingLogits
 from dsp_plugin.sharding.loss import contract
 from dsp_plugin.training.extents import Running
 
@@ -23,18 +25,19 @@ class SequenceLoss:
     Args:
         sp: the sequence axis.
         passes: the model's; outside of them a script takes a loss of whole logits, as upstream has it.
+        tiled: whether the model's head is tiled, and logits are pending.
     """
 
-    def __init__(self, sp: Axis, passes: Running[ModelPass]) -> None:
+    def __init__(self, sp: Axis, passes: Running[ModelPass], tiled: bool = False) -> None:
         from transformers.loss.loss_utils import ForCausalLMLoss
 
         self._upstream: Callable[..., Tensor] = ForCausalLMLoss
-        self._sp, self._passes = sp, passes
+        self._sp, self._passes, self._tiled = sp, passes, tiled
         self.calls = 0
 
     def __call__(
         self,
-        logits: Tensor,
+        logits: Tensor | PendingLogits,
         labels: Tensor,
         vocab_size: int,
         num_items_in_batch: Tensor | int | None = None,
@@ -45,22 +48,33 @@ class SequenceLoss:
         """The loss as upstream defines it, over the whole sequence; see `dsp_plugin.sharding.loss` for its gradient.
 
         Args:
-            logits: ``[B, n, V]`` of this rank's tokens.
+            logits: ``[B, n, V]`` of this rank's tokens, or what stands for them.
             labels: int64 ``[B, n]``, what follows each of them in the whole sequence.
             num_items_in_batch: divides the sum in place of the number of labels, as it does upstream.
             shift_labels: not used; `labels` are shifted already.
 
         Returns:
             Scalar, fp32.
+
+        Raises:
+            UnsupportedError: the head is tiled, and the model made logits without it.
         """
         if self._passes.now is None:
             kwargs |= {"num_items_in_batch": num_items_in_batch, "ignore_index": ignore_index}
             return self._upstream(logits, labels, vocab_size, shift_labels=shift_labels, **kwargs)
         self.calls += 1
-        # Divided by one item, a sum: unlike a mean it is defined where a rank has no label that counts.
-        local_sum = self._upstream(
-            logits, labels, vocab_size, num_items_in_batch=1, ignore_index=ignore_index, shift_labels=labels, **kwargs
-        )
+        if isinstance(logits, PendingLogits):
+            local_sum = logits.loss(labels, vocab_size, ignore_index)
+        elif self._tiled:
+            raise UnsupportedError(
+                setting=SETTING,
+                why="the model's code made logits without a call of its head, so all of them exist already",
+                remedy=f"write {UNTILED}",
+            )
+        else:
+            # Divided by one item, a sum: unlike a mean it is defined where a rank has no label that counts.
+            kwargs |= {"num_items_in_batch": 1, "ignore_index": ignore_index, "shift_labels": labels}
+            local_sum = self._upstream(logits, labels, vocab_size, **kwargs)
         if num_items_in_batch is None:
             return contract(local_sum, (labels != ignore_index).sum(), self._sp)
         items = torch.as_tensor(num_items_in_batch, device=local_sum.device)

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dsp_plugin.patches.transformers.pending import PendingLogits
 from dsp_plugin.training.copies import LeftBehind
 
 LOGITS = "logits"
@@ -35,7 +36,7 @@ def nobody_reads() -> Iterator[None]:
         _unread.reset(token)
 
 
-def gathered_when_read(output: Any, gather: Callable[[Tensor], Tensor]) -> Any:
+def gathered_when_read(output: Any, gather: Callable[[Any], Tensor]) -> Any:
     """``output`` with logits that ``gather`` makes whole where they are read; a plain tuple's are made whole now.
 
     Args:
@@ -43,9 +44,11 @@ def gathered_when_read(output: Any, gather: Callable[[Tensor], Tensor]) -> Any:
     """
     if _unread.get():
         return output
-    if isinstance(output, tuple) and len(output) > 1 and isinstance(output[1], Tensor):
-        return (output[0], gather(output[1]), *output[2:])
-    if isinstance(output, OrderedDict) and isinstance(output.get(LOGITS), Tensor):
+    if isinstance(output, tuple) and len(output) > 1:
+        logits = output[1]
+        readable = logits.readable if isinstance(logits, PendingLogits) else isinstance(logits, Tensor)
+        return (output[0], gather(logits), *output[2:]) if readable else output
+    if isinstance(output, OrderedDict) and isinstance(output.get(LOGITS), Tensor | PendingLogits):
         output.__class__ = _lazy(type(output))
         object.__setattr__(output, _GATHER, gather)
     return output
@@ -61,7 +64,7 @@ class OutermostHook:
         take: the function that gathers the logits of the forward pass that has just ended; None where they are whole.
     """
 
-    def __init__(self, take: Callable[[], Callable[[Tensor], Tensor] | None]) -> None:
+    def __init__(self, take: Callable[[], Callable[[Any], Tensor] | None]) -> None:
         self._take, self._inside = take, 0
 
     def attach(self, model: nn.Module, engine: nn.Module | None = None) -> Callable[[], None]:
@@ -107,8 +110,9 @@ class _ReadLogits(OrderedDict):
     @property
     def logits(self) -> Tensor:
         """``[B, L, V]``. A collective of the sequence the first time."""
-        gather = vars(self).pop(_GATHER, None)
+        gather = vars(self).get(_GATHER)
         if gather is not None:
+            # Which forgets how, unless reading them is refused.
             self.logits = gather(OrderedDict.__getitem__(self, LOGITS))
         return OrderedDict.__getitem__(self, LOGITS)
 

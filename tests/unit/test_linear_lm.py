@@ -43,6 +43,20 @@ def test_loss_is_the_mean_cross_entropy_of_the_logits_over_the_labels_that_count
     torch.testing.assert_close(model(ids, labels), expected)
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_tiles_of_the_loss_change_nothing(tied):
+    ids = make_ids()
+    labels = ids.roll(-1, 1)
+    labels[0, 3:9] = -100
+    whole, tiled = make_model(tie_embeddings=tied), make_model(tie_embeddings=tied, tile_tokens=5)
+    for model in (whole, tiled):
+        model(ids, labels).backward()
+    torch.testing.assert_close(tiled(ids, labels), whole(ids, labels), rtol=1e-12, atol=0)
+    for (name, ours), theirs in zip(tiled.named_parameters(), whole.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-10, atol=1e-12, msg=lambda text: f"{name}: {text}")  # noqa: B023
+    assert torch.equal(tiled(ids), whole(ids))
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_token_depends_on_those_before_it_and_on_none_after(kind):
     model, ids = make_model(**KINDS[kind]), make_ids(batch=1)

@@ -22,7 +22,7 @@ from dsp_plugin.patches.megatron.arguments import add_flags
 # README: "Public".
 LIBRARY = (
     *("linear_attention", "softmax_attention", "short_convolution", "parallelize", "Parallelized", "ledger", "METHODS"),
-    *("AttentionSpec", "Where"),
+    *("token_log_probs", "AttentionSpec", "Where"),
     *("SequenceParallelBatchSampler", "SequenceParallelStream", "PackedDocuments"),
     *("SequenceParallelConfig", "SequenceParallelGroups", "Axis", "Layout", "MaskSpec", "Plan", "Region", "Stage"),
 )

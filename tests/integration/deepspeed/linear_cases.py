@@ -67,8 +67,12 @@ class LinearCase(Case):
     def build(self) -> nn.Module:
         """The model, with weights that depend on torch's seed."""
         sizes = {"vocab": VOCABULARY, "width": 48, "heads": 4, "key_dim": 24, "layers": 2, "tie_embeddings": False}
-        checkpoint, seed = self.recompute is not None, torch.initial_seed()
-        model = LinearLM(LinearLMConfig(**sizes, **MODELS[self.model], checkpoint=checkpoint, seed=seed))
+        settings = {
+            "checkpoint": self.recompute is not None,
+            "seed": torch.initial_seed(),
+            "tile_tokens": 5 if self.size > 1 and self.zero % 2 else None,
+        }
+        model = LinearLM(LinearLMConfig(**sizes, **MODELS[self.model], **settings))
         for module in model.modules():
             if isinstance(module, LinearMixer):
                 _make_keys_like_queries(module)

@@ -29,6 +29,7 @@ class Case:
         batch: the kind of batch, see `hf_models.micro_batch`.
         extra: further settings of the section.
         file: of `configs/deepspeed`, which gives everything but sizes, dtype and optimizer.
+        tile: tokens of a tile of the head; 0 for none.
     """
 
     family: str
@@ -41,6 +42,7 @@ class Case:
     dtype: str = "fp32"
     extra: tuple[tuple[str, Any], ...] = field(default=())
     file: str = ""
+    tile: int = 0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "world", self.world or self.size)
@@ -49,7 +51,8 @@ class Case:
     def name(self) -> str:
         """Names the case in results and test ids."""
         dtype, file = "" if self.dtype == "fp32" else self.dtype, "file" if self.file else ""
-        extras = [self.checkpointing, dtype, file, *(f"{k}-{v}" for k, v in self.extra)]
+        tile = f"tile{self.tile}" if self.tile else ""
+        extras = [self.checkpointing, dtype, file, tile, *(f"{k}-{v}" for k, v in self.extra)]
         batch = "" if self.batch == "tokens" else self.batch
         shape = f"sp{self.size}dp{self.replicas}"
         return "-".join([self.family, self.method, shape, f"zero{self.zero}", *filter(None, [batch, *extras])])
@@ -69,6 +72,8 @@ class Case:
             config = json.loads((CONFIGS / self.file).read_text())
             del config["optimizer"]
         config["sequence_parallel"]["size"] = self.size
+        if self.tile:
+            config["sequence_parallel"]["memory"] = {"tile_tokens": self.tile}
         return config | {
             "train_micro_batch_size_per_gpu": MICRO,
             "gradient_accumulation_steps": 1,
@@ -84,7 +89,7 @@ def cases(world: int) -> list[Case]:
     if world == 4:
         return [
             Case("llama", "usp", 4, 1, checkpointing="plain", extra=(("ulysses_size", 2),)),
-            Case("qwen3", "ring", 2, 2, world=4),
+            Case("qwen3", "ring", 2, 2, world=4, tile=3),
         ]
     # Methods, stages and families pairwise: an orthogonal array, halved over the sizes.
     runs = [
@@ -102,6 +107,14 @@ def cases(world: int) -> list[Case]:
             Case("qwen3", "usp", 2, 3, "unlabelled"),
             Case("llama", "ring", 2, 3, extra=(("layout", "striped"),)),
             Case("llama", "ring", 2, 2, dtype="bf16"),
+            # Tiles that do not divide the tokens of a rank, and one that has more; tied weights.
+            Case("llama", "ulysses", 2, 0, "items", tile=3),
+            Case("mistral", "lightseq", 2, 1, "packed", tile=4),
+            Case("qwen3", "usp", 2, 2, "padded", checkpointing="plain", tile=5),
+            Case("qwen3", "ring", 2, 3, tile=3),
+            Case("llama", "usp", 2, 3, "embedded", checkpointing="reentrant", tile=100),
+            Case("llama", "ring", 2, 1, dtype="bf16", tile=3),
+            Case("qwen2", "ring", 1, 2, world=2, tile=4),
             Case("llama", "ring", 2, 3, file="hf_ring_zero3.json"),
             Case("qwen3", "usp", 2, 2, file="hf_usp_zero2.json"),
             # Last, for as long as its engine lives all engines of the process keep attention.
@@ -109,7 +122,7 @@ def cases(world: int) -> list[Case]:
         ]
     else:
         runs += [Case("llama", method, 3, 1, "short") for method in METHODS]
-        runs += [Case("mistral", "usp", 3, 0, "packed")]
+        runs += [Case("mistral", "usp", 3, 0, "packed"), Case("qwen3", "ring", 3, 3, "short", tile=1)]
     return runs
 
 
