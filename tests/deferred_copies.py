@@ -78,6 +78,9 @@ class _Place:
         storage = torch.UntypedStorage._new_with_weak_ptr(self._storage.cdata)
         if storage is None:
             return None
+        if storage.nbytes() < (self._start + self._shape.numel()) * self._dtype.itemsize:
+            # Freed under the copy, which reads whatever is there now.
+            return torch.full(self._shape, float("nan"), dtype=self._dtype)
         return torch.empty(0, dtype=self._dtype).set_(storage, self._start, self._shape, (1,))
 
 
