@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from dsp_plugin.comm.axis import Axis
+from dsp_plugin.training import host_budget
 from dsp_plugin.training.offload import Offload
 
 
@@ -18,7 +23,7 @@ class Deferred:
     values that are no numbers.
     """
 
-    moves, page = True, 1
+    moves, page, floor = True, 1, 1
 
     def __init__(self, free: int | None = None) -> None:
         self.faults: list[str] = []
@@ -84,6 +89,35 @@ class _Place:
         return torch.empty(0, dtype=self._dtype).set_(storage, self._start, self._shape, (1,))
 
 
-def deferring(limit: int | None = None, *, floor: int = 1, free: int | None = None, auto: bool = False) -> Offload:
+def deferring(
+    limit: int | None = None,
+    *,
+    floor: int | None = None,
+    free: int | None = None,
+    auto: bool = False,
+    axis: Axis | None = None,
+) -> Offload:
     """An `Offload` that really moves CPU tensors; its ``copies`` are `Deferred`."""
-    return Offload(limit, floor=floor, copies=Deferred(free), auto=auto)
+    return Offload(limit, floor=floor, copies=Deferred(free), auto=auto, axis=axis)
+
+
+def copies_of(offload: Offload) -> Deferred:
+    """The copies of one that is `deferring`."""
+    assert isinstance(offload.copies, Deferred)
+    return offload.copies
+
+
+@contextmanager
+def settings_defer() -> Iterator[list[Offload]]:
+    """Inside, what the setting ``memory.offload`` asks for is `deferring`; the list gets each."""
+    made: list[Offload] = []
+
+    def make(*args: Any, **kwargs: Any) -> Offload:
+        made.append(deferring(*args, **kwargs))
+        return made[-1]
+
+    before, host_budget.Offload = host_budget.Offload, make  # type: ignore[misc, assignment]
+    try:
+        yield made
+    finally:
+        host_budget.Offload = before  # type: ignore[misc]

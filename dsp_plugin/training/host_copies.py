@@ -15,6 +15,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 from dsp_plugin.errors import UnsupportedError
 
 PAGE = 4096
+FLOOR = 1 << 20
+"""On a device, tensors of fewer bytes stay where they are: a copy of them costs more than it frees."""
 
 
 class Copy(Protocol):
@@ -30,10 +32,12 @@ class Copies(Protocol):
     Attributes:
         moves: whether anything has to be copied; else host memory is what the device computes in.
         page: buffers come in multiples of so many bytes.
+        floor: tensors of fewer bytes are not worth it.
     """
 
     moves: bool
     page: int
+    floor: int
 
     def buffer(self, nbytes: int) -> Tensor:
         """[nbytes], uint8, in host memory."""
@@ -56,7 +60,7 @@ _DONE = _Done()
 class InPlace:
     """Of the CPU: what it computes with is in host memory, so that nothing moves, and all is counted as if it had."""
 
-    moves, page = False, 1
+    moves, page, floor = False, 1, 1
 
     def buffer(self, nbytes: int) -> Tensor:
         """Not asked for where nothing moves."""
@@ -74,7 +78,7 @@ class InPlace:
 class AtOnce:
     """Of tensors without data: dry runs see bytes leave the device and come back."""
 
-    moves, page = True, 1
+    moves, page, floor = True, 1, FLOOR
 
     def buffer(self, nbytes: int) -> Tensor:
         """See `Copies.buffer`."""
@@ -96,7 +100,7 @@ class Cuda:
     One stream for both directions: so a buffer may be given to the next copy as soon as the last one has begun.
     """
 
-    moves, page = True, PAGE
+    moves, page, floor = True, PAGE, FLOOR
 
     def __init__(self, device: torch.device) -> None:
         self._device = device

@@ -27,8 +27,6 @@ from dsp_plugin.errors import SequenceParallelConfigError
 from dsp_plugin.training.extents import in_backward
 from dsp_plugin.training.host_copies import Copies, Copy, HostPool, Lease, copies_of
 
-FLOOR = 1 << 20
-"""Tensors of fewer bytes stay where they are: a copy of them costs more than it frees."""
 SETTING = "memory.offload"
 
 
@@ -69,7 +67,7 @@ class Offload:
         limit: bytes on the host, at most; None for all that is kept.
         auto: move only what a forward pass keeps beyond half of the device's free memory, and from the next pass on
             all or nothing, as `worthwhile` says.
-        floor: see `FLOOR`.
+        floor: bytes below which tensors stay where they are; None for what their device says.
         copies: of a tensor, how it moves; None for one that stays.
         axis: ranks that hear of a refusal together.
     """
@@ -79,7 +77,7 @@ class Offload:
         limit: int | None = None,
         *,
         auto: bool = False,
-        floor: int = FLOOR,
+        floor: int | None = None,
         copies: Callable[[Tensor], Copies | None] = copies_of,
         axis: Axis | None = None,
     ) -> None:
@@ -141,9 +139,11 @@ class Offload:
 
     def fits(self, tensor: Tensor) -> Copies | None:
         """How a tensor moves; None for one that is too small to, or that nobody knows to move."""
-        if tensor.numel() * tensor.element_size() < max(self.floor, 1):
+        copies = self.copies(tensor)
+        if copies is None:
             return None
-        return self.copies(tensor)
+        floor = copies.floor if self.floor is None else self.floor
+        return copies if tensor.numel() * tensor.element_size() >= max(floor, 1) else None
 
     def block(self, tensor: Tensor) -> Block | None:
         """The bytes of a tensor, which begin to move if they have not; None where they stay."""

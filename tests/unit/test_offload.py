@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 from checkpointed import WAYS, Through, non_reentrant, reentrant
-from deferred_copies import Deferred, deferring
+from deferred_copies import copies_of, deferring
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -105,11 +105,6 @@ def trained(model: nn.Module, *, backward: Callable[[Tensor], object] = Tensor.b
 
 def same(found: list[Tensor], expected: list[Tensor]) -> bool:
     return len(found) == len(expected) and all(map(torch.equal, found, expected))
-
-
-def copies_of(offload: Offload) -> Deferred:
-    assert isinstance(offload.copies, Deferred)
-    return offload.copies
 
 
 @pytest.mark.parametrize("keep", [False, True], ids=["full", "keep_attention"])
@@ -400,7 +395,7 @@ def test_auto_moves_what_takes_more_than_half_of_what_is_free() -> None:
 
 
 def test_on_cpu_nothing_moves_and_all_is_counted() -> None:
-    offload, model = Offload(floor=1), Stack(reentrant)
+    offload, model = Offload(), Stack(reentrant)
     with held(None):
         expected = trained(model)
     model.inputs.clear()
