@@ -19,7 +19,9 @@ from typing import Any
 import torch
 
 from dsp_plugin.errors import PatchError
+from dsp_plugin.patches.offload import applied, check_torch, inputs_packed, running_first, stretch_of
 from dsp_plugin.patches.patch import Patch, PatchSet
+from dsp_plugin.training import offload as host
 from dsp_plugin.training.extents import entering_again, noting
 from dsp_plugin.training.recompute import keep_attention, keeping_attention
 
@@ -58,7 +60,7 @@ def _forward(keeps: Callable[[], bool], upstream: staticmethod[Any, Any]) -> sta
             if keeps():
                 run_function = keeping_attention(run_function)
             run_function = entering_again(run_function, runs_first=True)
-        return original(ctx, run_function, *args)
+        return running_first(original, ctx, run_function, args)
 
     return staticmethod(forward)
 
@@ -82,7 +84,8 @@ def _generator(upstream: Callable[..., Any]) -> Callable[..., Any]:
         taken = call.arguments["debug"] if debug is None else debug
         if kept() and call.arguments["context_fn"] is checkpoint.noop_context_fn and not taken:
             call.arguments["context_fn"] = keep_attention
-        return _noting(begun, upstream(*call.args, **call.kwargs))
+        stretch = stretch_of(call.arguments["args"])
+        return _around(begun, stretch, upstream(*call.args, **call.kwargs))
 
     return generator
 
@@ -99,7 +102,7 @@ def _hooks(upstream: Callable[[Any], None]) -> Callable[[Any], None]:
     def __enter__(self: Any) -> None:  # noqa: N807
         by = getattr(self.pack_hook, "__module__", None)
         # A checkpoint that is patched enters the extents by itself, once for all tensors that it unpacks.
-        if torch.compiler.is_compiling() or _holders[name_of_non_reentrant(str(by))]:
+        if torch.compiler.is_compiling() or by == host.__name__ or _holders[name_of_non_reentrant(str(by))]:
             return upstream(self)
         own, self.unpack_hook = self.unpack_hook, entering_again(self.unpack_hook, runs_first=False)
         try:
@@ -110,10 +113,12 @@ def _hooks(upstream: Callable[[Any], None]) -> Callable[[Any], None]:
     return __enter__
 
 
-def _noting(begun: list[Any], around: Generator[Any, Any, Any]) -> Generator[Any, Any, Any]:
+def _around(
+    begun: list[Any], stretch: host.Stretch | None, upstream: Generator[Any, Any, Any]
+) -> Generator[Any, Any, Any]:
     """A generator whose caller runs the checkpointed function for the first time where it yields."""
-    with noting(begun):
-        yield from around
+    with noting(begun), inputs_packed(stretch):
+        yield from upstream
 
 
 _TORCH, _TORCH_SUPPORTED = "torch.utils.checkpoint", ">=2.6,<2.14"
@@ -122,13 +127,14 @@ TORCH = PatchSet(
     "what torch runs again",
     (
         checkpoint_function(_TORCH, "torch", _TORCH_SUPPORTED),
+        applied(_TORCH, "torch", _TORCH_SUPPORTED),
         Patch(
             name_of_non_reentrant(_TORCH),
             f"{_TORCH}:_checkpoint_without_reentrant_generator",
             "torch",
             _TORCH_SUPPORTED,
             _generator,
-            ("fn", "context_fn", "debug"),
+            ("fn", "context_fn", "debug", "args"),
         ),
         Patch(
             "what saved tensors are unpacked by",
@@ -145,11 +151,12 @@ _known = [TORCH]
 _entering: list[ExitStack] = []
 
 
-def hold(patches: PatchSet, *, keep: bool) -> Callable[[], None]:
+def hold(patches: PatchSet, *, keep: bool, offload: host.Offload | None = None) -> Callable[[], None]:
     """Applies patches for one owner, such as an engine.
 
     Args:
         keep: whether attention is kept, in all checkpoints of the process.
+        offload: where all checkpoints of the process are kept, if not on the device.
 
     Returns:
         What ends it. A patch is reverted when nobody holds it any more.
@@ -157,7 +164,10 @@ def hold(patches: PatchSet, *, keep: bool) -> Callable[[], None]:
     Raises:
         PatchError: a patch does not fit; none is applied then.
     """
+    if offload is not None:
+        check_torch()
     patches.apply()
+    ends = host.hold(offload) if offload is not None else lambda: None
     names = [_KEEPING] * keep + [patch.name for patch in patches]
     _holders.update(names)
     held = True
@@ -167,6 +177,7 @@ def hold(patches: PatchSet, *, keep: bool) -> Callable[[], None]:
         if not held:
             return
         held = False
+        ends()
         _holders.subtract(names)
         for patch in reversed(patches.patches):
             if not _holders[patch.name]:

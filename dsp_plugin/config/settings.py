@@ -176,6 +176,11 @@ class Settings(BaseModel):
         return RoundBudget(given) if isinstance(given, Bytes) else given
 
     @property
+    def offload(self) -> bool | Bytes | Literal["auto"]:
+        """Whether checkpoints wait in host memory, or how much of it they may take."""
+        return "auto" if self.memory == "auto" else self.memory.offload
+
+    @property
     def for_softmax(self) -> str:
         """The method that serves softmax attention: ``method``, or under a linear one ``softmax_method``."""
         return self.softmax_method if self.kind == "linear" else self.method

@@ -32,8 +32,10 @@ from dsp_plugin.sharding.outputs import all_tensors, first_tensor
 from dsp_plugin.sharding.peers import EqualPeers
 from dsp_plugin.sharding.region import ShardedRegion
 from dsp_plugin.sharding.routing import AttentionRoute
+from dsp_plugin.sharding.unused_offload import refuse_unused
 from dsp_plugin.sharding.wrappers import ended_with, forget_compiled, uncompiled, unwrapped
 from dsp_plugin.training.extents import Running
+from dsp_plugin.training.host_budget import offload_for
 from dsp_plugin.training.randomness import RegionSeed, RegionVisit
 
 
@@ -126,7 +128,8 @@ def parallelize(
     Raises:
         SequenceParallelConfigError: the model does not fit the config or the plan.
         UnsupportedError: the model is in a wrapper that has to come after, or of a kind that cannot be sharded.
-        PatchError: attention is to be kept (``config.recompute``), and torch is not one that our patches fit.
+        PatchError: attention is to be kept (``config.recompute``), or checkpoints in host memory, and torch is not one
+            that our patches fit.
     """
     checks: list[Callable[[], object]] = []
     inside = unwrapped(module)
@@ -135,8 +138,11 @@ def parallelize(
     for check in (AveragedGradients(inside, groups), peers):
         check.attach(checks)
     try:
-        if config.recompute == "keep_attention":
-            checks.append(weakref.finalize(inside, hold(TORCH, keep=True)))
+        keep, offload = config.recompute == "keep_attention", offload_for(config.offload, groups.sp)
+        if keep or offload is not None:
+            checks.append(weakref.finalize(inside, hold(TORCH, keep=keep, offload=offload)))
+        if offload is not None and not offload.auto:
+            checks.append(refuse_unused(inside, offload))
         handle = hooked(module, plan, config=config, groups=groups)
     except BaseException:
         for undo in checks:

@@ -22,6 +22,7 @@ bytes per element, w those of a log-sum-exp: 8 for fp64, else 4.
   ``B H K V w`` for each document with a token here.
 
 Ordinary checkpointing keeps none of this; no checkpointing keeps all of it, and the inputs, and the rest of the model.
+With `dsp_plugin.training.offload` all of it waits in host memory.
 """
 
 from __future__ import annotations
@@ -41,6 +42,8 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge, saved_tensors_hooks
 
 from dsp_plugin.derivatives import once_differentiable, refuse_transforms
+from dsp_plugin.training import offload
+from dsp_plugin.training.offload import Handle, Stretch, unpack
 
 Attention = Callable[..., Tensor | tuple[Tensor, ...]]
 Inputs = Sequence[Tensor | None]
@@ -64,9 +67,11 @@ class Tape:
         return _During(lambda outer: _Replay(iter(self._calls)))
 
     def nbytes(self) -> int:
-        """Bytes kept now: each storage once, inputs excluded."""
-        storages = [tensor.untyped_storage() for call in self._calls for tensor in call.kept_tensors()]
-        return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+        """Bytes kept now, here or in host memory: each storage once, inputs excluded."""
+        kept = [tensor for call in self._calls for tensor in call.kept_tensors()]
+        waiting = {id(each.block): each.block.nbytes for each in kept if isinstance(each, Handle)}
+        storages = [tensor.untyped_storage() for tensor in kept if isinstance(tensor, Tensor)]
+        return sum(waiting.values()) + sum({each.data_ptr(): each.nbytes() for each in storages}.values())
 
 
 def keep_attention() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
@@ -147,14 +152,14 @@ class _KeptCall:
             )
         if self._made is None:
             self._made = _make(self._attention, inputs)
-        if [output._version for output in self._made.outputs] != self._made.versions:
+        if _versions(self._made.outputs) != self._made.versions:
             raise RuntimeError(
                 "the output of attention was modified in place, and recompute='keep_attention' needs it again in the "
                 "backward pass. Use an operation that is not in place, or recompute='full'."
             )
-        return self._made.outputs
+        return tuple(map(unpack, self._made.outputs))
 
-    def kept_tensors(self) -> list[Tensor]:
+    def kept_tensors(self) -> list[Handle | Tensor]:
         """What is held until the backward pass."""
         return [] if self._made is None else [*self._made.outputs, *self._made.kept]
 
@@ -176,7 +181,8 @@ class _KeptCall:
             )
         made, self._made = self._made, None
         made.recomputed.extend(inputs)
-        used = [(result, grad) for result, grad in zip(made.results, grads, strict=True) if grad is not None]
+        pairs = zip(made.results, grads, strict=True)
+        used = [(result, grad) for result, grad in pairs if result is not None and grad is not None]
         if not used:
             return (None,) * len(inputs)
         wanted = [edge for edge, need in zip(made.edges, needed, strict=True) if need and edge is not None]
@@ -195,37 +201,48 @@ class _Made:
 
     Attributes:
         many: whether it returned a tuple.
-        results: its outputs with their graph, whose saved tensors are all there but the inputs.
-        outputs: the same, as given to the model.
-        versions: of the outputs, which count changes in place.
+        results: where the gradients of its outputs enter the graph, whose saved tensors are all there but the inputs;
+            None for an output that has none.
+        outputs: as given to the model, or where they wait.
+        versions: of the outputs, which count changes in place; None for one that waits.
         edges: where the gradients of the inputs leave the graph; None for an input that is None.
         kept: the saved tensors.
         recomputed: where the graph looks for the inputs.
     """
 
     many: bool
-    results: tuple[Tensor, ...]
-    outputs: tuple[Tensor, ...]
-    versions: list[int]
+    results: tuple[GradientEdge | None, ...]
+    outputs: tuple[Handle | Tensor, ...]
+    versions: list[int | None]
     edges: tuple[GradientEdge | None, ...]
-    kept: list[Tensor]
+    kept: list[Handle | Tensor]
     recomputed: list[Tensor | None]
 
 
 def _make(attention: Attention, inputs: Inputs) -> _Made:
     # The hooks must refer to nothing that leads back to the graph: no garbage collector sees cycles through it.
-    kept: list[Tensor] = []
+    kept: list[Handle | Tensor] = []
     recomputed: list[Tensor | None] = []
+    stretch = offload.current()
     # Calls that the attention itself makes belong to it.
     with torch.enable_grad(), _During(lambda outer: None):
         entries = [None if x is None else _Entry.apply(x.detach(), _anchor(x)) for x in inputs]
-        with saved_tensors_hooks(partial(_keep, _places(entries), kept), partial(_give, recomputed)):
+        with saved_tensors_hooks(partial(_keep, _places(entries), kept, stretch), partial(_give, recomputed)):
             result = attention(*entries)
     results = (result,) if isinstance(result, Tensor) else tuple(result)
-    outputs = tuple(x.detach() for x in results)
+    outputs = tuple(_waiting(x.detach(), stretch) for x in results)
     edges = tuple(None if entry is None else get_gradient_edge(entry) for entry in entries)
+    ends = tuple(get_gradient_edge(x) if x.requires_grad else None for x in results)
     many = not isinstance(result, Tensor)
-    return _Made(many, results, outputs, [x._version for x in outputs], edges, kept, recomputed)
+    return _Made(many, ends, outputs, _versions(outputs), edges, kept, recomputed)
+
+
+def _waiting(tensor: Tensor, stretch: Stretch | None) -> Handle | Tensor:
+    return tensor if stretch is None else stretch.pack(tensor, fresh=True)
+
+
+def _versions(outputs: Sequence[Handle | Tensor]) -> list[int | None]:
+    return [x._version if isinstance(x, Tensor) else None for x in outputs]
 
 
 class _Recording:
@@ -324,16 +341,18 @@ def _place(tensor: Tensor) -> Place:
     return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
 
 
-def _keep(places: dict[Place, int], kept: list[Tensor], tensor: Tensor) -> int | Tensor:
-    """Packs a saved tensor: an input as its index, others as they are."""
+def _keep(
+    places: dict[Place, int], kept: list[Handle | Tensor], stretch: Stretch | None, tensor: Tensor
+) -> int | Handle | Tensor:
+    """Packs a saved tensor: an input as its index, others as they are, or as where they wait."""
     index = places.get(_place(tensor))
     if index is not None:
         return index
-    kept.append(tensor.detach())
+    kept.append(_waiting(tensor.detach(), stretch))
     return kept[-1]
 
 
-def _give(recomputed: list[Tensor | None], saved: int | Tensor) -> Tensor:
-    found = recomputed[saved] if isinstance(saved, int) else saved
+def _give(recomputed: list[Tensor | None], saved: int | Handle | Tensor) -> Tensor:
+    found = recomputed[saved] if isinstance(saved, int) else unpack(saved)
     assert found is not None, "only inputs that are tensors have a place"
     return found

@@ -23,7 +23,9 @@ from dsp_plugin.patches.deepspeed.same_sample import same_sample_check
 from dsp_plugin.plans.known_models import softmax_heads
 from dsp_plugin.sharding.integrations import integration_of
 from dsp_plugin.sharding.parallelize import Parallelized, hooked
+from dsp_plugin.sharding.unused_offload import refuse_unused
 from dsp_plugin.training.copies import Undo
+from dsp_plugin.training.host_budget import offload_for
 
 GROUPS = "sequence_parallel_groups"
 CONFIG = "sequence_parallel_config"
@@ -69,7 +71,10 @@ def parallelizing(upstream: Callable[..., None], patched: Callable[[], str]) -> 
         setattr(self, CONFIG, section)
         setattr(self, GROUPS, groups)
         try:
-            undo.append(recompute.hold_for(self, module, keep=section.recompute == "keep_attention"))
+            keep, offload = section.recompute == "keep_attention", offload_for(section.offload, groups.sp)
+            undo.append(recompute.hold_for(self, module, keep=keep, offload=offload))
+            if offload is not None and not offload.auto and not staged:
+                undo.append(refuse_unused(module, offload))
             handle = hook(module, config=section, groups=groups)
             undo.append(handle.remove)
             if isinstance(handle, Parallelized):

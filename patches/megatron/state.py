@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
 from dsp_plugin.comm.axis import Axis
+from dsp_plugin.config.memory import MemoryConfig
 from dsp_plugin.config.schema import SequenceParallelConfig
 from dsp_plugin.errors import SequenceParallelConfigError
 from dsp_plugin.groups import SequenceParallelGroups
 from dsp_plugin.layout import LayoutKind
 from dsp_plugin.methods import METHODS
+from dsp_plugin.training.host_budget import offload_for
+from dsp_plugin.training.offload import Offload, hold
 
 NATIVE_LAYOUT: LayoutKind = "zigzag"
 # The orders in which batches and rotary embeddings can be cut: Megatron's own, and the one of patches.megatron.layout.
@@ -46,6 +50,7 @@ class Settings:
 
     Attributes:
         heads: query heads on one tensor-parallel rank, where known before the model is built.
+        memory: ``"auto"``, or the section, as JSON or parsed.
     """
 
     method: str
@@ -64,6 +69,7 @@ class Settings:
     log_tensorboard: str | None = None
     log_wandb: str | None = None
     peak_tflops: float | None = None
+    memory: str | dict[str, Any] | None = None
     quiet: bool = field(default=False, compare=False)
 
     def config(self, size: int) -> SequenceParallelConfig:
@@ -90,11 +96,18 @@ class Settings:
         Raises:
             SequenceParallelConfigError: see `config`.
         """
-        self.config((self.ulysses_size or 1) * (self.ring_size or 1))
+        self._of_any_size()
 
     def layout_kind(self) -> LayoutKind:
         """The order of the tokens, which does not depend on the size."""
-        return order_of(self.config((self.ulysses_size or 1) * (self.ring_size or 1)))
+        return order_of(self._of_any_size())
+
+    def memory_parts(self) -> MemoryConfig | Literal["auto"]:
+        """What a step trades for memory, which does not depend on the size either."""
+        return self._of_any_size().memory
+
+    def _of_any_size(self) -> SequenceParallelConfig:
+        return self.config((self.ulysses_size or 1) * (self.ring_size or 1))
 
 
 def hierarchy(config: SequenceParallelConfig) -> list[int]:
@@ -114,6 +127,7 @@ class MegatronState:
         groups: the axes that methods communicate on.
         process_groups: the group behind each registered axis, also where it has one rank.
         patched: what of Megatron-core and others is patched, in words.
+        offload: where checkpoints wait, if not on the device; as long as the groups are there.
     """
 
     settings: Settings
@@ -121,6 +135,8 @@ class MegatronState:
     groups: SequenceParallelGroups | None = None
     process_groups: dict[str, ProcessGroup] = field(default_factory=dict)
     patched: str = ""
+    offload: Offload | None = None
+    _undo: list[Callable[[], None]] = field(default_factory=list)
 
     def configure(self, context_parallel_size: int, **other_sizes: int) -> SequenceParallelConfig:
         """Validates the settings against Megatron's sizes, before any group exists.
@@ -143,6 +159,9 @@ class MegatronState:
             config: from `configure`.
             upstream: `megatron.core.parallel_state`, initialized; for more than one context-parallel rank with
                 hierarchical sizes `hierarchy(config)`.
+
+        Raises:
+            SequenceParallelConfigError: the machine has not the host memory that checkpoints may take.
         """
         sequence = upstream.get_context_parallel_group()
         ulysses, ring = sequence, sequence
@@ -161,8 +180,13 @@ class MegatronState:
             dp=Axis.of_group("dp", upstream.get_data_parallel_group()),
             debug=config.debug,
         )
+        self.offload = offload_for(config.offload, self.groups.sp)
+        if self.offload is not None:
+            self._undo.append(hold(self.offload))
 
     def clear(self) -> None:
         """Forgets the groups, as Megatron forgets its own."""
-        self.config = self.groups = None
+        while self._undo:
+            self._undo.pop()()
+        self.config = self.groups = self.offload = None
         self.process_groups = {}

@@ -36,6 +36,7 @@ class Case:
         parallel: sizes, as in a command line.
         granularity: what `TransformerConfig` is told of recomputation; None for nothing.
         dropout: of attention and of activations.
+        memory: what a step trades for memory.
     """
 
     method: str | None
@@ -44,6 +45,7 @@ class Case:
     recompute: str = "full"
     distribute: bool = False
     dropout: float = 0.0
+    memory: str | None = None
 
     def overrides(self) -> dict[str, Any]:
         """Fields of `TransformerConfig`."""
@@ -105,7 +107,7 @@ def train(case: Case) -> dict[str, Any]:
     from dsp_plugin.patches import megatron
 
     if case.method is not None:
-        megatron.install(case.method, recompute=case.recompute)
+        megatron.install(case.method, recompute=case.recompute, memory=case.memory)
     with arguments(case) as args:
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=args.tensor_model_parallel_size,

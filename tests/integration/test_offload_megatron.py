@@ -1,0 +1,86 @@
+"""``--sp-memory '{"offload": true}'`` in real Megatron-core: steps are the same to the bit, whatever it recomputes."""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from deferred_copies import copies_of, settings_defer
+from test_recompute_megatron import PLAIN, PP2, TP2, Case, name, train
+
+from dsp_plugin import UnsupportedError
+from dsp_plugin.spawn import RankFailure, spawn
+
+pytestmark = [
+    pytest.mark.megatron,
+    pytest.mark.timeout(280),
+    pytest.mark.skipif(importlib.util.find_spec("megatron") is None, reason="megatron-core is not installed"),
+]
+
+OFFLOAD = '{"offload": true}'
+COVERING = [
+    replace(PLAIN["ulysses", PP2], granularity="uniform"),
+    replace(PLAIN["ulysses", TP2], granularity="uniform", recompute="keep_attention", distribute=True),
+]
+MATRIX = [
+    replace(PLAIN[method, parallel], granularity=granularity, recompute=recompute, distribute=distribute, dropout=0.2)
+    for method, parallel, granularity, distribute in (
+        ("ulysses", PP2, "block", False),
+        ("ulysses", PP2, "selective", False),
+        ("ring", PP2, "uniform", False),
+        ("ring", TP2, "selective", False),
+        ("ring", TP2, "uniform", True),
+    )
+    for recompute in ("full", "keep_attention")
+]
+
+
+def run(cases: list[Case]) -> list[tuple[dict[str, Any], dict[str, Any], dict[str, Any]]]:
+    """Each case without and with an offload, and what that did on this rank."""
+    from dsp_plugin.patches import cpu
+
+    cpu.install()
+    found = []
+    for case in cases:
+        without = train(case)
+        with settings_defer() as made:
+            offloaded = train(replace(case, memory=OFFLOAD))
+        (offload,) = made
+        counts = offload.counts()
+        did = {"faults": copies_of(offload).faults, "moved": counts.moved, "left": (counts.host, counts.device)}
+        found.append((without, offloaded, did))
+    return found
+
+
+@pytest.mark.parametrize(
+    "cases", [COVERING, pytest.param(MATRIX, marks=pytest.mark.matrix)], ids=["covering", "matrix"]
+)
+def test_a_step_is_the_same_to_the_bit(cases: list[Case]) -> None:
+    for rank in spawn(run, 4, cases, timeout=260):
+        for case, (without, offloaded, did) in zip(cases, rank, strict=True):
+            assert did["moved"] > 0, name(case)
+            assert did["faults"] == [], name(case)
+            assert did["left"] == (0, 0), name(case)
+            assert offloaded["losses"] == without["losses"], name(case)
+            assert offloaded["forward"] == without["forward"], "as much is computed and sent"
+            for parameter, gradient in without["gradients"].items():
+                assert torch.equal(offloaded["gradients"][parameter], gradient), (name(case), parameter)
+
+
+def refused() -> None:
+    from dsp_plugin.patches import cpu
+
+    cpu.install()
+    train(Case("ulysses", memory=OFFLOAD))
+
+
+def test_where_nothing_is_recomputed_it_is_refused_on_every_rank() -> None:
+    with pytest.raises(RankFailure) as failure:
+        spawn(refused, 2, timeout=120)
+    assert set(failure.value.errors) == {0, 1}
+    for error in failure.value.errors.values():
+        assert isinstance(error, UnsupportedError)
+        assert "recompute_granularity is None" in str(error)
