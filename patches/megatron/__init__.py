@@ -11,6 +11,7 @@ import importlib.util
 import logging
 import sys
 from collections.abc import Callable
+from typing import Any
 
 from dsp_plugin.errors import PatchError
 from dsp_plugin.patches.megatron import (
@@ -24,6 +25,7 @@ from dsp_plugin.patches.megatron import (
     parallel_state,
     recompute,
     step_log,
+    tiled_head,
 )
 from dsp_plugin.patches.megatron import layout as token_order
 from dsp_plugin.patches.megatron.state import MegatronState, Settings
@@ -53,6 +55,7 @@ def install(
     log_tensorboard: str | None = None,
     log_wandb: str | None = None,
     peak_tflops: float | None = None,
+    memory: str | dict[str, Any] | None = None,
     quiet: bool = False,
 ) -> MegatronState:
     """Patches Megatron-core so that its context-parallel ranks run `method`; to be called before it is initialized.
@@ -70,6 +73,7 @@ def install(
         exchange, softmax_method: of ``"lasp"``: how states travel, and who serves the softmax layers of the model.
         heads: query heads on one tensor-parallel rank, by which ``"usp"`` chooses sizes that are not given.
         log_every, log_tensorboard, log_wandb, peak_tflops: the step log, see `SequenceParallelConfig`.
+        memory: what a step trades for memory, ``"auto"`` or a section, see `MemoryConfig`.
         quiet: no line at the start, which is otherwise printed where groups are made.
 
     Returns:
@@ -97,6 +101,7 @@ def install(
         log_tensorboard,
         log_wandb,
         peak_tflops,
+        memory,
         quiet,
     )
     settings.check()
@@ -179,6 +184,7 @@ def _patches(state: MegatronState) -> PatchSet:
             *loss.patches(state),
             *multi_token.patches(),
             *recompute.patches(state),
+            *tiled_head.patches(state),
             *step_log.patches(state),
             *checkpoint.patches(),
             *optimizer.patches(),

@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass, field
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
 from dsp_plugin.comm.axis import Axis
+from dsp_plugin.config.memory import MemoryConfig
 from dsp_plugin.config.schema import SequenceParallelConfig
 from dsp_plugin.errors import SequenceParallelConfigError
 from dsp_plugin.groups import SequenceParallelGroups
@@ -46,6 +47,7 @@ class Settings:
 
     Attributes:
         heads: query heads on one tensor-parallel rank, where known before the model is built.
+        memory: ``"auto"``, or the section, as JSON or parsed.
     """
 
     method: str
@@ -64,6 +66,7 @@ class Settings:
     log_tensorboard: str | None = None
     log_wandb: str | None = None
     peak_tflops: float | None = None
+    memory: str | dict[str, Any] | None = None
     quiet: bool = field(default=False, compare=False)
 
     def config(self, size: int) -> SequenceParallelConfig:
@@ -90,11 +93,18 @@ class Settings:
         Raises:
             SequenceParallelConfigError: see `config`.
         """
-        self.config((self.ulysses_size or 1) * (self.ring_size or 1))
+        self._of_any_size()
 
     def layout_kind(self) -> LayoutKind:
         """The order of the tokens, which does not depend on the size."""
-        return order_of(self.config((self.ulysses_size or 1) * (self.ring_size or 1)))
+        return order_of(self._of_any_size())
+
+    def memory_parts(self) -> MemoryConfig | Literal["auto"]:
+        """What a step trades for memory, which does not depend on the size either."""
+        return self._of_any_size().memory
+
+    def _of_any_size(self) -> SequenceParallelConfig:
+        return self.config((self.ulysses_size or 1) * (self.ring_size or 1))
 
 
 def hierarchy(config: SequenceParallelConfig) -> list[int]:
