@@ -26,6 +26,7 @@ from dsp_plugin.patches.megatron import (
     recompute,
     step_log,
     tiled_head,
+    tiled_mlp,
 )
 from dsp_plugin.patches.megatron import layout as token_order
 from dsp_plugin.patches.megatron.state import MegatronState, Settings
@@ -185,6 +186,7 @@ def _patches(state: MegatronState) -> PatchSet:
             *multi_token.patches(),
             *recompute.patches(state),
             *tiled_head.patches(state),
+            *tiled_mlp.patches(state),
             *step_log.patches(state),
             *checkpoint.patches(),
             *optimizer.patches(),
