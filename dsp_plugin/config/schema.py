@@ -253,8 +253,10 @@ def _section_or_word(text: Any) -> Any:
     """What a flag holds that takes a section in JSON or a word."""
     try:
         return json.loads(text) if isinstance(text, str) and text.lstrip().startswith("{") else text
-    except ValueError:
-        return text
+    except ValueError as error:
+        raise SequenceParallelConfigError(
+            setting="--sp-memory", value=text, why=f"it is not JSON: {error}", remedy=_EXAMPLES["memory"]
+        ) from None
 
 
 def _flag(attribute: str) -> str:
@@ -283,6 +285,8 @@ def _first_problem(error: ValidationError) -> SequenceParallelConfigError:
         why, remedy = f"known are {', '.join(choices)}", f"did you mean {nearest!r}?"
     else:
         said = problem["msg"] if cause is None else str(cause)
+        if problem["type"] == "model_type":
+            said = f"expected a section, a dictionary that is, not {type(value).__name__}"
         why, remedy = said[0].lower() + said[1:], _EXAMPLES.get(setting, "correct the value")
     # Where a setting is a section or a word, pydantic names the section's class, too.
     place = ".".join(str(part) for part in problem["loc"] if part != MemoryConfig.__name__)

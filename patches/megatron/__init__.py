@@ -25,6 +25,8 @@ from dsp_plugin.patches.megatron import (
     parallel_state,
     recompute,
     step_log,
+    tiled_head,
+    tiled_mlp,
 )
 from dsp_plugin.patches.megatron import layout as token_order
 from dsp_plugin.patches.megatron.state import MegatronState, Settings
@@ -183,6 +185,8 @@ def _patches(state: MegatronState) -> PatchSet:
             *loss.patches(state),
             *multi_token.patches(),
             *recompute.patches(state),
+            *tiled_head.patches(state),
+            *tiled_mlp.patches(state),
             *step_log.patches(state),
             *checkpoint.patches(),
             *optimizer.patches(),

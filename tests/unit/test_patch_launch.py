@@ -95,6 +95,12 @@ def test_mistakes_are_named(argv: list[str], words: list[str], script: str) -> N
         (["--sp-method", "ulysses", "--sp-ring-size", "2"], ["ring_size=2", "ulysses has no ring"]),
         (["--sp-ulysses-size", "2"], ["--sp-ulysses-size", "without --sp-method"]),
         (["--sp-debug"], ["--sp-debug", "without --sp-method"]),
+        (["--sp-memory", "auto"], ["--sp-memory", "without --sp-method"]),
+        (["--sp-method", "ulysses", "--sp-memory", "most"], ["memory='most'", "expected a section", '"auto"']),
+        (["--sp-method", "ulysses", "--sp-memory", '{"tile_tokens": 8'], ["--sp-memory=", "not JSON", '"auto"']),
+        (["--sp-method", "ring", "--sp-memory", '{"tile_tokens": 0}'], ["memory.tile_tokens=0", "1 or more"]),
+        (["--sp-method", "ring", "--sp-memory", '{"mlp_tiles": "8"}'], ["memory.mlp_tiles='8'", "1 or more"]),
+        (["--sp-method", "ring", "--sp-memory", '{"tiles": 8}'], ["unknown key 'memory.tiles'", "'memory.mlp_tiles'"]),
     ],
 )
 def test_illegal_settings_end_with_one_line_and_status_2(
