@@ -69,7 +69,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "methods": ("errors", "derivatives", "layout", "mask", "groups", "comm", "kernels", "training"),
     "config": ("errors", "integers", "layout", "kernels", "methods"),
     "plans": ("errors", "config"),
-    "planner": ("errors", "layout", "plans", "methods", "config", "tiles"),
+    "planner": ("errors", "layout", "mask", "plans", "methods", "config", "tiles"),
     "sharding": (
         *("errors", "derivatives", "layout", "mask", "groups", "comm", "kernels", "methods", "config", "plans"),
         *("planner", "training", "patches"),
