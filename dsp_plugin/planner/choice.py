@@ -62,8 +62,8 @@ class Task:
 
     @property
     def host_bytes(self) -> int:
-        """What checkpoints of one rank may take of its node's memory: four fifths of its share."""
-        return self.cluster.host_bytes // self.cluster.node * 4 // 5
+        """What checkpoints of one rank may take of its node's memory: nine tenths of its share."""
+        return self.cluster.host_bytes // self.cluster.node * 9 // 10
 
 
 @dataclass(frozen=True)
@@ -121,9 +121,10 @@ def memory_for(
 ) -> MemoryConfig | None:
     """The least costly parts of `memory` by which a step fits; None where none do.
 
-    From part to part: the head's tiles, which cost nothing; rounds of heads, which cost launches; checkpoints in host
-    memory, which cost copies beside the computing; tiles of MLPs, which cost a part of the products. A later one is
-    taken only where the earlier ones together do not suffice. Their sizes are those of ``"auto"``.
+    From part to part: the head's tiles, tiles of MLPs and rounds of heads, which cost launches, and tiles of MLPs a
+    forward pass more where layers are not recomputed; then checkpoints in host memory, which cost copies beside the
+    computing. A later one is taken only where the earlier ones together do not suffice. Their sizes are those of
+    ``"auto"``.
 
     Args:
         how: its ``memory`` is of no interest.
@@ -141,7 +142,7 @@ def memory_for(
 
 def _with_parts(shapes: Shapes, how: Arrangement, length: int, parts: int, host_bytes: int) -> MemoryConfig | None:
     """The parts whose bits are set, in the sizes of ``"auto"``; None where one of them would change nothing."""
-    tile, rounds, offload, tiles = (bool(parts & bit) for bit in (1, 2, 4, 8))
+    tile, tiles, rounds, offload = (bool(parts & bit) for bit in (1, 2, 4, 8))
     settings: dict[str, Any] = {}
     if tile:
         settings["tile_tokens"] = tile_tokens_for(shapes, how)

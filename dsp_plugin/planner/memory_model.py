@@ -6,11 +6,11 @@ all but h are a rank's part. A layer that is whole in memory (run without recomp
 
     norms          16 h     Transformers computes them in fp32: per norm 4 h wide, 2 h normed and 2 h scaled
     attention      4 A + 4 K + 4 H, and 2 A more under Ulysses, whose output lies on both sides of its way back
-    MLP            8 I      gate, its activation, up, and their product; 4 I without a gate
+    MLP            8 I      gate, its activation, up, and their product; 4 I without a gate, 0 in tiles
 
 and on its way back, at its dearest moments,
 
-    in the MLP     the layer, 4 I and 2 h more
+    in the MLP     the layer, 4 I and 2 h more; in tiles the layer, 4 h, and of a tile 12 I and 2 h
     in the norm    the layer without its MLP, and 18 h
     in attention   10 h and what the method's backward pass needs beside its inputs
 
@@ -24,17 +24,19 @@ from typing import NamedTuple
 
 from dsp_plugin.config.memory import Bytes
 from dsp_plugin.layout import shard_sizes
-from dsp_plugin.methods.ulysses import head_partition
+from dsp_plugin.methods.head_partition import HeadPartition, head_partition
+from dsp_plugin.methods.head_rounds import head_rounds, most_rounds
 from dsp_plugin.planner.arrangement import Arrangement
 from dsp_plugin.planner.shapes import Shapes
-from dsp_plugin.tiles.spec import AUTO_LOGITS_BYTES
+from dsp_plugin.tiles.mlp import bytes_of_token, tile_count
+from dsp_plugin.tiles.spec import auto_tile_tokens
 
 AUTO_MLP_BYTES = 512 << 20
 """What the values inside an MLP may take, of one tile, where the user left the number of tiles open."""
 _WIDTH = 2
-# Layers whose checkpoints are on the device while those of others wait in host memory: the one that is computed, the
-# one that leaves and the one that comes.
-_ON_DEVICE = 3
+# Layers whose checkpoints are on the device while those of others wait in host memory: the one that is computed, and
+# one that leaves or comes. That of the last layer never leaves.
+_ON_DEVICE, _STAYS = 2, 1
 # Of a token: its number, its label, and what is counted of them. Rotary embeddings take 4 bytes of a head's width more.
 _BESIDE = 140
 
@@ -98,13 +100,14 @@ def memory_of(shapes: Shapes, how: Arrangement, length: int) -> Memory:
     recomputed = how.recompute != "none"
     checkpoint = _WIDTH * widths.hidden // (how.tensor if how.framework == "megatron" else 1)
     tape = _tape(how, widths) if how.recompute == "keep_attention" else 0
-    each = checkpoint + tape if recomputed else layer.norms + layer.attention + layer.mlp
+    each = checkpoint + tape if recomputed else sum(layer)
     # The first pipeline stage holds those of as many micro batches as there are stages.
     layers = -(-shapes.layers // how.pipeline) * min(how.micro_batches, how.pipeline)
-    host = max(layers - _ON_DEVICE, 0) * checkpoint * tokens if how.memory.offload and recomputed else 0
+    host = max(layers - _STAYS, 0) * each * tokens if how.memory.offload and recomputed else 0
     if isinstance(how.memory.offload, Bytes):
         host = min(host, int(how.memory.offload))
-    kept = (layers * each + 4 * shapes.head_dim + _BESIDE) * tokens - host
+    here = max(layers * each * tokens - host, min(layers, _ON_DEVICE) * each * tokens)
+    kept = here + (4 * shapes.head_dim + _BESIDE) * tokens
     # What is kept of a layer that was not recomputed is part of its moments.
     own = 0 if recomputed else each * tokens
     moments = {name: nbytes - own for name, nbytes in _layer_moments(shapes, how, widths, layer, length).items()}
@@ -141,15 +144,15 @@ def rank_parameters(shapes: Shapes, how: Arrangement) -> int:
 
 
 def tile_tokens_for(shapes: Shapes, how: Arrangement) -> int:
-    """Tokens of a tile of logits that stays within `AUTO_LOGITS_BYTES`."""
-    return max(AUTO_LOGITS_BYTES // (4 * -(-shapes.vocabulary // how.tensor)), 1)
+    """Tokens of a tile of logits that ``"auto"`` takes."""
+    return auto_tile_tokens(-(-shapes.vocabulary // how.tensor))
 
 
 def mlp_tiles_for(shapes: Shapes, how: Arrangement, length: int) -> int:
     """Tiles of an MLP that keep the values inside it within `AUTO_MLP_BYTES`."""
     tokens = shard_sizes(length, how.size)[0]
-    inside = tokens * _mlp_values(shapes) * _WIDTH * -(-shapes.mlp_width // how.tensor)
-    return max(-(-inside // AUTO_MLP_BYTES), 1)
+    widths = [-(-shapes.mlp_width // how.tensor)] * shapes.entrances + [shapes.hidden]
+    return tile_count(tokens, bytes_of_token(widths, _WIDTH), AUTO_MLP_BYTES)
 
 
 def rounds_of(shapes: Shapes, how: Arrangement, length: int) -> int:
@@ -157,16 +160,27 @@ def rounds_of(shapes: Shapes, how: Arrangement, length: int) -> int:
     rounds = how.memory.attention_rounds
     if how.ulysses == 1:
         return 1
-    if isinstance(rounds, Bytes):
-        rounds = -(-gathered_bytes(shapes, how, length) // rounds)
-    return min(int(rounds), max(shapes.heads // how.tensor // how.ulysses, 1))
+    if not isinstance(rounds, Bytes):
+        return int(rounds)
+    part = _part(shapes, how)
+    most = most_rounds(part, whole_groups=how.ring > 1)
+    fitting = (count for count in range(1, most) if _round_bytes(shapes, how, length, part, count) <= rounds)
+    return next(fitting, most)
 
 
 def gathered_bytes(shapes: Shapes, how: Arrangement, length: int) -> int:
     """Of q, k, v and the output of one attention that Ulysses has exchanged, without rounds."""
-    tokens = shard_sizes(length, how.size)[0]
-    widths = _widths(shapes, how)
-    return tokens * _WIDTH * 2 * (widths.gathered_queries + widths.gathered_keys)
+    return _round_bytes(shapes, how, length, _part(shapes, how), 1)
+
+
+def _round_bytes(shapes: Shapes, how: Arrangement, length: int, part: HeadPartition, count: int) -> int:
+    tokens = shard_sizes(length, how.ring)[0]
+    return tokens * _WIDTH * head_rounds(part, count).widest(shapes.head_dim, shapes.head_dim)
+
+
+def _part(shapes: Shapes, how: Arrangement) -> HeadPartition:
+    heads, kv_heads = max(shapes.heads // how.tensor, 1), max(shapes.kv_heads // how.tensor, 1)
+    return head_partition(heads, kv_heads, how.ulysses)
 
 
 class _Layer(NamedTuple):
@@ -180,7 +194,7 @@ class _Layer(NamedTuple):
 def _widths(shapes: Shapes, how: Arrangement) -> _Widths:
     heads = max(shapes.heads // how.tensor, 1)
     kv_heads = max(shapes.kv_heads // how.tensor, 1)
-    part = head_partition(heads, kv_heads, how.ulysses)
+    part = _part(shapes, how)
     mine = max(how.ulysses * len(queries) for queries in part.queries)
     keys = max(how.ulysses * len(found) for found in part.keys)
     return _Widths(
@@ -212,7 +226,8 @@ def _layer(shapes: Shapes, how: Arrangement, widths: _Widths) -> _Layer:
     if how.ulysses > 1:
         attention = 2 * (2 * widths.gathered_queries + 2 * widths.gathered_keys) + 4 * widths.heads
         attention += _WIDTH * widths.queries
-    return _Layer(_norms(how, widths.hidden), attention, _WIDTH * _mlp_values(shapes) * widths.inside)
+    mlp = _WIDTH * _mlp_values(shapes) * widths.inside if how.memory.mlp_tiles == 1 else 0
+    return _Layer(_norms(how, widths.hidden), attention, mlp)
 
 
 def _tape(how: Arrangement, widths: _Widths) -> int:
@@ -229,30 +244,36 @@ def _layer_moments(shapes: Shapes, how: Arrangement, widths: _Widths, layer: _La
     if how.recompute == "keep_attention":
         # What is on the tape already is not made again.
         attention = 0 if how.ulysses > 1 else 2 * widths.queries + 4 * widths.keys
-    outside, tokens = layer.norms + attention, shard_sizes(length, how.size)[0]
+    tokens, tiles, hidden = shard_sizes(length, how.size)[0], how.memory.mlp_tiles, widths.hidden
+    inside = _WIDTH * (_mlp_values(shapes) + shapes.entrances) * widths.inside
+    in_mlp = (layer.norms + attention + 2 * hidden + inside) * tokens
+    if tiles > 1:
+        # Gradients of the weights are summed in fp32.
+        in_mlp = (layer.norms + 4 * hidden + attention) * tokens + (inside + 2 * hidden) * -(-tokens // tiles)
+        in_mlp += 4 * shapes.mlp_matrices * hidden * widths.inside
+    norm = 18 * hidden if how.framework == "deepspeed" else layer.norms
     moment = _attention_moment(how, widths, rounds_of(shapes, how, length))
-    inside = (layer.mlp + _WIDTH * shapes.entrances * widths.inside) * -(-tokens // how.memory.mlp_tiles)
-    if how.memory.mlp_tiles > 1:
-        # The whole output and the whole gradient of the input, beside the tile.
-        inside += 2 * _WIDTH * widths.hidden * tokens
-    norm = 18 * widths.hidden if how.framework == "deepspeed" else layer.norms
     return {
-        "the MLP of a layer": (outside + 2 * widths.hidden) * tokens + inside,
-        "a norm of a layer": (outside + norm) * tokens,
-        "attention of a layer": (layer.norms // 2 + 2 * widths.hidden + moment) * tokens,
+        "the MLP of a layer": in_mlp,
+        "a norm of a layer": (layer.norms + attention + norm) * tokens,
+        "attention of a layer": (layer.norms // 2 + 2 * hidden + moment) * tokens,
     }
 
 
 def _attention_moment(how: Arrangement, widths: _Widths, rounds: int) -> int:
+    """What is alive of q, k, v, the output and their gradients, measured by dry runs."""
     queries, keys, heads = widths.gathered_queries, widths.gathered_keys, widths.heads
     if how.method == "lightseq" and how.ring > 1:
         return 22 * queries + 36 * keys + 8 * heads
     if how.ring > 1:
         # Gradients in fp32, those of keys on their way included.
-        return 14 * queries + 28 * keys + 4 * heads
+        if rounds > 1:
+            return (19 * queries + 10 * queries // rounds) // 2 + 4 * keys + 24 * keys // rounds + 4 * heads
+        return (12 if how.ulysses > 1 else 14) * queries + 28 * keys + 4 * heads
     if how.ulysses > 1:
-        # What the forward pass gathered, and of one round its gradients and what they are made of.
-        return 4 * queries + 4 * keys + (4 * queries + 12 * keys) // rounds
+        if rounds > 1:
+            return 8 * queries + 8 * keys + (6 * queries + 4 * keys) // rounds
+        return 8 * queries + 16 * keys
     return 8 * queries + 8 * keys + 4 * heads
 
 

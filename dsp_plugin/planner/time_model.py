@@ -69,8 +69,8 @@ def time_of(shapes: Shapes, how: Arrangement, length: int, cluster: Cluster) -> 
     again = 0 if how.recompute == "none" else 1
     forward = _products(here, how, tokens) / (cluster.flops * cluster.product_share)
     head = 6 * tokens * shapes.head_parameters / how.tensor / (cluster.flops * cluster.product_share)
-    # A tile's inside is made again in the backward pass.
-    tiles = _mlp_share(here) * forward if how.memory.mlp_tiles > 1 else 0.0
+    # A tile's inside is made again in the backward pass, but is left out where a layer is run again.
+    tiles = _mlp_share(here) * forward if how.memory.mlp_tiles > 1 and not again else 0.0
     products = forward * (1 + again + _PRODUCTS_BACK) + tiles + head
     attention = exchange = 0.0
     merged, added = _merging(shapes, how, tokens, cluster)

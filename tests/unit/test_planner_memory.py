@@ -94,7 +94,9 @@ def test_each_part_takes_less_of_the_device(parts, less):
     assert after.device < before.device
     assert getattr(after, less) == getattr(before, less)
     assert (after.host > 0) == ("offload" in parts)
-    assert after.host + after.kept == before.kept
+    # A layer's checkpoint is on both sides while it moves.
+    both = (1 << 20) // 8 * 4096 * 2 if "offload" in parts else 0
+    assert after.host + after.kept == before.kept + both
 
 
 def test_rounds_take_less_where_attention_is_the_dearest():
