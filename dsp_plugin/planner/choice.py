@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from math import log
 from typing import Any
@@ -117,7 +117,7 @@ def choose(task: Task) -> list[Judged]:
 
 
 def memory_for(
-    shapes: Shapes, how: Arrangement, length: int, device_bytes: int, host_bytes: int
+    shapes: Shapes, how: Arrangement, length: int, device_bytes: int | None, host_bytes: int, *, states: bool = True
 ) -> MemoryConfig | None:
     """The least costly parts of `memory` by which a step fits; None where none do.
 
@@ -128,16 +128,22 @@ def memory_for(
 
     Args:
         how: its ``memory`` is of no interest.
-        device_bytes: for all that `memory_of` counts.
+        device_bytes: for what `memory_of` counts; None for the parts that leave least on the device.
         host_bytes: for checkpoints of one rank.
+        states: whether ``device_bytes`` are for model states, too.
     """
+    least, sparest = None, None
     for parts in range(16):
         found = _with_parts(shapes, how, length, parts, host_bytes)
         if found is None:
             continue
-        if memory_of(shapes, replace(how, memory=found), length).device <= device_bytes:
+        memory = memory_of(shapes, replace(how, memory=found), length)
+        taken = memory.device if states else memory.activations
+        if device_bytes is not None and taken <= device_bytes:
             return found
-    return None
+        if least is None or taken < least:
+            least, sparest = taken, found
+    return sparest if device_bytes is None else None
 
 
 def _with_parts(shapes: Shapes, how: Arrangement, length: int, parts: int, host_bytes: int) -> MemoryConfig | None:
@@ -180,7 +186,7 @@ def _layouts(task: Task) -> Iterator[Arrangement]:
         for pipeline in _pipeline_sizes(task, tensor):
             most = cluster.ranks // (tensor * pipeline)
             for size in _divisors(most):
-                for method, ulysses in _methods(task, size):
+                for method, ulysses in methods_of_size(size, task.methods):
                     yield Arrangement(
                         task.framework,
                         cluster.ranks,
@@ -194,14 +200,15 @@ def _layouts(task: Task) -> Iterator[Arrangement]:
                     )
 
 
-def _methods(task: Task, size: int) -> Iterator[tuple[str, int]]:
-    allowed = task.methods or ("ulysses", "usp", "ring", "lightseq")
+def methods_of_size(size: int, allowed: Sequence[str] = ()) -> Iterator[tuple[str, int]]:
+    """The methods that may share a sequence among ``size`` ranks, each with its U; the simplest first."""
+    allowed = allowed or ("ulysses", "usp", "ring", "lightseq")
     if size == 1:
         yield allowed[0], 1
         return
     for method in allowed:
         if method == "usp":
-            yield from ((method, ulysses) for ulysses in _divisors(size) if 1 < ulysses < size)
+            yield from ((method, ulysses) for ulysses in _divisors(size)[::-1] if 1 < ulysses < size)
         else:
             yield method, size if method == "ulysses" else 1
 
@@ -237,20 +244,11 @@ def _best_of(task: Task, layout: Arrangement) -> Judged:
 
 def _judged(task: Task, how: Arrangement, length: int) -> Judged:
     found = memory_for(task.shapes, how, length, task.device_bytes, task.host_bytes)
-    how = replace(how, memory=found or _sparest(task, how, length))
+    how = replace(how, memory=found or memory_for(task.shapes, how, length, None, task.host_bytes) or MemoryConfig())
     memory = memory_of(task.shapes, how, length)
     over = max(memory.device - task.device_bytes, 0)
     time = time_of(task.shapes, how, length, task.cluster)
     return Judged(how, length, memory, time, over, tokens_per_second(task.shapes, how, length, time))
-
-
-def _sparest(task: Task, how: Arrangement, length: int) -> MemoryConfig:
-    """The parts that leave least on the device."""
-    found = [_with_parts(task.shapes, how, length, parts, task.host_bytes) for parts in range(16)]
-    return min(
-        (parts for parts in found if parts is not None),
-        key=lambda parts: memory_of(task.shapes, replace(how, memory=parts), length).device,
-    )
 
 
 def _longest(task: Task, layout: Arrangement) -> int:
