@@ -187,6 +187,7 @@ def prepare(command: Command) -> None:
             remedy=f"drop {told.OPTION} and unset {told.VARIABLE}, or drop --sp-method",
         )
     if flags.sp_method is not None:
+        arguments.settle_method(flags, command.arguments)
         given = {name.removeprefix("sp_"): value for name, value in vars(flags).items() if value is not None}
         state = megatron.install(**given, heads=arguments.heads_per_rank(command.arguments))
         arguments.check_sequence_length(command.arguments, state.settings.layout_kind())

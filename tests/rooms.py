@@ -69,7 +69,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "methods": ("errors", "derivatives", "layout", "mask", "groups", "comm", "kernels", "training"),
     "config": ("errors", "integers", "layout", "kernels", "methods"),
     "plans": ("errors", "config"),
-    "planner": ("errors", "layout", "plans", "methods", "config", "tiles"),
+    "planner": ("errors", "integers", "layout", "mask", "plans", "methods", "config", "tiles"),
     "sharding": (
         *("errors", "derivatives", "layout", "mask", "groups", "comm", "kernels", "methods", "config", "plans"),
         *("planner", "training", "patches"),
@@ -84,12 +84,12 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "patches": ("errors", "integers", "comm", "training", "watch"),
     "patches/autoload": ("config", "patches", "patches/deepspeed", "patches/accelerate", "patches/transformers"),
     "patches/diffusers": ("errors", "plans"),
-    "patches/transformers": (*_SEAM, "mask", "kernels", "tiles", "plans", "sharding", "training", "patches"),
+    "patches/transformers": (*_SEAM, "mask", "kernels", "tiles", "plans", "planner", "sharding", "training", "patches"),
     "patches/deepspeed": (*_SEAM, "plans", "sharding", "training", "patches", "patches/transformers"),
     "patches/accelerate": (
         *("errors", "groups", "comm", "config", "sharding", "training", "patches", "patches/transformers"),
     ),
-    "patches/megatron": (*_SEAM, "mask", "kernels", "tiles", "training", "patches"),
+    "patches/megatron": (*_SEAM, "integers", "mask", "kernels", "tiles", "planner", "training", "patches"),
     "patches/megatron/models": (*_SEAM, "kernels", "planner", "models", "patches/megatron"),
     **dict.fromkeys(DOORS, ("patches/megatron/models",)),
     "launch": ("errors", "comm", "config", "watch", "patches", "patches/megatron"),

@@ -1,4 +1,4 @@
-"""The command line: `dsp-plugin doctor`, `verify`, `verify-model`, `plan-stages`, `dry-run` and `demo`."""
+"""The command line: `dsp-plugin doctor`, `verify`, `verify-model`, `plan`, `plan-stages`, `dry-run` and `demo`."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ import typer
 from dsp_plugin.cli import doctor as findings
 from dsp_plugin.cli import dryrun as cli_dryrun
 from dsp_plugin.cli import own_model as cli_own_model
+from dsp_plugin.cli import plan as cli_plan
 from dsp_plugin.cli import plans as cli_plans
 from dsp_plugin.cli.output import (
     FAILED,
@@ -56,6 +57,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+cli_plan.register(app)
 cli_plans.register(app)
 cli_dryrun.register(app)
 cli_own_model.register(app)

@@ -7,8 +7,9 @@ from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 from typing import Any, Self, get_args
 
-from pydantic import BaseModel, ValidationError, model_validator
+from pydantic import BaseModel, PrivateAttr, ValidationError, model_validator
 
+from dsp_plugin.config.automatic import AUTO, stand_in
 from dsp_plugin.config.checks import check_combination, check_count, check_method, check_rounds, check_softmax_method
 from dsp_plugin.config.memory import MemoryConfig
 from dsp_plugin.config.section_names import DEEPSPEED_SECTION, misnamed
@@ -64,8 +65,11 @@ _SECTIONS: dict[str, type[BaseModel]] = {"loss": LossConfig, "memory": MemoryCon
 class SequenceParallelConfig(Settings):
     """Settings that go together, from whichever framework's configuration.
 
-    `Settings` lists them.
+    `Settings` lists them. Where ``method`` was given as ``"auto"``, another one stands in until `given` has been
+    completed by who knows the model's shapes.
     """
+
+    _automatic: bool = PrivateAttr(default=False)
 
     def __init__(self, **settings: Any) -> None:
         """Validate ``settings``.
@@ -81,6 +85,34 @@ class SequenceParallelConfig(Settings):
             super().__init__(**settings)
         except ValidationError as error:
             raise _first_problem(error) from None
+        self._automatic = settings.get("method") == AUTO
+
+    @property
+    def automatic(self) -> bool:
+        """Whether the method is still to be chosen."""
+        return self._automatic
+
+    def given(self) -> dict[str, Any]:
+        """The settings that were given, with ``method`` and sizes as they were."""
+        given = self.model_dump(exclude_unset=True)
+        if self._automatic:
+            given = {key: value for key, value in given.items() if key not in ("ulysses_size", "ring_size")}
+            given["method"] = AUTO
+        return given
+
+    def refuse_automatic(self, what: str) -> None:
+        """Refuse a method that is still to be chosen, where nobody can.
+
+        Raises:
+            SequenceParallelConfigError: it is.
+        """
+        if self._automatic:
+            raise SequenceParallelConfigError(
+                setting="method",
+                value=AUTO,
+                why=f"it is chosen by a model's numbers of heads, layers and widths, and of {what} they are not known",
+                remedy=f"set it to one of {', '.join(METHODS)}",
+            )
 
     @classmethod
     def parse(cls, settings: Any, source: str) -> Self:
@@ -149,6 +181,8 @@ class SequenceParallelConfig(Settings):
         """Fill in the sizes that follow from the others, refusing those that contradict."""
         if not isinstance(settings, dict):
             return settings
+        if settings.get("method") == AUTO:
+            settings = stand_in(settings)
         check_method(settings.get("method"))
         if "softmax_method" in settings:
             check_softmax_method(settings["softmax_method"])

@@ -176,8 +176,12 @@ def hooked(
     _check_groups(config, groups)
     given, module = module, unwrapped(module)
     integration = integration_of(module, config) if plan is None else None
+    if integration is None or plan is not None:
+        config.refuse_automatic(type(module).__name__)
     if integration is not None:
-        config = integration.complete(module, config.model_dump(exclude_unset=True))
+        automatic, config = config.automatic, integration.complete(module, config.given())
+        if automatic:
+            raise _named_too_late(config)
     elif plan is None:
         module, config = complete(module, config)
     handle = Parallelized(config)
@@ -197,6 +201,18 @@ def hooked(
         raise
     forget_compiled()
     return handle
+
+
+def _named_too_late(config: SequenceParallelConfig) -> SequenceParallelConfigError:
+    sizes = (
+        f', "ulysses_size": {config.ulysses_size}, "ring_size": {config.ring_size}' if config.method == "usp" else ""
+    )
+    return SequenceParallelConfigError(
+        setting="method",
+        value="auto",
+        why="groups were made before the model's shapes were known, and the method says which ranks they consist of",
+        remedy=f'write what it comes to for this model: "method": "{config.method}", "size": {config.size}{sizes}',
+    )
 
 
 def _check_groups(config: SequenceParallelConfig, groups: SequenceParallelGroups) -> None:

@@ -135,11 +135,13 @@ def _route(
 ) -> tuple[Callable[..., Any], SequenceParallelConfig]:
     """What hooks the module, and the section with what the module says of itself."""
     if pipeline.is_pipeline(module):
+        section.refuse_automatic("a PipelineModule")
         return partial(pipeline.PipelineStage, device=_device), section
     integration = integration_of(module, section)
     if integration is not None:
         size = tensor_parallel.size_of(param_dict)
         return hooked, integration.complete(module, param_dict[DEEPSPEED_SECTION], tensor_parallel_size=size)
+    section.refuse_automatic(type(module).__name__)
     heads = None if section.batch else softmax_heads(module)
     if heads is not None:
         known = SequenceParallelConfig.from_deepspeed(

@@ -12,12 +12,17 @@ from collections.abc import Callable, Sequence
 from itertools import zip_longest
 from typing import Any
 
+from dsp_plugin.config.automatic import AUTO
+from dsp_plugin.config.schema import SequenceParallelConfig
 from dsp_plugin.config.settings import KERNEL_CHOICES
 from dsp_plugin.errors import SequenceParallelConfigError
+from dsp_plugin.integers import integer_of
 from dsp_plugin.methods.state_exchange import EXCHANGES
 from dsp_plugin.patches.megatron.state import NATIVE_LAYOUT, servable
 from dsp_plugin.patches.megatron.versions import DISTRIBUTION, SUPPORTED
 from dsp_plugin.patches.patch import Patch
+from dsp_plugin.planner.auto import method_for
+from dsp_plugin.planner.model_files import from_megatron
 
 
 def add_flags(parser: argparse.ArgumentParser, defaults: argparse.Namespace | None = None) -> argparse.ArgumentParser:
@@ -33,7 +38,7 @@ def add_flags(parser: argparse.ArgumentParser, defaults: argparse.Namespace | No
     group = parser.add_argument_group(
         "sequence parallelism (dsp_plugin)", "The sequence-parallel size is --context-parallel-size."
     )
-    group.add_argument("--sp-method", help=f"how context-parallel ranks share attention: {', '.join(servable())}")
+    group.add_argument("--sp-method", help=f"how context-parallel ranks share attention: {', '.join(servable())}, auto")
     group.add_argument(
         "--sp-ulysses-size", type=int, help="ranks that exchange heads; by default what the method implies"
     )
@@ -65,6 +70,35 @@ def heads_per_rank(argv: Sequence[str]) -> int | None:
     if heads is None or ranks is None or not 0 < ranks <= heads:
         return None
     return heads // ranks
+
+
+def settle_method(flags: argparse.Namespace, argv: Sequence[str]) -> None:
+    """Puts the method and the sizes that ``--sp-method auto`` comes to into the flags.
+
+    Args:
+        argv: the script's arguments in Megatron's names, which tell the shapes of the model.
+
+    Raises:
+        SequenceParallelConfigError: they do not tell them, or no method serves the model.
+        UnsupportedError: they ask for layers that the planner does not know.
+    """
+    if flags.sp_method != AUTO:
+        return
+    size = _number(argv, "--context-parallel-size", 1)
+    tensor = _number(argv, "--tensor-model-parallel-size", 1)
+    given = {name.removeprefix("sp_"): value for name, value in vars(flags).items() if value is not None}
+    config = SequenceParallelConfig.from_megatron(argparse.Namespace(**vars(flags), context_parallel_size=size))
+    assert config is not None
+    section = {**config.given(), **({"layout": given["layout"]} if "layout" in given else {})}
+    chosen = method_for(
+        from_megatron(argv, "Megatron's arguments"),
+        section,
+        world_size=integer_of("WORLD_SIZE", config.size * (tensor or 1)),
+        tensor=tensor or 1,
+        framework="megatron",
+    )
+    flags.sp_method = chosen["method"]
+    flags.sp_ulysses_size, flags.sp_ring_size = chosen.get("ulysses_size"), chosen.get("ring_size")
 
 
 def check_sequence_length(argv: Sequence[str], layout: str) -> None:

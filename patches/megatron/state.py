@@ -81,6 +81,7 @@ class Settings:
         flags = {f"sp_{name}": value for name, value in dataclasses.asdict(self).items()}
         config = SequenceParallelConfig.from_megatron(SimpleNamespace(**flags, context_parallel_size=size))
         assert config is not None
+        config.refuse_automatic("a model that dsp_plugin.launch does not start")
         if order_of(config) not in LAYOUTS:
             raise SequenceParallelConfigError(
                 setting="--sp-layout",

@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import torch.distributed as dist
 from torch import nn
 
 from dsp_plugin.config.schema import DEEPSPEED_SECTION, SequenceParallelConfig
@@ -17,6 +18,8 @@ from dsp_plugin.patches.transformers.tiled_head import check_head
 from dsp_plugin.patches.transformers.tiled_mlp import check_mlps
 from dsp_plugin.patches.transformers.verified import SETTING, unverified
 from dsp_plugin.patches.transformers.wrapped import is_causal_lm, model_in, sharded_part
+from dsp_plugin.planner.auto import method_for
+from dsp_plugin.planner.model_files import from_transformers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -89,6 +92,7 @@ def checked_section(
             remedy="choose a divisor",
         )
     local = max(heads.query // tensor_parallel_size, 1)
+    section = _with_method(model, section, tensor_parallel_size)
     config = SequenceParallelConfig.from_deepspeed({DEEPSPEED_SECTION: {"heads": local, **section}})
     assert config is not None
     check_mlps(sharded_part(model), config)
@@ -96,6 +100,17 @@ def checked_section(
         check_head(model)
     config.check_model(heads=heads.query, kv_heads=heads.kv, tensor_parallel_size=tensor_parallel_size)
     return config
+
+
+def _with_method(model: PreTrainedModel, section: Mapping[str, Any], tensor_parallel_size: int) -> Mapping[str, Any]:
+    """The section with the method that ``"auto"`` comes to for the model; any other as it is."""
+    # Refuses what is illegal beside it.
+    config = SequenceParallelConfig.from_deepspeed({DEEPSPEED_SECTION: section})
+    if config is None or not config.automatic:
+        return section
+    world = dist.get_world_size() if dist.is_initialized() else config.size
+    shapes = from_transformers(model.config.to_dict(), f"config of {type(model).__name__}")
+    return method_for(shapes, section, world_size=world, tensor=tensor_parallel_size)
 
 
 def check_described(module: Any, config: SequenceParallelConfig) -> None:
