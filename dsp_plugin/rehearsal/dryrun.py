@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import wraps
 from typing import Any
 
@@ -33,8 +33,19 @@ from dsp_plugin.errors import SequenceParallelConfigError, UnsupportedError
 from dsp_plugin.groups import SequenceParallelGroups
 from dsp_plugin.planner.stages import StagePlan
 from dsp_plugin.plans.plan import matching_modules, outermost
-from dsp_plugin.rehearsal.memory import AllocatorLog, Memory, StorageTracker, memory_of, step, tensors_in
+from dsp_plugin.rehearsal.memory import (
+    AllocatorLog,
+    Memory,
+    StorageTracker,
+    gradients_in,
+    memory_of,
+    step,
+    tensors_in,
+)
+from dsp_plugin.rehearsal.model_states import units_of
+from dsp_plugin.rehearsal.places import ModulePlaces
 from dsp_plugin.rehearsal.subject import Subject
+from dsp_plugin.rehearsal.timeline import Timeline
 from dsp_plugin.sharding.parallelize import Parallelized, hooked
 from dsp_plugin.spawn import spawn
 
@@ -73,12 +84,18 @@ class RankRun:
         memory: of this rank.
         stage_plan: where tokens are sharded; None where no plan is used.
         parameter_count: elements of all parameters.
+        units: elements of what stage 3 of ZeRO gathers at a time, see `model_states.units_of`.
+        timeline: what was allocated by whom; None of a real run, whose allocator does not know.
+        gradients: keys in the timeline of the parameters' gradients.
     """
 
     rows: tuple[LedgerRow, ...]
     memory: Memory
     stage_plan: StagePlan | None
     parameter_count: int
+    units: tuple[int, ...] = ()
+    timeline: Timeline | None = None
+    gradients: frozenset[int] = frozenset()
 
     @property
     def nbytes(self) -> int:
@@ -107,11 +124,14 @@ def dry_run(job: Job, world_size: int, rank: int = 0) -> RankRun:
                 remedy="set debug to false, and unset DSP_PLUGIN_DEBUG",
             )
         try:
-            with _fake_tensors() as tracker:
+            with _fake_tensors():
                 (module, kwargs), handle = _prepared(job, groups)
-                with tracker, ledger() as traffic:
-                    step(module, kwargs, job.backward)
-                return _finished(module, handle, traffic, memory_of(module, kwargs, tracker))
+                places = ModulePlaces(module)
+                tracker = StorageTracker(_operator, places)
+                with places, tracker, ledger() as traffic:
+                    step(module, kwargs, job.backward, tracker.begin)
+                run = _finished(module, handle, traffic, memory_of(module, kwargs, tracker))
+                return replace(run, timeline=tracker.timeline, gradients=frozenset(gradients_in(module, tracker)))
         except (DataDependentOutputException, DynamicOutputShapeException) as error:
             raise UnsupportedError(
                 setting="dry run",
@@ -180,7 +200,7 @@ def _finished(module: nn.Module, handle: Parallelized, traffic: Ledger, memory: 
     count = sum(parameter.numel() for parameter in module.parameters())
     # A dry run has nobody to agree with; nor has any real pass but the first.
     rows = tuple(row for row in traffic.rows() if row.method != AGREEMENT)
-    return RankRun(rows, memory, handle.stage_plan, count)
+    return RankRun(rows, memory, handle.stage_plan, count, units_of(module))
 
 
 @contextmanager
@@ -233,7 +253,7 @@ def _fake_world(world_size: int, rank: int) -> Iterator[None]:
 
 
 @contextmanager
-def _fake_tensors() -> Iterator[StorageTracker]:
+def _fake_tensors() -> Iterator[None]:
     """Tensors made inside have no data; the states of random generators, which code compares and restores, do."""
     real = torch.get_rng_state, torch.set_rng_state
 
@@ -248,7 +268,7 @@ def _fake_tensors() -> Iterator[StorageTracker]:
     torch.set_rng_state = torch.random.set_rng_state = without_modes(real[1])
     try:
         with FakeTensorMode(allow_non_fake_inputs=True):
-            yield StorageTracker(_operator)
+            yield
     finally:
         torch.get_rng_state, torch.set_rng_state = real
         torch.random.get_rng_state, torch.random.set_rng_state = real

@@ -121,6 +121,12 @@ KNOWN_SUBJECTS: dict[str, str] = {
     "wan": "dsp_plugin.patches.diffusers.wan:subject",
 }
 
+# Before a colon: whose models. What comes behind it is an argument of the function.
+LIBRARIES: dict[str, tuple[str, str]] = {
+    "hf": ("dsp_plugin.patches.transformers.subject:subject", "config"),
+    "megatron": ("dsp_plugin.patches.megatron.subject:subject", "arguments"),
+}
+
 
 def parse_settings(items: Sequence[str]) -> dict[str, Setting]:
     """``name=value`` items as a command line gives them; values that read as numbers become numbers.
@@ -155,14 +161,20 @@ def subject(reference: str, settings: Mapping[str, Setting]) -> Subject:
     """Build the subject that ``reference`` names.
 
     Args:
-        reference: a name in `KNOWN_SUBJECTS`, or ``package.module:function``, where ``function(**settings)`` returns
-            the module and a dict of its forward arguments.
+        reference: a name in `KNOWN_SUBJECTS`, ``hf:`` with a config of Transformers, ``megatron:`` with a file of
+            arguments, or ``package.module:function``, where ``function(**settings)`` returns the module and a dict of
+            its forward arguments.
         settings: arguments of the function.
 
     Raises:
         SequenceParallelConfigError: the reference leads nowhere, or the function does not take such settings.
     """
-    build = _load(KNOWN_SUBJECTS.get(reference, reference))
+    library, _, named = reference.partition(":")
+    if library in LIBRARIES and named:
+        function, argument = LIBRARIES[library]
+        build, settings = _load(function), {argument: named, **settings}
+    else:
+        build = _load(KNOWN_SUBJECTS.get(reference, reference))
     _check_settings(reference, build, settings)
     try:
         built = build(**settings)
@@ -237,6 +249,6 @@ def _no_subject(reference: str, why: str) -> SequenceParallelConfigError:
         setting="--model",
         value=reference,
         why=why,
-        remedy=f"name one of {', '.join(KNOWN_SUBJECTS)}, or package.module:function with a function that returns "
-        f"(module, forward's arguments as a dict of tensors)",
+        remedy=f"name one of {', '.join(KNOWN_SUBJECTS)}, hf:llama-8b, hf:config.json, megatron:file.args, or "
+        "package.module:function with a function that returns (module, forward's arguments as a dict of tensors)",
     )
