@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass, replace
 from functools import partial
-from math import gcd
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
 from pydantic import ByteSize, TypeAdapter, ValidationError
 
@@ -19,7 +20,7 @@ from dsp_plugin.errors import SequenceParallelConfigError, UnsupportedError
 from dsp_plugin.rehearsal.budget import OFFLOADS
 from dsp_plugin.rehearsal.dryrun import Job, RankRun, dry_run, real_run
 from dsp_plugin.rehearsal.longest import Longest, longest
-from dsp_plugin.rehearsal.subject import KNOWN_SUBJECTS, LIBRARIES, parse_settings, subject
+from dsp_plugin.rehearsal.subject import KNOWN_SUBJECTS, LIBRARIES, Setting, parse_settings, section_of, subject
 from dsp_plugin.verification.cases import DTYPES
 
 # How far the memory of the real run may be from what the dry run said, as a part of it.
@@ -42,10 +43,16 @@ def dry_run_command(
             "or package.module:function."
         ),
     ],
-    method: Annotated[str, typer.Option(help="The method.")] = "dsp",
-    size: Annotated[int, typer.Option(min=1, help="Ranks that share one sequence.")] = 1,
-    world_size: Annotated[int | None, typer.Option(min=1, help="All ranks; as many as --size if left out.")] = None,
-    rank: Annotated[int, typer.Option(min=0, help="Whose step it is.")] = 0,
+    method: Annotated[
+        str | None, typer.Option(help="The method; what Megatron's arguments say, or dsp, if left out.")
+    ] = None,
+    size: Annotated[int | None, typer.Option(min=1, help="Ranks that share one sequence; likewise, or 1.")] = None,
+    world_size: Annotated[
+        int | None, typer.Option(min=1, help="All ranks; as many as hold one model if left out.")
+    ] = None,
+    rank: Annotated[
+        int | None, typer.Option(min=0, help="Whose step it is; the pipeline stage that needs the most if left out.")
+    ] = None,
     settings: Annotated[
         list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="Argument of the model's function.")
     ] = None,
@@ -79,54 +86,98 @@ def dry_run_command(
     Exit status: 0; 1 if --real differs (bytes at all, memory by more than 10%); 2 the request is illegal.
     """
     with user_errors(as_json):
-        check_device(device)
-        config = SequenceParallelConfig(method=method, size=size, plan=plan, **_memory_section(memory))
-        named = parse_settings(settings or [])
+        _refuse_device(device)
+        given = section_of(model)
+        model_ranks, stages = given.pop("model_ranks", 1), given.pop("stages", 1)
+        config = _config(given, method=method, size=size, plan=plan, memory=_memory(memory))
         library = model.partition(":")[0] in LIBRARIES
-        types = DTYPES[one_of("--dtype", dtype or ("bfloat16" if library else "float32"), DTYPES)]
-        world_size = world_size or size
-        amounts = {
-            "device_memory": _amount("--device-memory", device_memory),
-            "host_memory": _amount("--host-memory", host_memory),
-        }
-
-        def request(tokens: int | None) -> Request:
-            given = named if tokens is None else {**named, "length": tokens}
-            job = Job(partial(subject, model, given), config, types, checkpoint)
-            offload = one_of("--zero-offload", zero_offload, OFFLOADS)
-            return Request(model, job, world_size, rank, zero, offload, **amounts)
-
-        if real and world_size != size:
+        asked = Asked(
+            model,
+            config,
+            parse_settings(settings or []),
+            DTYPES[one_of("--dtype", dtype or ("bfloat16" if library else "float32"), DTYPES)],
+            checkpoint,
+            world_size or config.size * model_ranks,
+            zero,
+            one_of("--zero-offload", zero_offload, OFFLOADS),
+            _amount("--device-memory", device_memory),
+            _amount("--host-memory", host_memory),
+        )
+        if real and asked.world_size != config.size * model_ranks:
             raise SequenceParallelConfigError(
                 setting="--real",
-                why=f"one sequence group of {size} ranks is spawned, not a world of {world_size}",
+                why=f"{config.size * model_ranks} ranks that hold one model are spawned, not a world of "
+                f"{asked.world_size}",
                 remedy="leave --world-size out; what a rank sends does not depend on the other groups",
             )
+        stage = asked.world_size // stages
+        ranks = [rank] if rank is not None else [0] if stages == 1 else [0, stage * (stages - 1)]
         found = None
         if length == MAX:
-            found, asked, dry = _search(request, size)
+            found, request, dry = _search(asked, ranks)
         else:
-            asked = request(None if length is None else _tokens(length))
-            dry = dry_run(asked.job, world_size, rank)
+            request, dry = asked.worst(None if length is None else _tokens(length), ranks)
         runs = {"dry": dry}
         if unsharded:
-            alone = SequenceParallelConfig(method=method, size=1, plan=plan, **_memory_section(memory))
-            runs["unsharded"] = dry_run(Job(asked.job.build, alone, types, checkpoint), 1)
+            alone = config.model_copy(update={"size": 1, "ulysses_size": 1, "ring_size": 1})
+            runs["unsharded"] = dry_run(replace(request.job, config=alone), 1)
         if real:
             with rank_failures():
-                runs["real"] = real_run(asked.job, timeout)[rank]
+                runs["real"] = real_run(request.job, timeout, asked.world_size)[request.rank]
         if timeline is not None:
-            timeline.write_text(timeline_svg(f"{model}, {method} of size {size}: rank {rank}", dry))
+            title = f"{model}, {config.method} of size {config.size}: rank {request.rank} of {asked.world_size}"
+            timeline.write_text(timeline_svg(title, dry))
     differs = _differences(runs["dry"], runs["real"]) if real else []
     if as_json:
-        print_json(report(asked, runs, differs, found))
+        print_json(report(request, runs, differs, found))
     else:
-        show(asked, runs, differs, found)
+        show(request, runs, differs, found)
     raise typer.Exit(FAILED if differs else 0)
 
 
-def check_device(device: str) -> None:
-    """Raises: UnsupportedError: kernels of another device than the CPU are asked for."""
+@dataclass(frozen=True)
+class Asked:
+    """What does not depend on the length of the sequence; fields as in `Request` and `Job`."""
+
+    model: str
+    config: SequenceParallelConfig
+    settings: dict[str, Setting]
+    dtype: torch.dtype
+    recompute: str | None
+    world_size: int
+    stage: int
+    offload: str
+    device_memory: int | None
+    host_memory: int | None
+
+    def worst(self, tokens: int | None, ranks: list[int]) -> tuple[Request, RankRun]:
+        """Of the dry runs of some ranks the one that needs the most, and what it was asked for."""
+        settings = self.settings if tokens is None else {**self.settings, "length": tokens}
+        build = partial(subject, self.model, settings, self.config)
+        job = Job(build, self.config, self.dtype, self.recompute)
+        limits = self.stage, self.offload, self.device_memory, self.host_memory
+        runs = []
+        for rank in ranks:
+            request = Request(self.model, job, self.world_size, rank, *limits)
+            runs.append((request, dry_run(job, self.world_size, rank)))
+        return max(runs, key=lambda each: each[0].chosen(each[1]).total)
+
+
+def _config(section: dict[str, Any], **options: Any) -> SequenceParallelConfig:
+    """Of what the model says itself and what was asked for beside it."""
+    given = {name: value for name, value in options.items() if value is not None}
+    for name in ("method", "size"):
+        if name in section and given.get(name, section[name]) != section[name]:
+            raise SequenceParallelConfigError(
+                setting=f"--{name}",
+                value=given[name],
+                why=f"the file of arguments says {section[name]}",
+                remedy=f"leave --{name} out, or change the file",
+            )
+    return SequenceParallelConfig(**{"method": "dsp", "size": 1, **section, **given})
+
+
+def _refuse_device(device: str) -> None:
     if device != "cpu":
         raise UnsupportedError(
             setting="--device",
@@ -136,10 +187,9 @@ def check_device(device: str) -> None:
         )
 
 
-def _search(request: Any, size: int) -> tuple[Longest, Request, RankRun]:
+def _search(asked: Asked, ranks: list[int]) -> tuple[Longest, Request, RankRun]:
     """The longest sequence that fits, and its run; that of the shortest tried where none does."""
-    first: Request = request(None)
-    if first.device_memory is None and first.host_memory is None:
+    if asked.device_memory is None and asked.host_memory is None:
         raise SequenceParallelConfigError(
             setting="--length",
             value=MAX,
@@ -149,20 +199,17 @@ def _search(request: Any, size: int) -> tuple[Longest, Request, RankRun]:
     runs: dict[int, tuple[Request, RankRun]] = {}
 
     def excess(tokens: int) -> int:
-        asked = request(tokens)
-        runs[tokens] = asked, dry_run(asked.job, asked.world_size, asked.rank)
-        return asked.excess(runs[tokens][1])
+        runs[tokens] = request, run = asked.worst(tokens, ranks)
+        return request.excess(run)
 
-    step = size * _STEP // gcd(size, _STEP)
-    found = longest(excess, step, -(-size * _FIRST // step) * step)
+    step = asked.config.size * _STEP
+    found = longest(excess, step, _FIRST // _STEP * step)
     return found, *runs[found.length or min(runs)]
 
 
-def _memory_section(given: str | None) -> dict[str, Any]:
-    if given is None:
-        return {}
+def _memory(given: str | None) -> Any:
     try:
-        return {"memory": given if given == "auto" else json.loads(given)}
+        return given if given is None or given == "auto" else json.loads(given)
     except json.JSONDecodeError as error:
         raise SequenceParallelConfigError(
             setting="--memory",

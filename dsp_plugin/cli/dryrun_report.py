@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dsp_plugin.cli.output import new_console, print_table
-from dsp_plugin.rehearsal.budget import Need, need
+from dsp_plugin.rehearsal.budget import Need, needs
 from dsp_plugin.rehearsal.dryrun import Job, RankRun
 from dsp_plugin.rehearsal.longest import Longest
 from dsp_plugin.rehearsal.model_states import model_states
@@ -35,14 +35,18 @@ class Request:
     device_memory: int | None
     host_memory: int | None
 
-    def need(self, run: RankRun, stage: int) -> Need:
-        """What a rank needs, states kept on the device where the stage cannot offload them."""
-        offload = self.offload if stage == 3 or (self.offload == "optimizer" and stage > 0) else "none"
-        return need(run, self.job.dtype, self.world_size, stage, offload)
+    def needs(self, run: RankRun) -> list[Need]:
+        """What a rank needs, by how model states are sharded."""
+        return needs(run, self.job.dtype, self.world_size, self.offload)
+
+    def chosen(self, run: RankRun) -> Need:
+        """What limits are compared with."""
+        found = self.needs(run)
+        return found[self.stage] if len(found) > 1 else found[0]
 
     def excess(self, run: RankRun) -> int:
         """By how many bytes a rank needs more than there is; negative where there is some to spare."""
-        needed = self.need(run, self.stage)
+        needed = self.chosen(run)
         limits = ((needed.total, self.device_memory), (needed.host, self.host_memory))
         return max((used - limit for used, limit in limits if limit is not None), default=0)
 
@@ -75,7 +79,7 @@ def report(
         "arithmetic_model_states_by_zero_stage": {
             str(stage): model_states(parameters, job.dtype, request.world_size, stage)._asdict() for stage in STAGES
         },
-        "needs_by_zero_stage": {str(stage): request.need(dry, stage)._asdict() for stage in STAGES},
+        "needs": [needed._asdict() for needed in request.needs(dry)],
         "zero": request.stage,
         "zero_offload": request.offload,
         "device_memory": request.device_memory,
@@ -137,16 +141,17 @@ def _show_needs(console: Any, request: Request, dry: RankRun) -> None:
         "optimizer": ", the optimizer in host memory",
         "all": ", all of them in host memory under stage 3",
     }
-    heading = (
-        f"By arithmetic, not run: bytes of model states under ZeRO over {request.world_size} ranks, with Adam"
-        f"{offloaded[request.offload]}; with inputs and activations, what a rank needs"
-    )
-    rows = [[f"{value:,}" for value in request.need(dry, stage)] for stage in STAGES]
+    how = f"under ZeRO over {request.world_size} ranks, with Adam{offloaded[request.offload]}"
+    if dry.library is not None:
+        how = f"of this rank's share, the same on {dry.library.replicas} ranks, with Adam"
+        how += f"; microbatches in flight {dry.library.in_flight}"
+    heading = f"By arithmetic, not run: bytes of model states {how}; with inputs and activations, what a rank needs"
+    rows = [[needed.states, *(f"{value:,}" for value in needed[1:])] for needed in request.needs(dry)]
     print_table(console, heading, list(Need._fields), rows)
 
 
 def _verdict(request: Request, dry: RankRun) -> str:
-    needed = request.need(dry, request.stage)
+    needed = request.chosen(dry)
     said = []
     for what, used, limit in (
         ("device memory", needed.total, request.device_memory),
@@ -156,7 +161,7 @@ def _verdict(request: Request, dry: RankRun) -> str:
             continue
         spare = f"{abs(limit - used):,} bytes ({abs(limit - used) / 2**30:.2f} GiB)"
         fits = f"{spare} to spare: it fits" if used <= limit else f"{spare} too many: it does not fit"
-        said.append(f"ZeRO {request.stage} needs {used:,} of {limit:,} bytes of {what}, {fits}.")
+        said.append(f"{needed.states} needs {used:,} of {limit:,} bytes of {what}, {fits}.")
     return "\n".join(said)
 
 

@@ -84,7 +84,8 @@ def _caller() -> str:
     torch_root, here = f"{torch.__path__[0]}/", __file__.rpartition("/")[0]
     while frame is not None:
         file = frame.f_code.co_filename
-        if not file.startswith((torch_root, here, "<")) and file.endswith(".py"):
+        # Of a mode that rewrites calls, the caller is meant.
+        if not file.startswith((torch_root, here)) and frame.f_code.co_name != "__torch_function__":
             return f"{_short(file)}:{frame.f_code.co_name}"
         frame = frame.f_back
     return "torch"
