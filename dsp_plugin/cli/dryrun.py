@@ -72,7 +72,7 @@ def dry_run_command(
     ] = "none",
     device_memory: Annotated[str | None, typer.Option(help="Of a rank, such as 80GB or 76GiB.")] = None,
     host_memory: Annotated[str | None, typer.Option(help="Of a rank, likewise.")] = None,
-    device: Annotated[str, typer.Option(help="Whose kernels: cpu.")] = "cpu",
+    device: Annotated[str, typer.Option(help="Whose kernels: cpu; cuda is refused.")] = "cpu",
     timeline: Annotated[
         Path | None, typer.Option(metavar="FILE.svg", help="Plot memory over the step, by module.")
     ] = None,
@@ -178,13 +178,19 @@ def _config(section: dict[str, Any], **options: Any) -> SequenceParallelConfig:
 
 
 def _refuse_device(device: str) -> None:
-    if device != "cpu":
-        raise UnsupportedError(
-            setting="--device",
-            value=device,
-            why="see docs/dry-run.md",
-            remedy="leave --device out",
-        )
+    if one_of("--device", device, ("cpu", "cuda")) == "cpu":
+        return
+    why = "what it counts was not compared with a GPU's allocator"
+    if torch.version.cuda is None:
+        why = f"torch {torch.__version__} is not built for CUDA, and ends the process at the first fake CUDA tensor"
+    elif not torch.cuda.is_available():
+        why = f"torch {torch.__version__} asks a driver for its context also where a backward pass is of fake tensors"
+    raise UnsupportedError(
+        setting="--device",
+        value=device,
+        why=why,
+        remedy="leave --device out: attention is a flash kernel on the CPU as well, and tensors have the same sizes",
+    )
 
 
 def _search(asked: Asked, ranks: list[int]) -> tuple[Longest, Request, RankRun]:

@@ -118,10 +118,7 @@ class Timeline:
         width = max(-(-len(curve) // samples), 1)
         runs = [range(start, min(start + width, len(curve))) for start in range(0, len(curve), width)]
         moments = [max(run, key=curve.__getitem__) for run in runs]
-        held: dict[str, int] = {}
-        for holder in self.holders(without):
-            held[holder.module] = held.get(holder.module, 0) + holder.nbytes
-        named = sorted(held, key=lambda module: -held[module])[:most]
+        named = self._largest(without)[:most]
         alive = dict.fromkeys([*named, REST], 0)
         found = {name: Layer(name, [], []) for name in alive}
         wanted = iter(moments)
@@ -136,6 +133,17 @@ class Timeline:
                     layer.nbytes.append(alive[name])
                 moment = next(wanted, None)
         return list(found.values())
+
+    def _largest(self, without: Collection[int]) -> list[str]:
+        """The modules by the most that each ever holds."""
+        alive: dict[str, int] = {}
+        most: dict[str, int] = {}
+        for key, change in self._changes:
+            if key not in without and key not in self._on_host:
+                name = _alike(self._owners[key].module)
+                alive[name] = alive.get(name, 0) + change
+                most[name] = max(most.get(name, 0), alive[name])
+        return sorted(most, key=lambda name: -most[name])
 
     def holders(self, without: Collection[int] = ()) -> list[Holder]:
         """Who holds the device's peak, by bytes, the largest first."""
