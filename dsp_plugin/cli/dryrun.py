@@ -2,32 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
+from pydantic import ByteSize, TypeAdapter, ValidationError
 
-from dsp_plugin.cli.output import (
-    FAILED,
-    AsJson,
-    Patience,
-    new_console,
-    one_of,
-    print_json,
-    print_table,
-    rank_failures,
-    user_errors,
-)
+from dsp_plugin.cli.dryrun_report import Request, report, show
+from dsp_plugin.cli.output import FAILED, AsJson, Patience, one_of, print_json, rank_failures, user_errors
+from dsp_plugin.cli.timeline_svg import timeline_svg
 from dsp_plugin.config.schema import SequenceParallelConfig
-from dsp_plugin.errors import SequenceParallelConfigError
+from dsp_plugin.errors import SequenceParallelConfigError, UnsupportedError
+from dsp_plugin.rehearsal.budget import OFFLOADS
 from dsp_plugin.rehearsal.dryrun import Job, RankRun, dry_run, real_run
-from dsp_plugin.rehearsal.model_states import model_states
-from dsp_plugin.rehearsal.subject import KNOWN_SUBJECTS, parse_settings, subject
+from dsp_plugin.rehearsal.longest import Longest, longest
+from dsp_plugin.rehearsal.subject import KNOWN_SUBJECTS, LIBRARIES, Setting, parse_settings, section_of, subject
 from dsp_plugin.verification.cases import DTYPES
 
 # How far the memory of the real run may be from what the dry run said, as a part of it.
 MEMORY_TOLERANCE = 0.10
+MAX = "max"
+# Tokens on a rank: of the first run of a search, and between the lengths that it tries.
+_FIRST, _STEP = 4096, 256
 
 
 def register(app: typer.Typer) -> None:
@@ -36,18 +36,45 @@ def register(app: typer.Typer) -> None:
 
 
 def dry_run_command(
-    model: Annotated[str, typer.Option(help=f"{', '.join(KNOWN_SUBJECTS)}, or package.module:function.")],
-    method: Annotated[str, typer.Option(help="The method.")] = "dsp",
-    size: Annotated[int, typer.Option(min=1, help="Ranks that share one sequence.")] = 1,
-    world_size: Annotated[int | None, typer.Option(min=1, help="All ranks; as many as --size if left out.")] = None,
-    rank: Annotated[int, typer.Option(min=0, help="Whose step it is.")] = 0,
+    model: Annotated[
+        str,
+        typer.Option(
+            help=f"{', '.join(KNOWN_SUBJECTS)}; hf:llama-8b, hf:config.json or hf:FOLDER; megatron:FILE of arguments; "
+            "or package.module:function."
+        ),
+    ],
+    method: Annotated[
+        str | None, typer.Option(help="The method; what Megatron's arguments say, or dsp, if left out.")
+    ] = None,
+    size: Annotated[int | None, typer.Option(min=1, help="Ranks that share one sequence; likewise, or 1.")] = None,
+    world_size: Annotated[
+        int | None, typer.Option(min=1, help="All ranks; as many as hold one model if left out.")
+    ] = None,
+    rank: Annotated[
+        int | None, typer.Option(min=0, help="Whose step it is; the pipeline stage that needs the most if left out.")
+    ] = None,
     settings: Annotated[
         list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="Argument of the model's function.")
     ] = None,
+    length: Annotated[str | None, typer.Option(help=f"Tokens of a sequence, or {MAX}: the longest that fits.")] = None,
     plan: Annotated[str | None, typer.Option(help="package.module:name of its plan, for a model not known.")] = None,
-    dtype: Annotated[str, typer.Option(help=f"Of the weights, one of {', '.join(DTYPES)}.")] = "float32",
+    memory: Annotated[str | None, typer.Option(help="What is traded for memory: auto, or a section in JSON.")] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(help=f"Of the weights, one of {', '.join(DTYPES)}; bfloat16 for hf and megatron, else float32."),
+    ] = None,
     checkpoint: Annotated[
         str | None, typer.Option(help="Glob over module names: what is recomputed in the backward pass.")
+    ] = None,
+    zero: Annotated[int, typer.Option(min=0, max=3, help="ZeRO stage that memory is compared with.")] = 3,
+    zero_offload: Annotated[
+        str, typer.Option(help=f"Model states in host memory, as DeepSpeed offloads them: {', '.join(OFFLOADS)}.")
+    ] = "none",
+    device_memory: Annotated[str | None, typer.Option(help="Of a rank, such as 80GB or 76GiB.")] = None,
+    host_memory: Annotated[str | None, typer.Option(help="Of a rank, likewise.")] = None,
+    device: Annotated[str, typer.Option(help="Whose kernels: cpu; cuda is refused.")] = "cpu",
+    timeline: Annotated[
+        Path | None, typer.Option(metavar="FILE.svg", help="Plot memory over the step, by module.")
     ] = None,
     unsharded: Annotated[bool, typer.Option("--unsharded", help="Show one rank that holds all, too.")] = False,
     real: Annotated[bool, typer.Option("--real", help="Run on spawned ranks as well, and compare.")] = False,
@@ -59,29 +86,166 @@ def dry_run_command(
     Exit status: 0; 1 if --real differs (bytes at all, memory by more than 10%); 2 the request is illegal.
     """
     with user_errors(as_json):
-        config = SequenceParallelConfig(method=method, size=size, plan=plan)
-        build = partial(subject, model, parse_settings(settings or []))
-        job = Job(build, config, DTYPES[one_of("--dtype", dtype, DTYPES)], checkpoint)
-        world_size = world_size or size
-        if real and world_size != size:
+        _refuse_device(device)
+        given = section_of(model)
+        model_ranks, stages = given.pop("model_ranks", 1), given.pop("stages", 1)
+        config = _config(given, method=method, size=size, plan=plan, memory=_memory(memory))
+        library = model.partition(":")[0] in LIBRARIES
+        asked = Asked(
+            model,
+            config,
+            parse_settings(settings or []),
+            DTYPES[one_of("--dtype", dtype or ("bfloat16" if library else "float32"), DTYPES)],
+            checkpoint,
+            world_size or config.size * model_ranks,
+            zero,
+            one_of("--zero-offload", zero_offload, OFFLOADS),
+            _amount("--device-memory", device_memory),
+            _amount("--host-memory", host_memory),
+        )
+        if real and asked.world_size != config.size * model_ranks:
             raise SequenceParallelConfigError(
                 setting="--real",
-                why=f"one sequence group of {size} ranks is spawned, not a world of {world_size}",
+                why=f"{config.size * model_ranks} ranks that hold one model are spawned, not a world of "
+                f"{asked.world_size}",
                 remedy="leave --world-size out; what a rank sends does not depend on the other groups",
             )
-        runs = {"dry": dry_run(job, world_size, rank)}
+        stage = asked.world_size // stages
+        ranks = [rank] if rank is not None else [0] if stages == 1 else [0, stage * (stages - 1)]
+        found = None
+        if length == MAX:
+            found, request, dry = _search(asked, ranks)
+        else:
+            request, dry = asked.worst(None if length is None else _tokens(length), ranks)
+        runs = {"dry": dry}
         if unsharded:
-            alone = SequenceParallelConfig(method=method, size=1, plan=plan)
-            runs["unsharded"] = dry_run(Job(build, alone, job.dtype, checkpoint), 1)
+            alone = config.model_copy(update={"size": 1, "ulysses_size": 1, "ring_size": 1})
+            runs["unsharded"] = dry_run(replace(request.job, config=alone), 1)
         if real:
             with rank_failures():
-                runs["real"] = real_run(job, timeout)[rank]
+                runs["real"] = real_run(request.job, timeout, asked.world_size)[request.rank]
+        if timeline is not None:
+            title = f"{model}, {config.method} of size {config.size}: rank {request.rank} of {asked.world_size}"
+            timeline.write_text(timeline_svg(title, dry))
     differs = _differences(runs["dry"], runs["real"]) if real else []
     if as_json:
-        print_json(_json(model, job, world_size, rank, runs, differs))
+        print_json(report(request, runs, differs, found))
     else:
-        _show(model, job, world_size, rank, runs, differs)
+        show(request, runs, differs, found)
     raise typer.Exit(FAILED if differs else 0)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What does not depend on the length of the sequence; fields as in `Request` and `Job`."""
+
+    model: str
+    config: SequenceParallelConfig
+    settings: dict[str, Setting]
+    dtype: torch.dtype
+    recompute: str | None
+    world_size: int
+    stage: int
+    offload: str
+    device_memory: int | None
+    host_memory: int | None
+
+    def worst(self, tokens: int | None, ranks: list[int]) -> tuple[Request, RankRun]:
+        """Of the dry runs of some ranks the one that needs the most, and what it was asked for."""
+        settings = self.settings if tokens is None else {**self.settings, "length": tokens}
+        build = partial(subject, self.model, settings, self.config)
+        job = Job(build, self.config, self.dtype, self.recompute)
+        limits = self.stage, self.offload, self.device_memory, self.host_memory
+        runs = []
+        for rank in ranks:
+            request = Request(self.model, job, self.world_size, rank, *limits)
+            runs.append((request, dry_run(job, self.world_size, rank)))
+        return max(runs, key=lambda each: each[0].chosen(each[1]).total)
+
+
+def _config(section: dict[str, Any], **options: Any) -> SequenceParallelConfig:
+    """Of what the model says itself and what was asked for beside it."""
+    given = {name: value for name, value in options.items() if value is not None}
+    for name in ("method", "size"):
+        if name in section and given.get(name, section[name]) != section[name]:
+            raise SequenceParallelConfigError(
+                setting=f"--{name}",
+                value=given[name],
+                why=f"the file of arguments says {section[name]}",
+                remedy=f"leave --{name} out, or change the file",
+            )
+    return SequenceParallelConfig(**{"method": "dsp", "size": 1, **section, **given})
+
+
+def _refuse_device(device: str) -> None:
+    if one_of("--device", device, ("cpu", "cuda")) == "cpu":
+        return
+    why = "what it counts was not compared with a GPU's allocator"
+    if torch.version.cuda is None:
+        why = f"torch {torch.__version__} is not built for CUDA, and ends the process at the first fake CUDA tensor"
+    elif not torch.cuda.is_available():
+        why = f"torch {torch.__version__} asks a driver for its context also where a backward pass is of fake tensors"
+    raise UnsupportedError(
+        setting="--device",
+        value=device,
+        why=why,
+        remedy="leave --device out: attention is a flash kernel on the CPU as well, and tensors have the same sizes",
+    )
+
+
+def _search(asked: Asked, ranks: list[int]) -> tuple[Longest, Request, RankRun]:
+    """The longest sequence that fits, and its run; that of the shortest tried where none does."""
+    if asked.device_memory is None and asked.host_memory is None:
+        raise SequenceParallelConfigError(
+            setting="--length",
+            value=MAX,
+            why="any length fits where there is no limit",
+            remedy="say --device-memory 80GB, and --host-memory where something is offloaded",
+        )
+    runs: dict[int, tuple[Request, RankRun]] = {}
+
+    def excess(tokens: int) -> int:
+        runs[tokens] = request, run = asked.worst(tokens, ranks)
+        return request.excess(run)
+
+    step = asked.config.size * _STEP
+    found = longest(excess, step, _FIRST // _STEP * step)
+    return found, *runs[found.length or min(runs)]
+
+
+def _memory(given: str | None) -> Any:
+    try:
+        return given if given is None or given == "auto" else json.loads(given)
+    except json.JSONDecodeError as error:
+        raise SequenceParallelConfigError(
+            setting="--memory",
+            value=given,
+            why=f"it is not JSON: {error}",
+            remedy="write auto, or a section such as '{\"tile_tokens\": 2048}'",
+        ) from error
+
+
+def _tokens(given: str) -> int:
+    if not given.isdecimal() or int(given) == 0:
+        raise SequenceParallelConfigError(
+            setting="--length",
+            value=given,
+            why=f"expected a number of tokens, or {MAX}",
+            remedy="write --length 131072",
+        )
+    return int(given)
+
+
+def _amount(option: str, given: str | None) -> int | None:
+    try:
+        return None if given is None else TypeAdapter(ByteSize).validate_python(given)
+    except ValidationError as error:
+        raise SequenceParallelConfigError(
+            setting=option,
+            value=given,
+            why="it is no amount of memory",
+            remedy="write 80GB (10^9 bytes each) or 76GiB (2^30)",
+        ) from error
 
 
 def _differences(dry: RankRun, real: RankRun) -> list[str]:
@@ -89,68 +253,6 @@ def _differences(dry: RankRun, real: RankRun) -> list[str]:
     found = []
     if dry.rows != real.rows:
         found.append(f"bytes: dry run {dry.nbytes}, real run {real.nbytes}")
-    if abs(_ratio(real, dry) - 1) > MEMORY_TOLERANCE:
+    if abs(real.memory.peak / dry.memory.peak - 1) > MEMORY_TOLERANCE:
         found.append(f"peak memory: dry run {dry.memory.peak}, real run {real.memory.peak}")
     return found
-
-
-def _ratio(run: RankRun, dry: RankRun) -> float:
-    return run.memory.peak / dry.memory.peak
-
-
-def _json(
-    model: str, job: Job, world_size: int, rank: int, runs: dict[str, RankRun], differs: Sequence[str]
-) -> dict[str, Any]:
-    parameters = runs["dry"].parameter_count
-    return {
-        "model": model,
-        "method": job.config.method,
-        "size": job.config.size,
-        "world_size": world_size,
-        "rank": rank,
-        "dtype": str(job.dtype).removeprefix("torch."),
-        "checkpoint": job.recompute,
-        "parameters": parameters,
-        "runs": {
-            name: {
-                "bytes": run.nbytes,
-                "ledger": [row._asdict() for row in run.rows],
-                "memory": run.memory._asdict(),
-            }
-            for name, run in runs.items()
-        },
-        "planned_bytes_of_all_ranks": plan.total if (plan := runs["dry"].stage_plan) is not None else None,
-        "arithmetic_model_states_by_zero_stage": {
-            str(stage): model_states(parameters, job.dtype, world_size, stage)._asdict() for stage in range(4)
-        },
-        "ok": not differs,
-        "differences": list(differs),
-    }
-
-
-def _show(model: str, job: Job, world_size: int, rank: int, runs: dict[str, RankRun], differs: Sequence[str]) -> None:
-    console, dry = new_console(), runs["dry"]
-    title = f"{model}: rank {rank} of {world_size}, {job.config.method} of size {job.config.size}, one training step"
-    kinds = sorted({row[:4] for run in runs.values() for row in run.rows})
-    sent = [
-        [*kind, *(f"{sum(row.bytes for row in run.rows if row[:4] == kind):,}" for run in runs.values())]
-        for kind in kinds
-    ]
-    total = ["all", "", "", "", *(f"{run.nbytes:,}" for run in runs.values())]
-    headers = ["method", "collective", "group", "phase", *runs]
-    print_table(console, f"{title}: bytes sent", headers, [*sent, total])
-    memory = [[name, *(f"{getattr(run.memory, name):,}" for run in runs.values())] for name in dry.memory._fields]
-    ratios = ["peak / dry", *(f"{_ratio(run, dry):.3f}" for run in runs.values())]
-    print_table(console, "Memory in bytes", ["", *runs], [*memory, ratios])
-    if dry.stage_plan is not None:
-        planned = f"{dry.stage_plan.total:,} bytes of all {job.config.size} ranks of a sequence"
-        console.print(f"The stage table, which dsp-plugin plan-stages shows, says {planned}.", soft_wrap=True)
-        console.print()
-    states = [
-        [str(stage), *(f"{value:,}" for value in model_states(dry.parameter_count, job.dtype, world_size, stage))]
-        for stage in range(4)
-    ]
-    heading = f"By arithmetic, not run: bytes of model states under ZeRO over {world_size} ranks, with Adam"
-    print_table(console, heading, ["stage", "weights", "gradients", "optimizer", "all"], states)
-    for line in differs:
-        console.print(f"DIFFERS {line}", soft_wrap=True)

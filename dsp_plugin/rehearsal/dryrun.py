@@ -10,13 +10,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import wraps
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch import nn
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
@@ -33,8 +32,19 @@ from dsp_plugin.errors import SequenceParallelConfigError, UnsupportedError
 from dsp_plugin.groups import SequenceParallelGroups
 from dsp_plugin.planner.stages import StagePlan
 from dsp_plugin.plans.plan import matching_modules, outermost
-from dsp_plugin.rehearsal.memory import AllocatorLog, Memory, StorageTracker, memory_of, step, tensors_in
-from dsp_plugin.rehearsal.subject import Subject
+from dsp_plugin.rehearsal.memory import (
+    AllocatorLog,
+    Memory,
+    StorageTracker,
+    gradients_in,
+    memory_of,
+    step,
+    tensors_in,
+)
+from dsp_plugin.rehearsal.model_states import units_of
+from dsp_plugin.rehearsal.places import ModulePlaces
+from dsp_plugin.rehearsal.subject import Library, Subject
+from dsp_plugin.rehearsal.timeline import Timeline
 from dsp_plugin.sharding.parallelize import Parallelized, hooked
 from dsp_plugin.spawn import spawn
 
@@ -73,12 +83,20 @@ class RankRun:
         memory: of this rank.
         stage_plan: where tokens are sharded; None where no plan is used.
         parameter_count: elements of all parameters.
+        units: elements of what stage 3 of ZeRO gathers at a time, see `model_states.units_of`.
+        library: which has sharded the model; None where we did.
+        timeline: what was allocated by whom; None of a real run, whose allocator does not know.
+        gradients: keys in the timeline of the parameters' gradients.
     """
 
     rows: tuple[LedgerRow, ...]
     memory: Memory
     stage_plan: StagePlan | None
     parameter_count: int
+    units: tuple[int, ...] = ()
+    library: Library | None = None
+    timeline: Timeline | None = None
+    gradients: frozenset[int] = frozenset()
 
     @property
     def nbytes(self) -> int:
@@ -107,11 +125,14 @@ def dry_run(job: Job, world_size: int, rank: int = 0) -> RankRun:
                 remedy="set debug to false, and unset DSP_PLUGIN_DEBUG",
             )
         try:
-            with _fake_tensors() as tracker:
-                (module, kwargs), handle = _prepared(job, groups)
-                with tracker, ledger() as traffic:
-                    step(module, kwargs, job.backward)
-                return _finished(module, handle, traffic, memory_of(module, kwargs, tracker))
+            with _fake_tensors(), _prepared(job, groups) as prepared:
+                module, kwargs = prepared.subject[:2]
+                places = ModulePlaces(module)
+                tracker = StorageTracker(_operator, places)
+                with places, tracker, ledger() as traffic:
+                    step(module, kwargs, job.backward, tracker.begin)
+                run = _finished(prepared, traffic, memory_of(module, kwargs, tracker))
+                return replace(run, timeline=tracker.timeline, gradients=frozenset(gradients_in(module, tracker)))
         except (DataDependentOutputException, DynamicOutputShapeException) as error:
             raise UnsupportedError(
                 setting="dry run",
@@ -122,49 +143,66 @@ def dry_run(job: Job, world_size: int, rank: int = 0) -> RankRun:
             ) from error
 
 
-def real_run(job: Job, timeout: float = 120.0) -> list[RankRun]:
-    """Run ``job`` on ranks that are spawned on this machine's CPU, one sequence group of them; results by rank.
+def real_run(job: Job, timeout: float = 120.0, ranks: int | None = None) -> list[RankRun]:
+    """Run ``job`` on ranks that are spawned on this machine's CPU; results by rank.
 
     Memory is what the allocator reports.
+
+    Args:
+        timeout: seconds.
+        ranks: how many; one sequence group of them when None.
 
     Raises:
         UnsupportedError: ranks would run on CUDA devices.
         RankFailure: a rank failed.
     """
-    if torch.cuda.device_count() >= job.config.size:
+    ranks = job.config.size if ranks is None else ranks
+    if torch.cuda.device_count() >= ranks:
         raise UnsupportedError(
             setting="real run",
             why=f"{torch.cuda.device_count()} CUDA devices are visible, and its allocator log is that of the CPU",
             remedy='hide them: CUDA_VISIBLE_DEVICES=""',
         )
-    return spawn(real_rank, job.config.size, job, timeout=timeout)
+    return spawn(real_rank, ranks, job, timeout=timeout)
 
 
 def real_rank(job: Job) -> RankRun:
     """Run ``job`` on this rank of the world that is up; every rank must."""
     groups = SequenceParallelGroups.build(job.config)
-    (module, kwargs), handle = _prepared(job, groups)
     traffic, memories = Ledger(), []
-    for repeat in range(_REPEATS):
-        module.zero_grad()
-        with AllocatorLog() as memory_log, _unhurried(), ledger(traffic) if repeat == 0 else nullcontext():
-            step(module, kwargs, job.backward)
-        memories.append(memory_of(module, kwargs, memory_log))
-    least = memories[0]._replace(
-        activations=min(memory.activations for memory in memories), peak=min(memory.peak for memory in memories)
-    )
-    return _finished(module, handle, traffic, least)
+    with _prepared(job, groups) as prepared:
+        module, kwargs = prepared.subject[:2]
+        for repeat in range(_REPEATS):
+            module.zero_grad()
+            with AllocatorLog() as memory_log, _unhurried(), ledger(traffic) if repeat == 0 else nullcontext():
+                step(module, kwargs, job.backward)
+            memories.append(memory_of(module, kwargs, memory_log))
+        least = memories[0]._replace(
+            activations=min(memory.activations for memory in memories), peak=min(memory.peak for memory in memories)
+        )
+        return _finished(prepared, traffic, least)
 
 
-def _prepared(job: Job, groups: SequenceParallelGroups) -> tuple[Subject, Parallelized]:
-    with _default_dtype(job.dtype):
+class _Prepared(NamedTuple):
+    subject: Subject
+    handle: Parallelized | None
+
+
+@contextmanager
+def _prepared(job: Job, groups: SequenceParallelGroups) -> Iterator[_Prepared]:
+    # What code reads while it builds a model, such as random states, is real also where its tensors are fake.
+    with _default_dtype(job.dtype), StorageTracker(_operator):
         subject = job.build()
     module = subject.module.train()
-    handle = hooked(module, config=job.config, groups=groups)
+    handle = hooked(module, config=job.config, groups=groups) if subject.library is None else None
     if job.recompute is not None:
         for part in outermost(matching_modules(module, job.recompute, "recompute")).values():
             part.forward = _recomputed(part.forward)
-    return subject, handle
+    try:
+        yield _Prepared(subject, handle)
+    finally:
+        if subject.library is not None:
+            subject.library.close()
 
 
 def _recomputed(forward: Callable[..., Any]) -> Callable[..., Any]:
@@ -176,11 +214,19 @@ def _recomputed(forward: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-def _finished(module: nn.Module, handle: Parallelized, traffic: Ledger, memory: Memory) -> RankRun:
+def _finished(prepared: _Prepared, traffic: Ledger, memory: Memory) -> RankRun:
+    (module, _, library), handle = prepared
     count = sum(parameter.numel() for parameter in module.parameters())
     # A dry run has nobody to agree with; nor has any real pass but the first.
     rows = tuple(row for row in traffic.rows() if row.method != AGREEMENT)
-    return RankRun(rows, memory, handle.stage_plan, count)
+    plan = None if handle is None else handle.stage_plan
+    # Who closes it need not be told apart by who gets the result, on another process maybe.
+    told = None if library is None else library._replace(close=_nothing)
+    return RankRun(rows, memory, plan, count, units_of(module), told)
+
+
+def _nothing() -> None:
+    """What is closed already."""
 
 
 @contextmanager
@@ -233,7 +279,7 @@ def _fake_world(world_size: int, rank: int) -> Iterator[None]:
 
 
 @contextmanager
-def _fake_tensors() -> Iterator[StorageTracker]:
+def _fake_tensors() -> Iterator[None]:
     """Tensors made inside have no data; the states of random generators, which code compares and restores, do."""
     real = torch.get_rng_state, torch.set_rng_state
 
@@ -248,7 +294,7 @@ def _fake_tensors() -> Iterator[StorageTracker]:
     torch.set_rng_state = torch.random.set_rng_state = without_modes(real[1])
     try:
         with FakeTensorMode(allow_non_fake_inputs=True):
-            yield StorageTracker(_operator)
+            yield
     finally:
         torch.get_rng_state, torch.set_rng_state = real
         torch.random.get_rng_state, torch.random.set_rng_state = real

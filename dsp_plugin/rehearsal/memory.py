@@ -7,7 +7,7 @@ The two instruments share nothing. `StorageTracker` sees the results of operator
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple, Self
 
 import torch
@@ -17,6 +17,8 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from dsp_plugin.rehearsal.places import ModulePlaces
+from dsp_plugin.rehearsal.timeline import BACKWARD, FORWARD, NOBODY, Timeline
 from dsp_plugin.sharding.outputs import first_tensor
 
 
@@ -30,6 +32,7 @@ class Memory(NamedTuple):
         activations: at most, of all else: what forward keeps for backward, and what operators return on the way.
         peak: at most, of activations and gradients together; less than their sum where activations die as gradients
             come.
+        host: at most, of what waits in host memory; the others are of the device.
     """
 
     parameters: int
@@ -37,34 +40,7 @@ class Memory(NamedTuple):
     gradients: int
     activations: int
     peak: int
-
-
-class Timeline:
-    """Allocations in order; each has a key of its own."""
-
-    def __init__(self) -> None:
-        self._sizes: list[int] = []
-        self._changes: list[tuple[int, int]] = []
-
-    def allocate(self, nbytes: int) -> int:
-        """Returns the key to free it by."""
-        key = len(self._sizes)
-        self._sizes.append(nbytes)
-        self._changes.append((key, nbytes))
-        return key
-
-    def free(self, key: int) -> None:
-        """The end of an allocation."""
-        self._changes.append((key, -self._sizes[key]))
-
-    def peak(self, without: Collection[int] = ()) -> int:
-        """The most bytes alive at any time above those at the start, without those of the keys ``without``."""
-        alive = most = 0
-        for key, change in self._changes:
-            if key not in without:
-                alive += change
-                most = max(most, alive)
-        return most
+    host: int = 0
 
 
 class StorageTracker(TorchDispatchMode):
@@ -72,35 +48,46 @@ class StorageTracker(TorchDispatchMode):
 
     Args:
         operator: called in place of the operator itself, for what a subclass of runs must do otherwise.
+        places: says where in the model an operator runs.
     """
 
-    def __init__(self, operator: Callable[..., Any] | None = None) -> None:
+    def __init__(self, operator: Callable[..., Any] | None = None, places: ModulePlaces | None = None) -> None:
         super().__init__()
         self.timeline = Timeline()
-        self._operator = operator
+        self._operator, self._places = operator, places
         self._known: dict[int, _Known] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         for tensor in tensors_in((args, kwargs)):
             # What was there before this was entered is none of its business.
-            self._see(tensor, counted=False)
+            self._see(tensor, None)
         result = func(*args, **kwargs) if self._operator is None else self._operator(func, args, kwargs)
         for tensor in tensors_in(result):
-            self._see(tensor, counted=True)
+            self._see(tensor, func)
         return result
+
+    def begin(self, phase: str) -> None:
+        """What comes now is of this phase."""
+        self.timeline.mark(phase)
+        if self._places is not None:
+            self._places.phase = phase
 
     def keys_of(self, tensors: Iterable[Tensor]) -> set[int]:
         """The keys in the timeline of the tensors' storages."""
         known = [self._known.get(tensor.untyped_storage()._cdata) for tensor in tensors]
         return {each.key for each in known if each is not None and each.key is not None}
 
-    def _see(self, tensor: Tensor, counted: bool) -> None:
+    def _see(self, tensor: Tensor, maker: Any) -> None:
+        """Args: maker: the operator that returned it, which counts; None for what was there before."""
         storage = tensor.untyped_storage()
         address = storage._cdata
         if address in self._known:
             return
-        key = self.timeline.allocate(storage.nbytes()) if counted else None
+        key = None
+        if maker is not None:
+            owner = NOBODY if self._places is None else self._places.owner(maker)
+            key = self.timeline.allocate(storage.nbytes(), owner)
 
         def forget(_: Any) -> None:
             del self._known[address]
@@ -169,24 +156,42 @@ def tensors_in(tree: Any) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
-def step(module: nn.Module, kwargs: dict[str, Any], backward: bool) -> None:
-    """One forward pass and, if asked for, its backward pass from a gradient of the whole output."""
+def step(
+    module: nn.Module, kwargs: dict[str, Any], backward: bool, mark: Callable[[str], object] = lambda phase: None
+) -> None:
+    """One forward pass and, if asked for, its backward pass from a gradient of the whole output.
+
+    Args:
+        mark: told when each of them begins.
+    """
+    mark(FORWARD)
     output = module(**kwargs)
     if backward:
+        mark(BACKWARD)
         leading, _ = first_tensor(output)
         leading.backward(torch.ones_like(leading))
 
 
 def memory_of(module: nn.Module, kwargs: dict[str, Any], log: StorageTracker | AllocatorLog) -> Memory:
     """The memory of a `step` that ran while ``log`` was entered."""
-    gradients = [parameter.grad for parameter in module.parameters() if parameter.grad is not None]
+    gradients = _gradients(module)
     return Memory(
         parameters=_nbytes([*module.parameters(), *module.buffers()]),
         inputs=_nbytes(tensors_in(kwargs)),
         gradients=_nbytes(gradients),
-        activations=log.timeline.peak(without=log.keys_of(gradients)),
+        activations=log.timeline.peak(without=gradients_in(module, log)),
         peak=log.timeline.peak(),
+        host=log.timeline.peak(on_host=True),
     )
+
+
+def gradients_in(module: nn.Module, log: StorageTracker | AllocatorLog) -> set[int]:
+    """The keys in the log's timeline of the parameters' gradients."""
+    return log.keys_of(_gradients(module))
+
+
+def _gradients(module: nn.Module) -> list[Tensor]:
+    return [parameter.grad for parameter in module.parameters() if parameter.grad is not None]
 
 
 def _nbytes(tensors: Iterable[Tensor]) -> int:

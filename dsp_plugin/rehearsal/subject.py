@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from dsp_plugin.config.schema import SequenceParallelConfig
 from dsp_plugin.errors import SequenceParallelConfigError
 from dsp_plugin.models.rectified_flow import RectifiedFlowObjective
 from dsp_plugin.models.video_dit import VideoDiT
@@ -19,16 +20,37 @@ from dsp_plugin.models.vit_objective import VitObjective
 Setting = int | float | str
 
 
+class Library(NamedTuple):
+    """What a library that shards its models itself says of one: Megatron.
+
+    Attributes:
+        close: takes down what building the model put up.
+        replicas: ranks with the same share of the weights.
+        partitioned: whether the optimizer is partitioned over them.
+        wide_gradients: whether gradients are kept in fp32.
+        in_flight: microbatches whose forward pass is done before the first backward pass begins.
+    """
+
+    close: Callable[[], None]
+    replicas: int
+    partitioned: bool
+    wide_gradients: bool
+    in_flight: int
+
+
 class Subject(NamedTuple):
     """A model and one batch for it.
 
     Attributes:
         module: whose forward pass is meant.
-        kwargs: of that forward pass; whole tensors, as every rank would pass them.
+        kwargs: of that forward pass; whole tensors, as every rank would pass them, or of a model that is sharded
+            already, those of this rank.
+        library: which has sharded the model; None where that is still to be done.
     """
 
     module: nn.Module
     kwargs: dict[str, Any]
+    library: Library | None = None
 
 
 def video_dit(
@@ -121,6 +143,15 @@ KNOWN_SUBJECTS: dict[str, str] = {
     "wan": "dsp_plugin.patches.diffusers.wan:subject",
 }
 
+# Before a colon: whose models. What comes behind it is an argument of the function.
+LIBRARIES: dict[str, tuple[str, str]] = {
+    "hf": ("dsp_plugin.patches.transformers.subject:subject", "config"),
+    "megatron": ("dsp_plugin.patches.megatron.subject:subject", "arguments"),
+}
+# Of a library whose arguments say how the sequence is sharded: the function that reads that.
+_SECTIONS = {"megatron": "dsp_plugin.patches.megatron.argument_file:section"}
+_SHARDED_BY = "sharded_by"
+
 
 def parse_settings(items: Sequence[str]) -> dict[str, Setting]:
     """``name=value`` items as a command line gives them; values that read as numbers become numbers.
@@ -151,33 +182,54 @@ def _number(text: str) -> Setting:
     return text
 
 
-def subject(reference: str, settings: Mapping[str, Setting]) -> Subject:
+def section_of(reference: str) -> dict[str, Any]:
+    """What the reference itself says of sequence parallelism, as in a section, if it says something.
+
+    Beside that ``model_ranks``, on how many ranks the model is spread beside the sequence, and ``stages``, how many of
+    them hold layers after each other.
+
+    Raises:
+        SequenceParallelConfigError, UnsupportedError: it cannot be read.
+    """
+    library, _, named = reference.partition(":")
+    return _load(_SECTIONS[library])(named) if library in _SECTIONS and named else {}
+
+
+def subject(reference: str, settings: Mapping[str, Setting], config: SequenceParallelConfig | None = None) -> Subject:
     """Build the subject that ``reference`` names.
 
     Args:
-        reference: a name in `KNOWN_SUBJECTS`, or ``package.module:function``, where ``function(**settings)`` returns
-            the module and a dict of its forward arguments.
+        reference: a name in `KNOWN_SUBJECTS`, ``hf:`` with a config of Transformers, ``megatron:`` with a file of
+            arguments, or ``package.module:function``, where ``function(**settings)`` returns the module and a dict of
+            its forward arguments.
         settings: arguments of the function.
+        config: how the sequence is sharded, for a library that does it as it builds the model. The world must be up.
 
     Raises:
         SequenceParallelConfigError: the reference leads nowhere, or the function does not take such settings.
     """
-    build = _load(KNOWN_SUBJECTS.get(reference, reference))
+    library, _, named = reference.partition(":")
+    if library in LIBRARIES and named:
+        function, argument = LIBRARIES[library]
+        build, settings = _load(function), {argument: named, **settings}
+    else:
+        build = _load(KNOWN_SUBJECTS.get(reference, reference))
     _check_settings(reference, build, settings)
+    sharded = {_SHARDED_BY: config} if _SHARDED_BY in inspect.signature(build).parameters else {}
     try:
-        built = build(**settings)
+        built = build(**settings, **sharded)
     except SequenceParallelConfigError:
         raise
     except ValueError as error:
         raise SequenceParallelConfigError(
             setting=f"settings of {reference}", value=dict(settings), why=str(error), remedy="correct it with --set"
         ) from error
-    if not isinstance(built, tuple) or len(built) != 2 or not isinstance(built[0], nn.Module):
+    if not isinstance(built, tuple) or len(built) not in (2, 3) or not isinstance(built[0], nn.Module):
         raise _no_subject(reference, f"returned {type(built).__name__}, not a module and its arguments")
-    module, kwargs = built
+    module, kwargs = built[:2]
     if not isinstance(kwargs, Mapping) or not any(isinstance(value, Tensor) for value in kwargs.values()):
         raise _no_subject(reference, "returned no tensors by the names of forward's arguments beside the module")
-    return Subject(module, dict(kwargs))
+    return Subject(module, dict(kwargs), Library(**built[2]) if len(built) > 2 else None)
 
 
 def _load(reference: str) -> Callable[..., Any]:
@@ -194,7 +246,8 @@ def _load(reference: str) -> Callable[..., Any]:
 
 
 def _check_settings(reference: str, build: Callable[..., Any], settings: Mapping[str, Setting]) -> None:
-    parameters = inspect.signature(build, eval_str=True).parameters
+    parameters = dict(inspect.signature(build, eval_str=True).parameters)
+    parameters.pop(_SHARDED_BY, None)
     takes_any = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values())
     known = ", ".join(
         f"{name}={parameter.default}" if parameter.default is not inspect.Parameter.empty else name
@@ -237,6 +290,6 @@ def _no_subject(reference: str, why: str) -> SequenceParallelConfigError:
         setting="--model",
         value=reference,
         why=why,
-        remedy=f"name one of {', '.join(KNOWN_SUBJECTS)}, or package.module:function with a function that returns "
-        f"(module, forward's arguments as a dict of tensors)",
+        remedy=f"name one of {', '.join(KNOWN_SUBJECTS)}, hf:llama-8b, hf:config.json, megatron:file.args, or "
+        "package.module:function with a function that returns (module, forward's arguments as a dict of tensors)",
     )

@@ -141,7 +141,7 @@ def _validate(
     backward: bool,
 ) -> PlanCheck:
     torch.manual_seed(0)
-    module, kwargs = _converted(subject(reference, settings), dtype)
+    module, kwargs, _ = _converted(subject(reference, settings), dtype)
     config = SequenceParallelConfig(method=method, size=size, plan=plan)
     groups = SequenceParallelGroups.build(config)
 

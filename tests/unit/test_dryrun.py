@@ -18,9 +18,10 @@ from dsp_plugin import SequenceParallelConfig, SequenceParallelConfigError, Unsu
 from dsp_plugin.cli import dryrun as cli_dryrun
 from dsp_plugin.models.linear_lm import LinearLM, LinearLMConfig
 from dsp_plugin.rehearsal.dryrun import Job, dry_run
-from dsp_plugin.rehearsal.memory import AllocatorLog, StorageTracker, Timeline
+from dsp_plugin.rehearsal.memory import AllocatorLog, StorageTracker
 from dsp_plugin.rehearsal.model_states import model_states
 from dsp_plugin.rehearsal.subject import Subject, parse_settings, subject
+from dsp_plugin.rehearsal.timeline import Timeline
 
 pytestmark = pytest.mark.timeout(120)
 

@@ -1,0 +1,67 @@
+"""The longest sequence that fits: memory is a straight line in length, so two runs say where it is, a third checks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+_MOST_RUNS = 12
+
+
+class Longest(NamedTuple):
+    """What was found.
+
+    Attributes:
+        length: tokens; 0 where not even the shortest sequence fits.
+        over: the nearest length that was tried and does not fit; None where nothing of it was tried.
+        slope: bytes that a further token of the sequence costs.
+        base: bytes above what there is at no tokens, by the line through the two lengths nearest to the border.
+        tried: every length that was run, with its bytes.
+    """
+
+    length: int
+    over: int | None
+    slope: float
+    base: float
+    tried: dict[int, int]
+
+
+def longest(excess: Callable[[int], int], step: int, start: int) -> Longest:
+    """The longest length, in multiples of ``step``, at which ``excess`` is not above 0.
+
+    Args:
+        excess: bytes by which a length is above what there is, or below; grows with length.
+        step: tokens.
+        start: a length to begin with, a multiple of ``step``.
+    """
+    tried = {length: excess(length) for length in (start, 2 * start)}
+    for _ in range(_MOST_RUNS):
+        slope, base = _line(tried)
+        low, high = _bounds(tried)
+        guess = int(-base / slope) // step * step if slope > 0 else 2 * max(tried)
+        if guess == low or guess <= 0:
+            break
+        if high is not None and guess >= high:
+            guess = (low + high) // 2 // step * step
+        if guess <= low:
+            break
+        tried[guess] = excess(guess)
+    slope, base = _line(tried)
+    low, high = _bounds(tried)
+    return Longest(low, high, slope, base, dict(sorted(tried.items())))
+
+
+def _bounds(tried: dict[int, int]) -> tuple[int, int | None]:
+    """The longest that fits, the shortest that does not."""
+    fits = [length for length, over in tried.items() if over <= 0]
+    return max(fits, default=0), min((length for length in tried if length not in fits), default=None)
+
+
+def _line(tried: dict[int, int]) -> tuple[float, float]:
+    """Slope and value at 0 of the line through the two lengths nearest to the border."""
+    _, high = _bounds(tried)
+    ordered = sorted(tried)
+    at = len(ordered) - 1 if high is None else max(ordered.index(high), 1)
+    x0, x1 = ordered[at - 1 : at + 1]
+    slope = (tried[x1] - tried[x0]) / (x1 - x0)
+    return slope, tried[x0] - slope * x0
