@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from itertools import chain, repeat
-from typing import Any, Literal, NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
 from dsp_plugin.comm.axis import Axis
 from dsp_plugin.comm.wire import Sender, collect
-from dsp_plugin.config.memory import MemoryConfig
 from dsp_plugin.errors import UnsupportedError
+from dsp_plugin.patches.megatron.state import Memory
 from dsp_plugin.tiles.head import tiled_token_losses
 from dsp_plugin.tiles.spec import HeadSpec, Vocabulary, auto_tile_tokens, tiles_of
 
@@ -20,7 +20,7 @@ METHOD = "head"
 """The name of the head's collectives in the ledger."""
 
 
-def tile_of(memory: MemoryConfig | Literal["auto"], vocabulary: int) -> int | None:
+def tile_of(memory: Memory, vocabulary: int) -> int | None:
     """Tokens in a tile; None where the head is not to be tiled.
 
     Args:
@@ -141,5 +141,5 @@ def _refuse(what: str) -> NoReturn:
     raise UnsupportedError(
         setting="memory.tile_tokens",
         why=f"between the output layer and its loss the logits are {what}, and tiles know of scaling by numbers alone",
-        remedy="drop tile_tokens from --sp-memory, or take that out of the model",
+        remedy="leave tile_tokens out of the section that --sp-memory is given, or take that out of the model",
     )

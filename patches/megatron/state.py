@@ -21,6 +21,7 @@ from dsp_plugin.methods import METHODS
 from dsp_plugin.training.host_budget import offload_for
 from dsp_plugin.training.offload import Offload, hold
 
+Memory = MemoryConfig | Literal["auto"]
 NATIVE_LAYOUT: LayoutKind = "zigzag"
 # The orders in which batches and rotary embeddings can be cut: Megatron's own, and the one of patches.megatron.layout.
 LAYOUTS: tuple[LayoutKind, ...] = (NATIVE_LAYOUT, "contiguous")
@@ -103,7 +104,7 @@ class Settings:
         """The order of the tokens, which does not depend on the size."""
         return order_of(self._of_any_size())
 
-    def memory_parts(self) -> MemoryConfig | Literal["auto"]:
+    def memory_parts(self) -> Memory:
         """What a step trades for memory, which does not depend on the size either."""
         return self._of_any_size().memory
 

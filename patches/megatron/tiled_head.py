@@ -20,14 +20,14 @@ from torch import Tensor
 from dsp_plugin.comm.axis import Axis
 from dsp_plugin.errors import UnsupportedError
 from dsp_plugin.patches.megatron.deferred_logits import DeferredLogits, tile_of
-from dsp_plugin.patches.megatron.state import MegatronState
+from dsp_plugin.patches.megatron.state import MegatronState, Memory
 from dsp_plugin.patches.megatron.versions import DISTRIBUTION, SUPPORTED
 from dsp_plugin.patches.patch import Patch
 
 _LANGUAGE = "megatron.core.models.common.language_module.language_module"
 _GPT = "megatron.core.models.gpt.gpt_model"
 _MULTI_TOKEN = "megatron.core.transformer.multi_token_prediction"
-_REMEDY = "drop tile_tokens from --sp-memory"
+_REMEDY = "leave tile_tokens out of the section that --sp-memory is given"
 
 
 def patches(state: MegatronState) -> tuple[Patch, ...]:
@@ -41,7 +41,7 @@ def patches(state: MegatronState) -> tuple[Patch, ...]:
     ]
     for module, name, forward in _models():
         found.append(_patch(f"{module}:{name}.__init__", _refuse_gathered, ("self",)))
-        deferring = functools.partial(_deferring, state)
+        deferring = functools.partial(_deferring, state, memory)
         found.append(_patch(f"{module}:{name}.{forward}", deferring, ("labels",)))
     if hasattr(importlib.import_module(_MULTI_TOKEN), "_compute_mtp_acceptance_counts"):
         counts = f"{_MULTI_TOKEN}:_compute_mtp_acceptance_counts"
@@ -126,7 +126,7 @@ def _refuse_gathered(upstream: Callable[..., None]) -> Callable[..., None]:
     return __init__
 
 
-def _deferring(state: MegatronState, upstream: Callable[..., Any]) -> Callable[..., Any]:
+def _deferring(state: MegatronState, memory: Memory, upstream: Callable[..., Any]) -> Callable[..., Any]:
     """Around the method of a model that calls its output layer and takes the loss."""
     signature = inspect.signature(upstream)
 
@@ -143,16 +143,16 @@ def _deferring(state: MegatronState, upstream: Callable[..., Any]) -> Callable[.
                 why="it takes the output layer, and what it does with its logits is not known",
                 remedy=_REMEDY,
             )
-        with _deferred(state, model.output_layer):
+        with _deferred(state, memory, model.output_layer):
             return upstream(*args, **kwargs)
 
     return with_deferred_logits
 
 
 @contextmanager
-def _deferred(state: MegatronState, layer: Any) -> Iterator[None]:
+def _deferred(state: MegatronState, memory: Memory, layer: Any) -> Iterator[None]:
     """While entered, the output layer returns `DeferredLogits`."""
-    layer.forward = functools.partial(_forward, state, layer)
+    layer.forward = functools.partial(_forward, state, memory, layer)
     try:
         yield
     finally:
@@ -161,6 +161,7 @@ def _deferred(state: MegatronState, layer: Any) -> Iterator[None]:
 
 def _forward(
     state: MegatronState,
+    memory: Memory,
     layer: Any,
     input_: Tensor,
     weight: Tensor | None = None,
@@ -198,7 +199,7 @@ def _forward(
     else:
         hidden = copy_to_tensor_model_parallel_region(input_, group=layer.tp_group)
     bias, beside = (None, layer.bias) if layer.skip_bias_add else (layer.bias, None)
-    tile = tile_of(state.settings.memory_parts(), weight.shape[0])
+    tile = tile_of(memory, weight.shape[0])
     assert tile is not None, "patched only where the head is tiled"
     axis = tp.debugged(state.groups is not None and state.groups.sp.debug)
     return DeferredLogits(hidden, weight, bias, axis, tile), beside

@@ -3,7 +3,7 @@
 The collectives of tensor parallelism are those of the two layers: the all-gather of ``--sequence-parallel`` comes
 before the tiles and the reduce-scatter after them, and what is kept for the backward pass is this rank's part, which is
 gathered there again, as Megatron does. Without it the sum over ranks comes after the tiles, and backward before them.
-Experts are left whole, shared ones too: routing has made them small.
+Experts are left whole, shared ones too: routing has made them small. ``"auto"`` leaves what is not known whole as well.
 """
 
 from __future__ import annotations
@@ -11,15 +11,14 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from dsp_plugin.config.memory import MemoryConfig
 from dsp_plugin.errors import UnsupportedError
-from dsp_plugin.patches.megatron.state import MegatronState
+from dsp_plugin.patches.megatron.state import MegatronState, Memory
 from dsp_plugin.patches.megatron.versions import DISTRIBUTION, SUPPORTED
 from dsp_plugin.patches.patch import Patch
 from dsp_plugin.tiles.mlp import bytes_of_token, tile_count, tiled
@@ -35,54 +34,59 @@ def patches(state: MegatronState) -> tuple[Patch, ...]:
     memory = state.settings.memory_parts()
     if memory != "auto" and memory.mlp_tiles == 1:
         return ()
-    return (
-        Patch("megatron tiled MLP: its layers", f"{_MLP}.__init__", DISTRIBUTION, SUPPORTED, _refusing, ("self",)),
-        Patch(
-            "megatron tiled MLP",
-            f"{_MLP}.forward",
-            DISTRIBUTION,
-            SUPPORTED,
-            functools.partial(_tiling, memory),
-            ("self", "hidden_states", "per_token_scale"),
-        ),
-    )
+    tiling = functools.partial(_tiling, memory)
+    taken = ("self", "hidden_states", "per_token_scale")
+    found: list[Patch] = [Patch("megatron tiled MLP", f"{_MLP}.forward", DISTRIBUTION, SUPPORTED, tiling, taken)]
+    if memory != "auto":
+        name = "megatron tiled MLP: its layers"
+        found.append(Patch(name, f"{_MLP}.__init__", DISTRIBUTION, SUPPORTED, _refusing, ("self",)))
+    return tuple(found)
 
 
-def _whole(mlp: Any) -> bool:
+def _of_experts(mlp: Any) -> bool:
     """Whether it is one of a mixture of experts."""
     from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
 
     return isinstance(mlp, SharedExpertMLP) or getattr(mlp.linear_fc1, "is_expert", False)
 
 
+def _unknown(mlp: Any) -> tuple[str, type, type] | None:
+    """What of it is not Megatron's own: its name, its class, and the class that is; None where all of it is."""
+    from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+    from megatron.core.transformer.mlp import MLP
+
+    for name, part, known in (
+        ("MLP", mlp, MLP),
+        ("linear_fc1", mlp.linear_fc1, ColumnParallelLinear),
+        ("linear_fc2", mlp.linear_fc2, RowParallelLinear),
+    ):
+        if type(part) is not known or getattr(part, "gtp_remat_size", 1) > 1:
+            return name, type(part), known
+    return None
+
+
 def _refusing(upstream: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(upstream)
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:  # noqa: N807
-        from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
-        from megatron.core.transformer.mlp import MLP
-
         upstream(self, *args, **kwargs)
-        if _whole(self):
-            return
-        layers = {"MLP": self, "linear_fc1": self.linear_fc1, "linear_fc2": self.linear_fc2}
-        known = (MLP, ColumnParallelLinear, RowParallelLinear)
-        for (name, layer), kind in zip(layers.items(), known, strict=True):
-            if type(layer) is not kind or getattr(layer, "gtp_remat_size", 1) > 1:
-                raise UnsupportedError(
-                    setting="memory.mlp_tiles",
-                    why=f"{name} is a {type(layer).__name__} with collectives, and perhaps a norm, of its own; tiles "
-                    f"go between the collectives of Megatron's {kind.__name__}",
-                    remedy="build the model's layers from the local spec (--transformer-impl local), or drop mlp_tiles "
-                    "from --sp-memory",
-                )
+        unknown = None if _of_experts(self) else _unknown(self)
+        if unknown is not None:
+            name, kind, known = unknown
+            raise UnsupportedError(
+                setting="memory.mlp_tiles",
+                why=f"{name} is a {kind.__name__} with collectives, and perhaps a norm, of its own; tiles go between "
+                f"the collectives of Megatron's {known.__name__}",
+                remedy="build the model's layers from the local spec (--transformer-impl local), or leave mlp_tiles "
+                "out of the section that --sp-memory is given",
+            )
 
     return __init__
 
 
-def _tiling(memory: MemoryConfig | Literal["auto"], upstream: Callable[..., Any]) -> Callable[..., Any]:
+def _tiling(memory: Memory, upstream: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(upstream)
     def forward(self: Any, hidden_states: Tensor, per_token_scale: Tensor | None = None, **kwargs: Any) -> Any:
-        if _whole(self) or per_token_scale is not None:
+        if per_token_scale is not None or _of_experts(self) or _unknown(self):
             return upstream(self, hidden_states, per_token_scale, **kwargs)
         first, second = self.linear_fc1, self.linear_fc2
         tokens = hidden_states.shape[:-1].numel() * (first.tp_group.size() if first.sequence_parallel else 1)
@@ -103,7 +107,7 @@ def _tiling(memory: MemoryConfig | Literal["auto"], upstream: Callable[..., Any]
     return forward
 
 
-def _tiles(mlp: Any, memory: MemoryConfig | Literal["auto"], tokens: int, element_size: int) -> int:
+def _tiles(mlp: Any, memory: Memory, tokens: int, element_size: int) -> int:
     if memory != "auto":
         return memory.mlp_tiles
     between, after = mlp.linear_fc1.output_size_per_partition, mlp.linear_fc2.output_size

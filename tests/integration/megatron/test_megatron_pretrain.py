@@ -40,9 +40,14 @@ def stock() -> list[tuple[str, str]]:
     [
         pytest.param(2, "--context-parallel-size 2 --sp-method ulysses", marks=pytest.mark.matrix),
         pytest.param(2, "--context-parallel-size 2 --sp-method lightseq", marks=pytest.mark.matrix),
+        pytest.param(
+            2,
+            '--context-parallel-size 2 --sp-method ulysses --sp-memory {"tile_tokens":13,"mlp_tiles":3}',
+            marks=pytest.mark.matrix,
+        ),
         (4, "--tensor-model-parallel-size 2 --sequence-parallel --context-parallel-size 2 --sp-method ulysses"),
     ],
-    ids=["cp2", "lightseq: cp2", "tp2 x cp2, sequence parallel"],
+    ids=["cp2", "lightseq: cp2", "cp2, tiles", "tp2 x cp2, sequence parallel"],
 )
 def test_logs_the_losses_of_stock_megatron(ranks: int, arguments: str, stock: list[tuple[str, str]]) -> None:
     assert_same(logged(ranks, *arguments.split()), stock)

@@ -61,7 +61,7 @@ def test_predictions_are_those_of_whole_logits(seen: list[dict[str, Any]]) -> No
 @pytest.mark.parametrize(
     ("case", "words"),
     [
-        ("loss", ["model='OwnLoss'", "compute_language_model_loss", "drop tile_tokens"]),
+        ("loss", ["model='OwnLoss'", "compute_language_model_loss", "leave tile_tokens out"]),
         ("kind", ["model='Sibling'", "GPTModel and "]),
         ("gathered", ["parallel_output=False", "parallel_output=True"]),
         ("gathered when called", ["runtime_gather_output=True"]),
@@ -188,4 +188,4 @@ def test_fp64_is_exact_without_sequence_parallel_activations() -> None:
 @pytest.mark.matrix
 def test_beside_fused_weight_gradients_each_comes_out_once() -> None:
     for found in spawn(workers.fused_gradients, 2, timeout=200):
-        assert max(found.values()) < 1e-6, found
+        assert max(found.values()) < 1e-5, found

@@ -51,6 +51,7 @@ def test_layers_that_are_not_known_are_refused_and_experts_left_alone() -> None:
         assert "linear_fc1 is a TELayerNormColumnParallelLinear" in found["layer"]
         assert "MLP is a Own" in found["class"]
         assert "--transformer-impl local" in found["class"]
+        assert found["auto"] == ""
         assert int(found["expert's largest"]) >= workers.LENGTH * workers.BATCH * workers.FFN // 2
 
 

@@ -125,4 +125,6 @@ def refused() -> dict[str, str]:
         with Largest() as largest:
             step(expert)
         found["expert's largest"] = str(largest.elements)
+    with world("auto", tensor_model_parallel_size=dist.get_world_size()):
+        found["auto"] = message(lambda: step(MLP(config, others, ffn_hidden_size=FFN).to(torch.float64)))
     return found
