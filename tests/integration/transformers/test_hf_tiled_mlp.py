@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import inspect
 import re
+from collections.abc import Callable
 from contextlib import ExitStack
 from copy import deepcopy
 from typing import Any
 
 import families
 import pytest
+import torch
 import transformers
 from families import RESULTS, read
+from hf_models import LENGTH, MICRO
+from hf_tiled import COVERING, TILED, train_alone
 from torch import nn
 
 from dsp_plugin import SequenceParallelConfig, SequenceParallelConfigError
@@ -130,3 +134,28 @@ def test_known_classes_are_those_of_the_families() -> None:
     for kind in seen:
         rates = re.findall(r"functional\.dropout\([^)]*p=self\.(\w+)", inspect.getsource(kind))
         assert set(rates) <= set(DROPOUT_RATES), kind
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in COVERING else pytest.mark.matrix) for n in TILED])
+def test_training_equals_the_unsharded_run(name: str, hf_world: Callable[..., Any]) -> None:
+    """Losses of every step and every gradient of the first, under ZeRO 0 to 3, and that MLPs are in tiles."""
+    world = hf_world(2, "tiled")
+    expected, results = train_alone(TILED[name]), world.results(f"tiled-{name}")
+    for rank, result in enumerate(results):
+        assert result["losses"] == pytest.approx(expected.losses, rel=1e-6)
+        local = MICRO * (LENGTH // 2 + (1 if rank == 0 else 0))
+        assert max(result["sizes"]) == -(-local // 3)
+    gradients = torch.load(world.folder / f"tiled-{name}.pt")
+    assert gradients.keys() == expected.gradients.keys()
+    for parameter, gradient in expected.gradients.items():
+        error = (gradients[parameter] - gradient).abs().max() / gradient.abs().max()
+        assert error < 1e-5, f"{parameter}: {error:.1e}"
+
+
+def test_zero_3_gathers_no_more(hf_world: Callable[..., Any]) -> None:
+    """Around an MLP's call and its backward pass, all its weights at once: no more elements, and fewer collectives."""
+    for result in hf_world(2, "tiled").results("tiled-gathers"):
+        for name, gathered in result.items():
+            for tiled, whole in zip(gathered["tiled"], gathered["whole"], strict=True):
+                assert 0 < tiled[0] < whole[0], name
+                assert tiled[1] <= whole[1], name
