@@ -18,13 +18,12 @@ HERE = Path(__file__).parent
 # What each world runs, by its size and a name, in order, and the seconds until it counts as hung.
 GROUPS = {
     (2, ""): (("hf_features", "hf_tiles", "hf_refused", "hf_training"), 200),
-    (2, "living"): (("hf_living", "hf_peft", "hf_heads"), 280),
-    (2, "tiled"): (("hf_tiled",), 200),
+    (2, "living"): (("hf_living", "hf_peft", "hf_heads", "hf_tiled"), 280),
     (3, ""): (("hf_training",), 150),
     (4, ""): (("hf_training",), 150),
 }
 # What it runs beyond the covering subset.
-MATRIX = {(2, "living"): ("hf_peft_matrix", "hf_heads_matrix"), (2, "tiled"): ("hf_tiled_matrix",)}
+MATRIX = {(2, "living"): ("hf_peft_matrix", "hf_heads_matrix", "hf_tiled_matrix")}
 
 if any(importlib.util.find_spec(name) is None for name in ("deepspeed", "transformers", "peft")):
     collect_ignore_glob = ["test_*.py"]

@@ -7,9 +7,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from hf_tiled import COVERING, TILED, train
+from hf_tiled import COUNTED, COVERING, TILED, train
 
 
 def runs(folder: Path) -> dict[str, Callable[[], dict[str, Any]]]:
     """By name."""
-    return {f"tiled-{name}": partial(train, name, folder) for name in TILED if name not in COVERING}
+    tiled = {f"tiled-{name}": partial(train, name, folder) for name in TILED if name not in COVERING}
+    return {**tiled, **{f"whole-{name}": partial(train, name, folder, {}) for name in COUNTED if name not in COVERING}}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from copy import deepcopy
 from typing import Any
@@ -15,7 +15,7 @@ import torch
 import transformers
 from families import RESULTS, read
 from hf_models import LENGTH, MICRO
-from hf_tiled import COVERING, TILED, train_alone
+from hf_tiled import COUNTED, COVERING, TILED, train_alone
 from torch import nn
 
 from dsp_plugin import SequenceParallelConfig, SequenceParallelConfigError
@@ -136,10 +136,15 @@ def test_known_classes_are_those_of_the_families() -> None:
         assert set(rates) <= set(DROPOUT_RATES), kind
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in COVERING else pytest.mark.matrix) for n in TILED])
+def covering(names: Iterable[str]) -> list[Any]:
+    """As parameters; those beyond the covering subset run with ``--matrix``."""
+    return [pytest.param(name, marks=() if name in COVERING else pytest.mark.matrix) for name in names]
+
+
+@pytest.mark.parametrize("name", covering(TILED))
 def test_training_equals_the_unsharded_run(name: str, hf_world: Callable[..., Any]) -> None:
     """Losses of every step and every gradient of the first, under ZeRO 0 to 3, and that MLPs are in tiles."""
-    world = hf_world(2, "tiled")
+    world = hf_world(2, "living")
     expected, results = train_alone(TILED[name]), world.results(f"tiled-{name}")
     for rank, result in enumerate(results):
         assert result["losses"] == pytest.approx(expected.losses, rel=1e-6)
@@ -152,10 +157,12 @@ def test_training_equals_the_unsharded_run(name: str, hf_world: Callable[..., An
         assert error < 1e-5, f"{parameter}: {error:.1e}"
 
 
-def test_zero_3_gathers_no_more(hf_world: Callable[..., Any]) -> None:
-    """Around an MLP's call and its backward pass, all its weights at once: no more elements, and fewer collectives."""
-    for result in hf_world(2, "tiled").results("tiled-gathers"):
-        for name, gathered in result.items():
-            for tiled, whole in zip(gathered["tiled"], gathered["whole"], strict=True):
-                assert 0 < tiled[0] < whole[0], name
-                assert tiled[1] <= whole[1], name
+@pytest.mark.parametrize("name", covering(COUNTED))
+def test_zero_3_gathers_no_more(name: str, hf_world: Callable[..., Any]) -> None:
+    """Around an MLP's call and its backward pass, all its weights at once: no more elements, in fewer collectives."""
+    world = hf_world(2, "living")
+    for tiled, whole in zip(world.results(f"tiled-{name}"), world.results(f"whole-{name}"), strict=True):
+        assert tiled["losses"] == pytest.approx(whole["losses"], rel=1e-6)
+        for (calls, elements), (of_whole, elements_of_whole) in zip(tiled["gathered"], whole["gathered"], strict=True):
+            assert 0 < calls < of_whole
+            assert elements <= elements_of_whole
