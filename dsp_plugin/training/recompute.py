@@ -66,7 +66,7 @@ class Tape:
     def nbytes(self) -> int:
         """Bytes kept now: each storage once, inputs excluded."""
         storages = [tensor.untyped_storage() for call in self._calls for tensor in call.kept_tensors()]
-        return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+        return sum({storage._cdata: storage.nbytes() for storage in storages}.values())
 
 
 def keep_attention() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
@@ -321,7 +321,8 @@ def _places(entries: Inputs) -> dict[Place, int]:
 
 
 def _place(tensor: Tensor) -> Place:
-    return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
+    # The storage by its name, not by the address of its data: fake tensors, of dry runs, have none.
+    return tensor.untyped_storage()._cdata, tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype
 
 
 def _keep(places: dict[Place, int], kept: list[Tensor], tensor: Tensor) -> int | Tensor:
