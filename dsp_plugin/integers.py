@@ -1,11 +1,15 @@
-"""Whole numbers that are given from outside: taken as they are, never rounded, and never a truth value."""
+"""Whole numbers: those given from outside, taken as they are, never rounded, and never a truth value; and those worked
+out from them for a device, copied there once."""
 
 from __future__ import annotations
 
 import operator
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Hashable, Iterable
+from functools import lru_cache
 
+import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from dsp_plugin.errors import SequenceParallelConfigError
@@ -79,3 +83,28 @@ def integer_of(variable: str, default: int, *, least: int = 1) -> int:
             remedy=f"unset it, or set it as torchrun does, to a number such as {max(least, 1)}",
         )
     return int(text)
+
+
+def kept_on_device(make: Callable[..., tuple[NDArray, ...]], most: int = 16) -> Callable[..., tuple[Tensor, ...]]:
+    """``make``, whose arrays come as tensors on a device, for as many calls as there are from one copy.
+
+    A copy from the host's memory makes the host wait for the device; it is made with the first layer of a batch.
+
+    Args:
+        make: of hashable arguments.
+        most: how many of the latest results are kept.
+
+    Returns:
+        A function of the same arguments and, by name, a ``device``. What it returns is not to be written to.
+    """
+
+    @lru_cache(maxsize=most)
+    def copied(arguments: tuple[Hashable, ...], device: torch.device, _mode: object) -> tuple[Tensor, ...]:
+        return tuple(torch.from_numpy(array).to(device) for array in make(*arguments))
+
+    def kept(*arguments: Hashable, device: torch.device) -> tuple[Tensor, ...]:
+        # A dry run's fake tensors are of no use to the next one.
+        mode = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE)
+        return copied(arguments, device, mode)
+
+    return kept

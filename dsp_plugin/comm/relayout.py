@@ -7,13 +7,16 @@ from functools import lru_cache
 from math import prod
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from dsp_plugin.comm.axis import Axis
 from dsp_plugin.comm.wire import Sender, exchange
 from dsp_plugin.derivatives import refuse_transforms
-from dsp_plugin.layout import Layout, run_of
+from dsp_plugin.integers import kept_on_device
+from dsp_plugin.layout import Layout
 
 
 def relayout(
@@ -56,7 +59,7 @@ def relayout_bytes(source: Layout, target: Layout, rank: int, per_token_bytes: i
     """Bytes leaving ``rank`` when tokens of ``per_token_bytes`` bytes each go from ``source`` to ``target``."""
     if source.size == 1:
         return 0
-    staying = torch.isin(source.position_ids(rank), target.position_ids(rank)).sum().item()
+    staying = np.isin(_positions(source, rank), _positions(target, rank)).sum()
     return (source.sizes[rank] - int(staying)) * per_token_bytes
 
 
@@ -93,7 +96,8 @@ class _Relayout(torch.autograd.Function):
 def _moved(tensors: Sequence[Tensor], move: _Move) -> tuple[Tensor, ...]:
     """The tensors, of one dtype, in one exchange: a row per token, all tensors' entries of the token side by side."""
     dim, axis = move.dim, move.sender.axis
-    order, place, send_counts, receive_counts = _indices(move.source, move.target, axis.rank, tensors[0].device)
+    _, _, send_counts, receive_counts = _indices(move.source, move.target, axis.rank)
+    order, place = _order_and_place(move.source, move.target, axis.rank, device=tensors[0].device)
     whole = [[*x.shape] for x in tensors]
     for shape in whole:
         shape[dim] = move.source.length
@@ -116,39 +120,51 @@ class _Indices(NamedTuple):
     """How one rank packs and unpacks.
 
     Attributes:
-        order: local index under ``source`` of the rows to send, by destination.
-        place: the row that arrives, by local index under ``target``.
+        order: int64, local index under ``source`` of the rows to send, by destination.
+        place: int64, the row that arrives, by local index under ``target``.
         send_counts: rows for each rank.
         receive_counts: rows from each rank.
     """
 
-    order: Tensor
-    place: Tensor
+    order: NDArray[np.int64]
+    place: NDArray[np.int64]
     send_counts: list[int]
     receive_counts: list[int]
 
 
 # Few: with packed documents the layouts of every batch are others, and the indices of a long shard are not small.
 @lru_cache(maxsize=16)
-def _indices(source: Layout, target: Layout, rank: int, device: torch.device) -> _Indices:
+def _indices(source: Layout, target: Layout, rank: int) -> _Indices:
     # Every layout lists a rank's tokens by position, so what goes from one rank to another has one order on both.
-    to = _holders(target)[source.position_ids(rank)]
-    origin = _holders(source)[target.position_ids(rank)]
-    arriving = torch.argsort(origin, stable=True)
-    place = torch.empty_like(arriving)
-    place[arriving] = torch.arange(len(arriving))
+    to = _holders(target)[_positions(source, rank)]
+    origin = _holders(source)[_positions(target, rank)]
+    arriving = np.argsort(origin, kind="stable")
+    place = np.empty_like(arriving)
+    place[arriving] = np.arange(len(arriving))
     return _Indices(
-        torch.argsort(to, stable=True).to(device),
-        place.to(device),
-        torch.bincount(to, minlength=source.size).tolist(),
-        torch.bincount(origin, minlength=source.size).tolist(),
+        np.argsort(to, kind="stable"),
+        place,
+        np.bincount(to, minlength=source.size).tolist(),
+        np.bincount(origin, minlength=source.size).tolist(),
     )
 
 
-def _holders(layout: Layout) -> Tensor:
-    """The rank that holds each token: int64 ``[L]``."""
-    ranks = torch.empty(layout.length, dtype=torch.int64)
+@kept_on_device
+def _order_and_place(source: Layout, target: Layout, rank: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    found = _indices(source, target, rank)
+    return found.order, found.place
+
+
+def _positions(layout: Layout, rank: int) -> NDArray[np.int64]:
+    """Of the tokens of a rank, in local order."""
+    runs = [np.arange(run.start, run.stop, run.step) for run in layout.spans(rank)]
+    return np.concatenate([np.empty(0, dtype=np.int64), *runs])
+
+
+def _holders(layout: Layout) -> NDArray[np.int64]:
+    """The rank that holds each token: ``[L]``."""
+    ranks = np.empty(layout.length, dtype=np.int64)
     for rank in range(layout.size):
         for run in layout.spans(rank):
-            run_of(ranks, 0, run).fill_(rank)
+            ranks[run.start : run.stop : run.step] = rank
     return ranks

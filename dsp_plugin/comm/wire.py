@@ -20,6 +20,7 @@ from dsp_plugin.comm.agreement import Shapes, agree, explained
 from dsp_plugin.comm.axis import Axis
 from dsp_plugin.comm.ledger import Phase, record
 from dsp_plugin.comm.meter import waiting
+from dsp_plugin.comm.transfers import Transfer, Works
 
 # torch 2.13 renamed it and warns at the old name.
 _all_gather_single = dist.all_gather_single if hasattr(dist, "all_gather_single") else dist.all_gather_into_tensor
@@ -68,7 +69,7 @@ def exchange(
     _enter("all_to_all", buffer.dtype, send_counts, receive_counts, sender, whole_shapes)
     received = buffer.new_empty(sum(receive_counts))
     with _underway(buffer.is_cuda):
-        _all_to_all(received, buffer, receive_counts, send_counts, axis, start_only=False)
+        _all_to_all(received, buffer, receive_counts, send_counts, axis, start_only=False).wait()
     return received
 
 
@@ -138,7 +139,7 @@ def collect(buffer: Tensor, counts: Sequence[int], sender: Sender, whole_shapes:
     if len(set(counts)) == 1:
         gathered = buffer.new_empty(sum(counts))
         with _underway(buffer.is_cuda):
-            _all_gather_single(gathered.view(torch.uint8), buffer.view(torch.uint8), group=axis.group)
+            _all_gather(gathered, buffer, axis, start_only=False).wait()
         return list(gathered.split(list(counts)))
     parts = [buffer if peer == axis.rank else buffer.new_empty(count) for peer, count in enumerate(counts)]
     transfers = [(peer, buffer, parts[peer]) for peer in range(axis.size) if peer != axis.rank]
@@ -195,9 +196,7 @@ class Collection:
         _enter("all_gather", buffer.dtype, counts, counts, sender)
         self._sent, self._parts = buffer, axis.size
         self._gathered = buffer.new_empty(axis.size * buffer.numel())
-        self._work = _all_gather_single(
-            self._gathered.view(torch.uint8), buffer.view(torch.uint8), group=axis.group, async_op=True
-        )
+        self._work = _all_gather(self._gathered, buffer, axis, start_only=True)
 
     def wait(self) -> tuple[Tensor, ...]:
         """The buffer of every rank, in rank order."""
@@ -212,31 +211,57 @@ def _all_to_all(
     send_counts: Sequence[int],
     axis: Axis,
     start_only: bool,
-) -> dist.Work:
+) -> Works:
     width = buffer.element_size()
-    return dist.all_to_all_single(
-        received.view(torch.uint8),
-        buffer.view(torch.uint8),
-        [count * width for count in receive_counts],
-        [count * width for count in send_counts],
-        group=axis.group,
-        async_op=start_only,
+    receives, sends = ([count * width for count in counts] for counts in (receive_counts, send_counts))
+    work = dist.all_to_all_single(
+        received.view(torch.uint8), buffer.view(torch.uint8), receives, sends, group=axis.group, async_op=start_only
+    )
+    return Works(
+        [work] if start_only else [],
+        lambda: Transfer("all_to_all", axis.ranks, _by(axis, sends), _by(axis, receives), (buffer,), (received,)),
     )
 
 
-def _post(
-    sends: list[tuple[int, Tensor]], receives: list[tuple[int, Tensor]], axis: Axis, like: Tensor
-) -> list[dist.Work]:
+def _all_gather(gathered: Tensor, buffer: Tensor, axis: Axis, start_only: bool) -> Works:
+    work = _all_gather_single(
+        gathered.view(torch.uint8), buffer.view(torch.uint8), group=axis.group, async_op=start_only
+    )
+    parts = [buffer.numel() * buffer.element_size()] * axis.size
+    return Works(
+        [work] if start_only else [],
+        lambda: Transfer("all_gather", axis.ranks, _by(axis, parts), _by(axis, parts), (buffer,), (gathered,)),
+    )
+
+
+def _by(axis: Axis, parts: Sequence[int]) -> tuple[tuple[int, int], ...]:
+    return tuple(zip(axis.ranks, parts, strict=True))
+
+
+def _post(sends: list[tuple[int, Tensor]], receives: list[tuple[int, Tensor]], axis: Axis, like: Tensor) -> list[Works]:
     """Starts transfers of one round, which every rank of the axis enters."""
     _join(axis, like.device)
+    sends, receives = ([(peer, x) for peer, x in transfers if x.numel()] for transfers in (sends, receives))
+    if not sends and not receives:
+        return []
     # Receives first: behind a send of its own, gloo's word that a rank is ready to receive would wait for that send.
     operations = [
         dist.P2POp(kind, tensor.view(torch.uint8), axis.ranks[peer], axis.group)
         for kind, transfers in ((dist.irecv, receives), (dist.isend, sends))
         for peer, tensor in transfers
-        if tensor.numel()
     ]
-    return dist.batch_isend_irecv(operations) if operations else []
+
+    def transfer() -> Transfer:
+        (to, sent), (origin, received) = (
+            (
+                tuple((axis.ranks[peer], x.numel() * x.element_size()) for peer, x in transfers),
+                tuple(x for _, x in transfers),
+            )
+            for transfers in (sends, receives)
+        )
+        return Transfer("point_to_point", axis.ranks, to, origin, sent, received)
+
+    return [Works(dist.batch_isend_irecv(operations), transfer)]
 
 
 def _join(axis: Axis, device: torch.device) -> None:
@@ -249,7 +274,10 @@ def _join(axis: Axis, device: torch.device) -> None:
     assert axis.group is not None
     joined = _joined.setdefault(axis.group, set())
     if device not in joined:
-        dist.all_reduce(torch.zeros(1, device=device), group=axis.group)
+        token = torch.zeros(1, device=device)
+        dist.all_reduce(token, group=axis.group)
+        parts = _by(axis, [token.element_size()] * axis.size)
+        Works([], lambda: Transfer("all_reduce", axis.ranks, parts, parts, (token,), (token,))).wait()
         joined.add(device)
 
 
@@ -260,7 +288,7 @@ def _underway(on_cuda: bool) -> Iterator[None]:
         yield
 
 
-def _wait(works: list[dist.Work], on_cuda: bool) -> None:
+def _wait(works: Sequence[Works], on_cuda: bool) -> None:
     with _underway(on_cuda):
         for work in works:
             work.wait()

@@ -23,10 +23,13 @@ from itertools import pairwise
 from math import isfinite
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 
+from dsp_plugin.integers import kept_on_device
 from dsp_plugin.kernels.merge import accumulation_dtype
 
 CHUNK = 64
@@ -129,7 +132,7 @@ class Chunks:
         """``[B, n, H, D]`` to ``[B, H, N, C, D]``, padded with zeros, in the accumulation dtype."""
         x = x.transpose(1, 2).to(accumulation_dtype(x.dtype))
         if self.starts:
-            x = F.pad(x, (0, 0, 0, 1)).index_select(2, self._places(x.device))
+            x = F.pad(x, (0, 0, 0, 1)).index_select(2, self._places(x.device).token_of)
         else:
             x = F.pad(x, (0, 0, 0, self.count * self.size - self.length))
         return x.unflatten(2, (self.count, self.size))
@@ -137,29 +140,41 @@ class Chunks:
     def join(self, x: Tensor) -> Tensor:
         """``[B, H, N, C, D]`` back to ``[B, n, H, D]``."""
         x = x.flatten(2, 3)
-        if self.starts:
-            places = self._places(x.device)
-            x = x.index_select(2, torch.nonzero(places < self.length).flatten())
-        else:
-            x = x.narrow(2, 0, self.length)
+        x = x.index_select(2, self._places(x.device).place_of) if self.starts else x.narrow(2, 0, self.length)
         return x.transpose(1, 2)
 
     def filled(self, like: Tensor) -> Tensor:
         """``[N, C, 1]``: 1 where there is a token."""
         if self.starts:
-            filled = self._places(like.device) < self.length
+            filled = self._places(like.device).token_of < self.length
         else:
             filled = torch.arange(self.count * self.size, device=like.device) < self.length
         return filled.to(like.dtype).view(self.count, self.size, 1)
 
-    def _places(self, device: torch.device) -> Tensor:
-        """For each place of each chunk the token in it; n where there is none."""
-        places = torch.full((self.count * self.size,), self.length)
-        borders = sorted({0, *self.starts, self.length})
-        for (start, stop), (chunk, _) in zip(pairwise(borders), self._stretches, strict=True):
-            first = chunk * self.size
-            places[first : first + stop - start] = torch.arange(start, stop)
-        return places.to(device)
+    def _places(self, device: torch.device) -> _Places:
+        return _Places(*_places(self, device=device))
+
+
+class _Places(NamedTuple):
+    """Where tokens lie in chunks that are padded, int64.
+
+    Attributes:
+        token_of: each place of each chunk; n where there is none.
+        place_of: each token.
+    """
+
+    token_of: Tensor
+    place_of: Tensor
+
+
+@kept_on_device
+def _places(chunks: Chunks) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    token_of = np.full(chunks.count * chunks.size, chunks.length)
+    borders = sorted({0, *chunks.starts, chunks.length})
+    for (start, stop), (chunk, _) in zip(pairwise(borders), chunks._stretches, strict=True):
+        first = chunk * chunks.size
+        token_of[first : first + stop - start] = np.arange(start, stop)
+    return token_of, np.flatnonzero(token_of < chunks.length)
 
 
 class ChunkedForm:

@@ -63,9 +63,10 @@ class CudaFlash(WindowedFlash):
         window: Window,
         block: BlockSpec,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        # Without dropout the generator state is not read, but the operator insists on tensors.
-        rng_state = torch.zeros(2, dtype=torch.uint64, device=q.device)
-        unused = torch.zeros((), dtype=torch.uint64, device=q.device)
+        # Without dropout the generator state is not read, but the operator insists on tensors; filling them is two
+        # launches.
+        rng_state = torch.empty(2, dtype=torch.uint64, device=q.device)
+        unused = torch.empty((), dtype=torch.uint64, device=q.device)
         dq, dk, dv = torch.ops.aten._flash_attention_backward.default(
             dout,
             q,

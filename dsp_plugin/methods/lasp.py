@@ -14,13 +14,15 @@ from collections.abc import Iterable
 from itertools import pairwise
 from typing import Any
 
-import torch
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 from dsp_plugin.comm.axis import Axis
 from dsp_plugin.comm.collectives import summed
 from dsp_plugin.comm.relayout import relayout, relayout_bytes
 from dsp_plugin.comm.wire import Sender
+from dsp_plugin.integers import kept_on_device
 from dsp_plugin.kernels.linear import attend, check, decay_of
 from dsp_plugin.kernels.linear_bidirectional import bidirectional
 from dsp_plugin.kernels.linear_chunks import Inputs
@@ -115,9 +117,14 @@ def _exchange_of(
     forgetful = tuple(bool(_local_starts(borders, layout, rank)) for rank in range(axis.size))
     if transition_bytes or g is None:
         return name, axis, forgetful, None, not transition_bytes
-    lengths = torch.tensor(layout.sizes, dtype=torch.float64, device=v.device)
+    (lengths,) = _lengths(layout.sizes, device=v.device)
     known = (g.detach().double().view(1, 1, -1, 1, 1) * lengths.view(-1, 1, 1, 1, 1)).exp()
     return name, axis, forgetful, known.to(dtype), False
+
+
+@kept_on_device
+def _lengths(sizes: tuple[int, ...]) -> tuple[NDArray[np.float64]]:
+    return (np.array(sizes, dtype=np.float64),)
 
 
 def _transition_bytes(decay: str, batch: int, heads: int, k_dim: int, itemsize: int) -> int:

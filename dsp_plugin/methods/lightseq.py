@@ -228,7 +228,7 @@ def _fetch(schedule: Schedule, step: int, sender: Sender, queries: _Side, keys: 
         for owner, side in zip(schedule.block(step, rank) or (), (queries, keys), strict=False)
         if owner != rank
     }
-    return Transfers(sends, receives, _BYTES.to(keys.inputs[0].device), "fetch", sender)
+    return Transfers(sends, receives, _no_bytes(keys), "fetch", sender)
 
 
 def _give_back(
@@ -241,7 +241,7 @@ def _give_back(
         for user, side in _users(schedule, step, sender.axis.rank, queries, keys)
         if side.results
     }
-    return Transfers(sends, receives, _BYTES.to(keys.inputs[0].device), "return", sender)
+    return Transfers(sends, receives, _no_bytes(keys), "return", sender)
 
 
 def _take_back(
@@ -260,7 +260,8 @@ def _add_to(totals: Bundle, parts: Bundle) -> None:
         total.add_(part)
 
 
-_BYTES = torch.empty(0, dtype=torch.uint8)
+def _no_bytes(side: _Side) -> Tensor:
+    return side.inputs[0].new_empty(0, dtype=torch.uint8)
 
 
 @lru_cache(maxsize=64)

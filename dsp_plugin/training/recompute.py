@@ -71,7 +71,7 @@ class Tape:
         kept = [tensor for call in self._calls for tensor in call.kept_tensors()]
         waiting = {id(each.block): each.block.nbytes for each in kept if isinstance(each, Handle)}
         storages = [tensor.untyped_storage() for tensor in kept if isinstance(tensor, Tensor)]
-        return sum(waiting.values()) + sum({each.data_ptr(): each.nbytes() for each in storages}.values())
+        return sum(waiting.values()) + sum({each._cdata: each.nbytes() for each in storages}.values())
 
 
 def keep_attention() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
@@ -338,7 +338,8 @@ def _places(entries: Inputs) -> dict[Place, int]:
 
 
 def _place(tensor: Tensor) -> Place:
-    return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
+    # The storage by its name, not by the address of its data: fake tensors, of dry runs, have none.
+    return tensor.untyped_storage()._cdata, tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype
 
 
 def _keep(
