@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 
@@ -93,9 +93,12 @@ def pack(tensors: Sequence[Tensor], routes: Sequence[Route], axis: Axis) -> Pack
         buffer = tensors[0].contiguous().view(-1)
     else:
         buffer = tensors[0].new_empty(sum(send_counts))
-        slots = buffer.split([prod(shape) for shape in shapes])
-        for (x, route, runs), shape, slot in zip(pieces, shapes, slots, strict=True):
-            _fill(slot.view(shape), x, route.scatter_dim, runs)
+        slots = [
+            slot.view(shape)
+            for slot, shape in zip(buffer.split([prod(shape) for shape in shapes]), shapes, strict=True)
+        ]
+        for index, (x, route) in enumerate(zip(tensors, routes, strict=True)):
+            _fill(slots[index :: len(tensors)], x, route)
     whole = [_with(x.shape, route.gather_dim, _length(route.gather)) for x, route in zip(tensors, routes, strict=True)]
     return Packed(buffer, send_counts, receive_counts, whole, arriving)
 
@@ -107,13 +110,12 @@ def assembled(received: Tensor, blocks: Sequence[list[Tensor]], routes: Sequence
 
 def lay(total: Tensor, blocks: Sequence[Tensor], route: Route, add: bool) -> None:
     """Copy what came from each rank to its place in ``total``, or add it there."""
-    dim = route.gather_dim
-    for block, runs in zip(blocks, route.gather, strict=True):
-        offset = 0
-        for run in runs:
-            target, source = run_of(total, dim, run), block.narrow(dim, offset, len(run))
-            target.add_(source) if add else target.copy_(source)
-            offset += len(run)
+    if not add and (at_once := _stacked(total, route.gather_dim, route.gather, blocks)) is not None:
+        places, stack = at_once
+        places.copy_(stack)
+        return
+    for target, source in _pairs(total, route.gather_dim, route.gather, blocks):
+        target.add_(source) if add else target.copy_(source)
 
 
 def consecutive(runs_by_rank: Sequence[Runs]) -> bool:
@@ -146,11 +148,52 @@ def _leads(shape: Sequence[int], dim: int, runs_by_rank: Sequence[Runs]) -> bool
     return prod(shape[:dim]) == 1 and consecutive(runs_by_rank) and shape[dim] == _length(runs_by_rank)
 
 
-def _fill(slot: Tensor, x: Tensor, dim: int, runs: Runs) -> None:
-    offset = 0
-    for run in runs:
-        slot.narrow(dim, offset, len(run)).copy_(run_of(x, dim, run))
-        offset += len(run)
+def _fill(slots: Sequence[Tensor], x: Tensor, route: Route) -> None:
+    if (at_once := _stacked(x, route.scatter_dim, route.scatter, slots)) is not None:
+        places, stack = at_once
+        stack.copy_(places)
+        return
+    for source, slot in _pairs(x, route.scatter_dim, route.scatter, slots):
+        slot.copy_(source)
+
+
+def _pairs(
+    x: Tensor, dim: int, runs_by_rank: Sequence[Runs], blocks: Sequence[Tensor]
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Every run of ``x`` with its part of its rank's block."""
+    for block, runs in zip(blocks, runs_by_rank, strict=True):
+        offset = 0
+        for run in runs:
+            yield run_of(x, dim, run), block.narrow(dim, offset, len(run))
+            offset += len(run)
+
+
+def _stacked(
+    x: Tensor, dim: int, runs_by_rank: Sequence[Runs], blocks: Sequence[Tensor]
+) -> tuple[Tensor, Tensor] | None:
+    """The ranks' runs of ``x`` as one tensor, and their blocks as another; None where they do not lie that evenly.
+
+    One copy then does for all ranks, which on a device are as many launches otherwise. Runs that are one stretch of
+    memory each are left alone: copying those one by one is faster.
+    """
+    if len(blocks) < 2 or prod(x.shape[:dim]) == 1 or any(len(runs) != 1 for runs in runs_by_rank):
+        return None
+    runs = [runs[0] for runs in runs_by_rank]
+    if len({(len(run), run.step) for run in runs}) > 1 or not blocks[0].numel():
+        return None
+    places, slots = [run.start for run in runs], [block.storage_offset() for block in blocks]
+    pace, gap = places[1] - places[0], slots[1] - slots[0]
+    if pace < 0 or any(
+        (place, slot) != (places[0] + rank * pace, slots[0] + rank * gap)
+        for rank, (place, slot) in enumerate(zip(places, slots, strict=True))
+    ):
+        return None
+    first, stride = run_of(x, dim, runs[0]), pace * x.stride(dim)
+    size = (len(blocks), *first.shape)
+    return (
+        first.as_strided(size, (stride, *first.stride()), first.storage_offset()),
+        blocks[0].as_strided(size, (gap, *blocks[0].stride()), blocks[0].storage_offset()),
+    )
 
 
 def _assemble(received: Tensor, blocks: list[Tensor], route: Route, single: bool) -> Tensor:

@@ -56,7 +56,7 @@ class MemoryConfig(BaseModel):
         offload: whether what activation checkpointing keeps waits in host memory for its backward pass; an amount, such
             as ``"40GiB"``, is the most host memory that a rank may use for it, and what is more stays on the device.
         attention_rounds: in how many rounds of heads Ulysses (and USP's inner part) exchanges and attends; an amount,
-            such as ``"2GiB"``, means as many as keep what a round gathers within it.
+            such as ``"2GiB"``, means as few as keep q, k, v and the output that a round gathers within it.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")

@@ -13,7 +13,8 @@ bytes per element, w those of a log-sum-exp: 8 for fp64, else 4.
 - Ulysses, and USP with N tokens in a Ulysses group (N = L for Ulysses), of which this rank attends with h query and k
   key/value heads: also q, k and v as gathered, for they came over the wire, and the output on both sides of its way
   back, ``B N (h (D e + Dv e + w) + k (D + Dv) e) + B n H Dv e``. Where everything divides, N h = n H and N k = n K. In
-  a group of one nothing travels, and it is as for Ring. A local kernel that pads values to D keeps its output so.
+  a group of one nothing travels, and it is as for Ring. A local kernel that pads values to D keeps its output so. In
+  rounds of heads it is the same sum.
 - LASP, with Hk query heads and K, V for key and value dims: the output and, on every rank but the first, the state that
   entered: ``B n H V e + B H K V w``. The final state too, if asked for: ``B H K V w``. With the exchange ``allgather``
   of P > 1 ranks also everyone's transition: ``P w`` times 0 for no decay, H for a decay per

@@ -80,7 +80,7 @@ def test_output_every_gradient_and_every_byte_are_those_of_the_formula(method: s
 @pytest.mark.parametrize(("method", "size"), [("ulysses", 2), ("ulysses", 3), ("ulysses", 4), ("usp", 4)])
 def test_the_whole_matrix(method: str, size: int, heads: tuple[int, int]) -> None:
     cases = in_all_rounds(method, size, heads, dtype=torch.float64)
-    if method == "ulysses" or cases:
+    if cases:
         verify(size, cases)
 
 
