@@ -102,126 +102,130 @@ def _routes(exchange: HeadExchange, rounds: HeadRounds, index: int) -> tuple[Rou
 
 
 class _Forward:
-    """The state of a forward pass between its nodes."""
+    """The state of a forward pass between its nodes, which are handed ``shared`` and hold it.
+
+    It must not hold it itself: where recomputation stops in the middle, only a garbage collector would free a circle.
+    """
 
     def __init__(self, shared: _Pass, q: Tensor, k: Tensor, v: Tensor) -> None:
-        self._shared = shared
         self._local: tuple[Tensor, ...] = (q, k, v)
         self._out: Tensor | None = None
         self._shape = [*q.shape[:-1], v.shape[-1]]
         self._kv: list[Tensor] = []
         self._computed: Tensor | None = None
         self._back: Flight | None = None
-        self._next: Flight | None = self._gather(0)
+        self._next: Flight | None = self._gather(shared, 0)
 
-    def _gather(self, index: int) -> Flight | None:
-        routes = self._shared.routes
-        if index == len(routes):
+    def _gather(self, shared: _Pass, index: int) -> Flight | None:
+        if index == len(shared.routes):
             self._local = ()
             return None
-        return self._shared.start(self._local, routes[index])
+        return shared.start(self._local, shared.routes[index])
 
-    def attend(self, index: int) -> tuple[Tensor, ...]:
+    def attend(self, shared: _Pass, index: int) -> tuple[Tensor, ...]:
         """Round ``index``: its gathered q, k, v, out and lse."""
-        shared, rank = self._shared, self._shared.sender.axis.rank
         flight, self._next = self._next, None
         assert flight is not None
-        self._send_back(index - 1)
+        self._send_back(shared, index - 1)
         q, *kv = flight.land()
         # Its buffers are free before those of the next are made, which needs no longer than this round computes.
         del flight
-        self._next = self._gather(index + 1)
-        if shared.rounds.arriving[index][rank]:
+        self._next = self._gather(shared, index + 1)
+        if shared.rounds.arriving[index][shared.sender.axis.rank]:
             self._kv = kv
         k, v = self._kv
         self._computed, lse = shared.inside.forward(q, k, v, shared.calls[index])
         return q, k, v, self._computed, lse
 
-    def _send_back(self, index: int) -> None:
+    def _send_back(self, shared: _Pass, index: int) -> None:
         """Only once the round's node has saved what it needs: recomputation may stop there."""
         if index < 0:
             return
         out, self._computed = self._computed, None
         assert out is not None
-        self._land(index - 1)
-        self._back = self._shared.start((out,), (self._shared.routes[index][0].inverse(),))
+        self._land(shared, index - 1)
+        self._back = shared.start((out,), (shared.routes[index][0].inverse(),))
 
-    def _land(self, index: int) -> None:
+    def _land(self, shared: _Pass, index: int) -> None:
         flight, self._back = self._back, None
         if flight is None:
             return
         arrived = flight.wait()[0]
         if self._out is None:
             self._out = arrived[0].new_empty(self._shape)
-        lay(self._out, arrived, self._shared.routes[index][0].inverse(), add=False)
+        lay(self._out, arrived, shared.routes[index][0].inverse(), add=False)
 
-    def finish(self) -> Tensor:
+    def finish(self, shared: _Pass) -> Tensor:
         """The output of all rounds."""
-        last = len(self._shared.routes) - 1
-        self._send_back(last)
-        self._land(last)
+        last = len(shared.routes) - 1
+        self._send_back(shared, last)
+        self._land(shared, last)
         assert self._out is not None
         return self._out
 
 
 class _Backward:
-    """The state of a backward pass between its nodes."""
+    """The state of a backward pass between its nodes, likewise."""
 
     def __init__(self, shared: _Pass, dout: Tensor) -> None:
-        self._shared, self._sender = shared, shared.sender.backward()
+        self._sender = shared.sender.backward()
         # Packed at once, for then its memory is free before the last round, and round by round after that.
         self._leaving = [pack((dout,), of_round[:1], self._sender.axis) for of_round in shared.routes]
         self._shared_kv: list[Tensor] = []
         self._back: list[Flight] = []
-        self._next = self._gather(len(shared.routes) - 1)
+        self._next = self._gather(shared, len(shared.routes) - 1)
 
-    def _gather(self, index: int) -> Flight | None:
-        return Flight(self._leaving.pop(), self._shared.routes[index][:1], self._sender) if self._leaving else None
+    def _gather(self, shared: _Pass, index: int) -> Flight | None:
+        return Flight(self._leaving.pop(), shared.routes[index][:1], self._sender) if self._leaving else None
 
-    def differentiate(self, index: int, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor) -> None:
+    def differentiate(
+        self, shared: _Pass, index: int, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
+    ) -> None:
         """Round ``index``; rounds come from the last to the first."""
-        shared, flight, self._next = self._shared, self._next, None
+        flight, self._next = self._next, None
         assert flight is not None
         (dout,) = flight.land()
         del flight
-        self._next = self._gather(index - 1)
+        self._next = self._gather(shared, index - 1)
         dq, *dkv = shared.inside.backward(dout, q, k, v, out, lse, shared.calls[index])
         del dout
         if self._back:
             # Frees what was sent, and keeps what came.
             self._back[-1].wait()
-        home = self._of_kv(index, dkv)
+        home = self._of_kv(dkv, last=bool(shared.rounds.arriving[index][self._sender.axis.rank]))
         routes = [route.inverse() for route in shared.routes[index]]
         packed = pack([dq.to(q.dtype), *(x.to(k.dtype) for x in home)][: len(routes)], routes, self._sender.axis)
         # Before there is room for what arrives.
         del dq, home
         self._back.append(Flight(packed, routes, self._sender))
 
-    def _of_kv(self, index: int, found: list[Tensor]) -> list[Tensor]:
-        """The gradients of keys and values that go home with this round; takes all that was ``found``."""
-        shared, rank = self._shared, self._sender.axis.rank
+    def _of_kv(self, found: list[Tensor], last: bool) -> list[Tensor]:
+        """The gradients of keys and values that go home with this round; takes all that was ``found``.
+
+        Args:
+            last: no round to come uses the same keys.
+        """
         for which, total in enumerate(self._shared_kv):
             wide = accumulation_dtype(total.dtype)
             found[which] = self._shared_kv[which] = total.to(wide).add_(found[which])
         home = list(found)
         found.clear()
-        if shared.rounds.arriving[index][rank]:
+        if last:
             self._shared_kv = []
             return home
         self._shared_kv = home
         return [x[:, :, :0] for x in home]
 
-    def finish(self) -> tuple[Tensor, ...]:
+    def finish(self, shared: _Pass) -> tuple[Tensor, ...]:
         """The gradients of q, k and v."""
-        shared = self._shared
         arrived = [flight.wait() for flight in self._back]
         self._back = []
         routes = [[route.inverse() for route in of_round] for of_round in reversed(shared.routes)]
+        part = shared.rounds.part
         totals = []
-        for which in range(3):
-            heads = shared.rounds.part.heads if which == 0 else shared.rounds.part.kv_heads
+        for which, heads in enumerate((part.heads, part.kv_heads, part.kv_heads)):
             # Several ranks have a part of the gradient of a key/value head that all of them needed.
-            add = which > 0 and sum(map(len, shared.rounds.part.keys)) > heads
+            add = which > 0 and sum(map(len, part.keys)) > heads
             blocks = [
                 (of_round[which], way[which]) for of_round, way in zip(arrived, routes, strict=True) if which < len(way)
             ]
@@ -245,7 +249,7 @@ class _Enter(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, _token: Tensor) -> tuple[Tensor | None, ...]:
         returning, ctx.shared.returning = ctx.shared.returning, None
-        return None, *returning.finish()
+        return None, *returning.finish(ctx.shared)
 
 
 class _Round(torch.autograd.Function):
@@ -253,13 +257,13 @@ class _Round(torch.autograd.Function):
     def forward(ctx: Any, shared: _Pass, index: int, token: Tensor) -> Tensor:
         ctx.shared, ctx.index = shared, index
         assert shared.going is not None
-        ctx.save_for_backward(*shared.going.attend(index))
+        ctx.save_for_backward(*shared.going.attend(shared, index))
         return token.new_empty(0)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, token: Tensor) -> tuple[Tensor | None, ...]:
-        ctx.shared.returning.differentiate(ctx.index, *ctx.saved_tensors)
+        ctx.shared.returning.differentiate(ctx.shared, ctx.index, *ctx.saved_tensors)
         return None, None, token
 
 
@@ -269,7 +273,7 @@ class _Leave(torch.autograd.Function):
         ctx.shared = shared
         going, shared.going = shared.going, None
         assert going is not None
-        return going.finish()
+        return going.finish(shared)
 
     @staticmethod
     @once_differentiable
