@@ -179,10 +179,13 @@ def _widths(mlp: nn.Module) -> list[int]:
     """Features of what each projection returns."""
     found = []
     for module in mlp.modules():
-        # Transformers' Conv1D calls them nf. Wrappers of adapters have no weight of their own.
-        width = getattr(module, "out_features", getattr(module, "nf", None))
-        if isinstance(width, int) and module._parameters.get("weight") is not None:
-            found.append(width)
+        # Wrappers of adapters have no weight of their own.
+        weight = module._parameters.get("weight")
+        if weight is not None:
+            shape = getattr(weight, "ds_shape", weight.shape)
+            # Transformers' Conv1D calls them nf; weights of norms have one dim.
+            width = getattr(module, "out_features", getattr(module, "nf", shape[0] if len(shape) > 1 else None))
+            found += [width] if isinstance(width, int) else []
     return found
 
 

@@ -39,6 +39,7 @@ class GridCase:
         recompute: what checkpointed layers do with attention; None for layers that are not checkpointed.
         tied: the head of the pipeline has the weights of the embedding.
         loader: the engine makes its own loader, of a dataset.
+        tiles: in which MLPs are computed.
     """
 
     kind: str
@@ -48,11 +49,13 @@ class GridCase:
     recompute: str | None = None
     tied: bool = False
     loader: bool = False
+    tiles: int = 1
 
     @property
     def name(self) -> str:
         """Names the case in results and test ids."""
         extras = [f"gas{self.accumulation}", self.recompute or "", "tied" * self.tied, "loader" * self.loader]
+        extras += [f"tiles{self.tiles}"] * (self.tiles > 1)
         return "-".join([self.kind, self.method, f"zero{self.zero}", *filter(None, extras)])
 
     def section(self) -> dict[str, Any]:
@@ -60,6 +63,8 @@ class GridCase:
         section: dict[str, Any] = {"method": self.method, "size": SIZE}
         if self.recompute:
             section["recompute"] = self.recompute
+        if self.tiles > 1:
+            section["memory"] = {"mlp_tiles": self.tiles}
         if self.kind == "pipeline":
             section |= {
                 "attention": ["*.layer.mixer" if self.method == "lasp" else "*.attn"],
@@ -102,9 +107,11 @@ def cases() -> list[tuple[GridCase, bool]]:
     ]
     tensors = [GridCase("autotp", method, zero, accumulation=2) for method in SOFTMAX for zero in range(4)]
     covering = {(method, index % 4) for index, method in enumerate(SOFTMAX)}
+    tiled = [GridCase("autotp", "ring", zero, accumulation=2, tiles=3) for zero in range(4)]
     return [
         *((case, case.zero == 1 or case.tied) for case in pipelines),
         *((case, (case.method, case.zero) in covering) for case in tensors),
+        *((case, False) for case in tiled),
     ]
 
 

@@ -151,6 +151,13 @@ KINDS = {
         ),
     ),
     "llama": Kind(llama, _unshifted, layers=lambda model: model.model.layers, tolerance=2e-6),
+    "tiled": Kind(
+        llama,
+        _unshifted,
+        settings={"memory": {"mlp_tiles": 3}},
+        layers=lambda model: model.model.layers,
+        tolerance=2e-6,
+    ),
 }
 
 

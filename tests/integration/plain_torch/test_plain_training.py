@@ -18,6 +18,7 @@ COVERING = {
         Case("batch", "ring", 2, "ddp", unused=True),
         Case("plan", "dsp", 2, "fsdp", checkpointed=True),
         Case("llama", "ulysses", 2, "fsdp first"),
+        Case("tiled", "ring", 2, "fsdp", checkpointed=True),
     ],
     4: [
         Case("batch", "usp", 4, "hsdp", accumulate=2),
@@ -34,6 +35,9 @@ OTHERS = {
         *(Case("plan", "dsp", 2, wrap) for wrap in ("ddp", "fsdp first")),
         Case("batch", "ring", 2, "fsdp", accumulate=2, checkpointed=True),
         *(Case(kind, method, 2, "fsdp", bf16=True) for kind, method in (("batch", "ring"), ("llama", "ulysses"))),
+        *(Case("tiled", "ring", 2, wrap, accumulate=2) for wrap in ("ddp", "fsdp first")),
+        *(Case("tiled", "ulysses", 2, wrap, checkpointed=True) for wrap in ("ddp first", "fsdp first")),
+        Case("tiled", "ring", 2, "fsdp", bf16=True),
     ],
     4: [
         *(Case("batch", method, 4, wrap) for method in ("ring", "ulysses", "usp") for wrap in ("ddp", "fsdp")),

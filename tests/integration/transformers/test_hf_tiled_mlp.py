@@ -4,22 +4,31 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Iterable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from copy import deepcopy
 from typing import Any
 
 import families
+import peft
 import pytest
 import torch
+import torch.distributed as dist
 import transformers
 from families import RESULTS, read
 from hf_models import LENGTH, MICRO
 from hf_tiled import COUNTED, COVERING, TILED, train_alone
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
-from dsp_plugin import SequenceParallelConfig, SequenceParallelConfigError
-from dsp_plugin.patches.transformers import tiny, trials
+from dsp_plugin import (
+    SequenceParallelConfig,
+    SequenceParallelConfigError,
+    SequenceParallelGroups,
+    UnsupportedError,
+)
+from dsp_plugin.patches.transformers import ShardedCausalLM, tiny, trials
 from dsp_plugin.patches.transformers.checks import checked_section
 from dsp_plugin.patches.transformers.tiled_mlp import DROPOUT_RATES, KNOWN, TiledMLP, mlps_of, tile_mlps
 
@@ -47,9 +56,9 @@ COVERED = ("gpt2", "llama", "longcat_flash", "moshi", "qwen2_moe")
 TILES = 3
 
 
-def tiled_config(tiles: int | str = TILES) -> SequenceParallelConfig:
+def tiled_config(tiles: int | str = TILES, single: bool = False) -> SequenceParallelConfig:
     memory = tiles if tiles == "auto" else {"mlp_tiles": tiles}
-    return SequenceParallelConfig(**SECTION, memory=memory)
+    return SequenceParallelConfig(**SECTION | ({"size": 1} if single else {}), memory=memory)
 
 
 def tiny_model(family: str, **changes: Any) -> Any:
@@ -134,6 +143,114 @@ def test_known_classes_are_those_of_the_families() -> None:
     for kind in seen:
         rates = re.findall(r"functional\.dropout\([^)]*p=self\.(\w+)", inspect.getsource(kind))
         assert set(rates) <= set(DROPOUT_RATES), kind
+
+
+def llama(**changes: Any) -> Any:
+    return tiny_model("llama", **changes)
+
+
+def adapted(kind: type[Any], **settings: Any) -> Any:
+    return peft.get_peft_model(llama(), kind(target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM", **settings))
+
+
+DRAWING: dict[str, tuple[Callable[[], Any], float]] = {
+    "a module": (lambda: tiny_model("gpt2", resid_pdrop=0.1), 0.1),
+    "a function": (lambda: tiny_model("starcoder2", residual_dropout=0.2), 0.2),
+    "LoRA's": (lambda: adapted(peft.LoraConfig, lora_dropout=0.3), 0.3),
+    "LoKr's": (lambda: adapted(peft.LoKrConfig, module_dropout=0.4), 0.4),
+    "OFT's": (lambda: adapted(peft.OFTConfig, r=0, oft_block_size=4, module_dropout=0.25), 0.25),
+}
+
+
+@pytest.mark.parametrize("name", DRAWING)
+def test_what_drops_is_refused(name: str) -> None:
+    """Before the first step; under "auto" it is left whole while it trains."""
+    build, rate = DRAWING[name]
+    model = build()
+    with pytest.raises(SequenceParallelConfigError, match=rf"memory.mlp_tiles=3.*at a rate of {rate}"):
+        checked_section(model, {**SECTION, "memory": {"mlp_tiles": TILES}})
+    checked_section(model, {**SECTION, "memory": "auto"})
+
+
+def test_what_drops_only_later_is_refused_then() -> None:
+    model = tiny_model("gpt2")
+    put(model)
+    batch = trials.batches(model, "tokens")[0]
+    model.transformer.h[1].mlp.dropout.p = 0.1
+    with pytest.raises(UnsupportedError, match=r"memory.mlp_tiles=3.*GPT2MLP drops features at a rate of 0.1"):
+        model(**batch)
+    model.eval()(**batch)
+
+
+def test_auto(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whole where it is small; else as few tiles as do, of what three times the projections' outputs take."""
+    model = llama()
+    sizes = put(model, "auto")
+    batch = trials.batches(model, "tokens")[0]
+    tokens = batch["input_ids"].numel()
+    mlp = model.model.layers[0].mlp
+    of_token = 3 * (2 * mlp.up_proj.out_features + mlp.down_proj.out_features) * 8
+    wanted = model(**batch).loss
+    assert sizes == [tokens] * 2
+    sizes.clear()
+    monkeypatch.setattr("dsp_plugin.patches.transformers.tiled_mlp.AUTO_MLP_BYTES", 10 * of_token)
+    assert torch.allclose(model(**batch).loss, wanted, rtol=1e-12)
+    assert sizes == [10, 10, 10, 10, tokens - 40] * 2
+
+
+def test_auto_leaves_whole_what_drops(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("gpt2", resid_pdrop=0.1)
+    sizes = put(model, "auto")
+    monkeypatch.setattr("dsp_plugin.patches.transformers.tiled_mlp.AUTO_MLP_BYTES", 1)
+    batch = trials.batches(model, "tokens")[0]
+    tokens = batch["input_ids"].numel()
+    model(**batch)
+    assert set(sizes) == {tokens}
+    sizes.clear()
+    model.eval()(**batch)
+    assert set(sizes) == {1}
+
+
+def test_generation_copies_and_removal_are_the_models_own() -> None:
+    model = llama()
+    sharded = ShardedCausalLM(model, tiled_config(single=True), SequenceParallelGroups.single())
+    sizes: list[int] = []
+    for layer in model.model.layers:
+        note(vars(layer.mlp)["forward"]._call, sizes)
+    batch = trials.batches(model, "tokens")[0]
+    tokens = batch["input_ids"].numel()
+    model(**batch)
+    assert max(sizes) == -(-tokens // TILES)
+    sizes.clear()
+    model.generate(batch["input_ids"], max_new_tokens=2, do_sample=False)
+    assert sorted(sizes) == [len(batch["input_ids"])] * 2 + [tokens] * 2
+    sizes.clear()
+    deepcopy(model)(**batch)
+    sharded.remove()
+    model(**batch)
+    assert sizes == []
+    assert not any("forward" in vars(module) for module in model.modules())
+
+
+def test_weights_that_are_gathered_within_are_refused() -> None:
+    """As `fully_shard` on projections has it; on a mesh of one rank here."""
+    model = llama()
+    put(model)
+    with single_rank():
+        mesh = init_device_mesh("cpu", (1,))
+        fully_shard(model.model.layers[1].mlp.up_proj, mesh=mesh)
+        with pytest.raises(UnsupportedError, match=r"LlamaMLP=3: this rank has a part of up_proj.weight.*fully_shard"):
+            model(**trials.batches(model, "tokens")[0])
+
+
+@contextmanager
+def single_rank() -> Iterator[None]:
+    """A world of one, in this process."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
 
 
 def covering(names: Iterable[str]) -> list[Any]:
