@@ -49,7 +49,7 @@ def offload_for(setting: bool | int | Literal["auto"], axis: Axis) -> Offload | 
 
 def local_ranks() -> int:
     """Ranks on this machine, as launchers tell; 1 where none does."""
-    for name in ("LOCAL_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "SLURM_NTASKS_PER_NODE"):
+    for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "SLURM_NTASKS_PER_NODE"):
         value = os.environ.get(name, "")
         if value.isdecimal() and int(value) > 0:
             return int(value)
