@@ -12,7 +12,8 @@ import torch
 from dsp_plugin.comm.axis import Axis
 from dsp_plugin.comm.consent import go_on
 from dsp_plugin.errors import SequenceParallelConfigError
-from dsp_plugin.training.offload import SETTING, Offload
+from dsp_plugin.training.host_blocks import SETTING
+from dsp_plugin.training.offload import Offload
 
 _MEMINFO, _CGROUP = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
 

@@ -46,6 +46,8 @@ MATRIX = [
     Case(way, stage, recompute, method)
     for way in ("torch, non-reentrant", "torch, reentrant", "deepspeed", "deepspeed, non-reentrant")
     for stage, recompute, method in ((3, "full", "ring"), (2, "keep_attention", "ulysses"), (0, "full", "lightseq"))
+    # DeepSpeed's own fails under ZeRO 3 without us, too: it unpacks weights that were gathered for the first run.
+    if (way, stage) != ("deepspeed, non-reentrant", 3)
 ]
 
 
