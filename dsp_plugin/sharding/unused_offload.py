@@ -10,7 +10,8 @@ from torch import nn
 
 from dsp_plugin.errors import UnsupportedError
 from dsp_plugin.sharding.wrappers import uncompiled
-from dsp_plugin.training.offload import SETTING, Offload
+from dsp_plugin.training.host_blocks import SETTING
+from dsp_plugin.training.offload import Offload
 
 
 def refuse_unused(module: nn.Module, offload: Offload) -> Callable[[], None]:

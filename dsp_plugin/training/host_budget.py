@@ -12,7 +12,8 @@ import torch
 from dsp_plugin.comm.axis import Axis
 from dsp_plugin.comm.consent import go_on
 from dsp_plugin.errors import SequenceParallelConfigError
-from dsp_plugin.training.offload import SETTING, Offload
+from dsp_plugin.training.host_blocks import SETTING
+from dsp_plugin.training.offload import Offload
 
 _MEMINFO, _CGROUP = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
 
@@ -49,7 +50,7 @@ def offload_for(setting: bool | int | Literal["auto"], axis: Axis) -> Offload | 
 
 def local_ranks() -> int:
     """Ranks on this machine, as launchers tell; 1 where none does."""
-    for name in ("LOCAL_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "SLURM_NTASKS_PER_NODE"):
+    for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "SLURM_NTASKS_PER_NODE"):
         value = os.environ.get(name, "")
         if value.isdecimal() and int(value) > 0:
             return int(value)

@@ -27,10 +27,12 @@ def line(record: StepRecord) -> str:
     longest, waiter = record.waiting_most
     peak, holder = record.memory_most
     sent = ", ".join(f"{name} {in_units(size)}" for name, size in record.sent.items() if size) or "nothing"
+    waits = f" | checkpoints on the host {in_units(record.on_host)}" if record.on_host else ""
     return (
         f"step {record.step} | {loss}{record.seconds:.3f} s | {record.tokens_per_second:,.0f} tokens/s | "
         f"{record.tflops:.3g} TFLOP/s a rank{mfu} | waited {record.waiting:.3f} s for communication "
         f"(rank {waiter}: {longest:.3f} s) | sent by a rank: {sent} | peak memory {in_units(peak)} (rank {holder})"
+        f"{waits}"
     )
 
 
@@ -48,6 +50,8 @@ def scalars(record: StepRecord) -> dict[str, float]:
         **{f"sent_bytes/{name}": size for name, size in record.sent.items()},
         **{f"peak_memory_bytes/rank_{rank}": float(size) for rank, size in enumerate(record.memory)},
     }
+    if record.on_host:
+        values["host_checkpoint_bytes_most"] = float(record.on_host)
     if record.loss is not None:
         values["loss"] = record.loss
     if record.mfu is not None:

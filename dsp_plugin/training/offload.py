@@ -25,9 +25,8 @@ from dsp_plugin.comm.axis import Axis
 from dsp_plugin.comm.consent import go_on
 from dsp_plugin.errors import SequenceParallelConfigError
 from dsp_plugin.training.extents import in_backward
-from dsp_plugin.training.host_copies import Copies, Copy, HostPool, Lease, copies_of
-
-SETTING = "memory.offload"
+from dsp_plugin.training.host_blocks import SETTING, Arrival, Block, Tally, span
+from dsp_plugin.training.host_copies import Copies, HostPool, Lease, copies_of
 
 
 class Counts(NamedTuple):
@@ -83,7 +82,7 @@ class Offload:
     ) -> None:
         self.pool = HostPool(limit)
         self.floor, self.auto = floor, auto
-        self.stayed = self.moved = self.stretches = 0
+        self.tally, self.stretches = Tally(), 0
         self.copies = copies
         self._axis = axis
         self._flying: list[weakref.ref[Block]] = []
@@ -96,7 +95,9 @@ class Offload:
 
     def counts(self) -> Counts:
         """What there is now."""
-        return Counts(self.pool.used, self.pool.peak, self.pool.held, self.stayed, self.moved, self.stretches)
+        return Counts(
+            self.pool.used, self.pool.peak, self.pool.held, self.tally.stayed, self.tally.moved, self.stretches
+        )
 
     def stretch(self, inputs: Iterable[Any]) -> Stretch | None:
         """A checkpoint begins, of which these inputs are kept; None for one that runs in a backward pass.
@@ -156,7 +157,8 @@ class Offload:
             found = shared.block()
             if found is not None and found.covers(tensor):
                 return found
-        block = Block(self, tensor, copies)
+        nbytes = span(tensor) * tensor.element_size()
+        block = Block(tensor, copies, self.lease(nbytes, copies), self.tally)
         self._flying.append(weakref.ref(block))
         known, address = self._known, storage._cdata
         self._known[address] = _Shared(weakref.ref(storage, lambda _: known.pop(address, None)), weakref.ref(block))
@@ -220,7 +222,7 @@ class Stretch:
 
     def __init__(self, offload: Offload, before: Stretch | None) -> None:
         self.before = None if before is None else weakref.ref(before)
-        self.arrived: dict[Block, _Arrival] = {}
+        self.arrived: dict[Block, Arrival] = {}
         self._offload = offload
         # Only what handles hold is there to be fetched.
         self._blocks: weakref.WeakSet[Block] = weakref.WeakSet()
@@ -259,14 +261,14 @@ class Stretch:
             block.check()
             return block.here
         if block not in self.arrived:
-            self.arrived[block] = _Arrival(block)
+            self.arrived[block] = Arrival(block)
         return self.arrived[block].flat()
 
-    def fetch(self, there: dict[Block, _Arrival]) -> None:
+    def fetch(self, there: dict[Block, Arrival]) -> None:
         """Begin to bring back all that is not here; what is ``there`` already is shared."""
         for block in self._blocks:
             if block.here is None and block not in self.arrived:
-                self.arrived[block] = there[block] if block in there else _Arrival(block)
+                self.arrived[block] = there[block] if block in there else Arrival(block)
 
     @contextmanager
     def running(self) -> Iterator[None]:
@@ -314,108 +316,6 @@ class Handle:
 def unpack(kept: Handle | Tensor) -> Tensor:
     """What was packed."""
     return kept.tensor() if isinstance(kept, Handle) else kept
-
-
-class Block:
-    """A run of a storage's bytes, on the device, on the host, or between."""
-
-    _lease: Lease | None = None
-    _copy: Copy | None = None
-    _counted = 0
-
-    def __init__(self, offload: Offload, tensor: Tensor, copies: Copies) -> None:
-        self.copies, self.start = copies, tensor.storage_offset()
-        self.dtype, self.device = tensor.dtype, tensor.device
-        self.span = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-        self.nbytes = self.span * tensor.element_size()
-        self._offload, self._version, self._cdata = offload, tensor._version, tensor.untyped_storage()._cdata
-        self._storage_bytes = tensor.untyped_storage().nbytes()
-        with torch.no_grad():
-            self.here: Tensor | None = tensor.detach().as_strided((self.span,), (1,), self.start)
-        self._lease = offload.lease(self.nbytes, copies)
-        if self._lease is None:
-            self._count()
-            return
-        offload.moved += self.nbytes
-        if copies.moves:
-            with torch.no_grad():
-                self._copy = copies.start(self.here, self.there())
-
-    def there(self) -> Tensor:
-        """[span], on the host."""
-        assert self._lease is not None, "it stays on the device"
-        assert self._lease.buffer is not None, "nothing moves"
-        return self._lease.buffer[: self.nbytes].view(self.dtype)
-
-    def covers(self, tensor: Tensor) -> bool:
-        """Whether the bytes of a tensor are among these, unchanged."""
-        if tensor.untyped_storage()._cdata != self._cdata or tensor.dtype != self.dtype:
-            return False
-        span = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-        start = tensor.storage_offset()
-        return tensor._version == self._version and self.start <= start and start + span <= self.start + self.span
-
-    def leave(self) -> None:
-        """The device's bytes go, once their copy is done."""
-        if self._copy is None:
-            return
-        assert self.here is not None
-        self.check()
-        self._copy.join()
-        self._copy = None
-        if self.here.untyped_storage().nbytes() != self._storage_bytes:
-            # Somebody freed the storage behind everyone's back, to fill it again before the backward pass, as
-            # Megatron's CheckpointWithoutOutput does. What was copied may be anything.
-            self._stay()
-        else:
-            self.here = None
-
-    def check(self) -> None:
-        """That nobody changed the bytes that are here."""
-        if self.here is not None and self.here._version != self._version:
-            raise RuntimeError(
-                f"a tensor that activation checkpointing keeps ({self.span} elements of "
-                f"{str(self.dtype).removeprefix('torch.')}) was changed in place (version {self._version}, now "
-                f"{self.here._version}) while {SETTING} copied it to host memory. Use an operation that is not in "
-                "place, or put it before the checkpoint."
-            )
-
-    def _stay(self) -> None:
-        self._offload.moved -= self.nbytes
-        self._lease = None
-        self._count()
-
-    def _count(self) -> None:
-        self._offload.stayed += self.nbytes
-        self._counted = self.nbytes
-
-    def __del__(self) -> None:
-        self._offload.stayed -= self._counted
-        if self._copy is not None:
-            # Nobody will read the copy, but its source must be there until it is done.
-            self._copy.join()
-
-
-class _Arrival:
-    """A block's bytes on their way back."""
-
-    _copy: Copy | None = None
-
-    def __init__(self, block: Block) -> None:
-        with torch.no_grad():
-            self._flat = torch.empty(block.span, dtype=block.dtype, device=block.device)
-            self._copy = block.copies.start(block.there(), self._flat)
-
-    def flat(self) -> Tensor:
-        """[span], for what is computed from now on."""
-        if self._copy is not None:
-            self._copy.join()
-            self._copy = None
-        return self._flat
-
-    def __del__(self) -> None:
-        if self._copy is not None:
-            self._copy.join()
 
 
 _in_force: list[Offload] = []

@@ -19,6 +19,7 @@ import torch.distributed as dist
 
 from dsp_plugin.comm.ledger import Ledger, ledger
 from dsp_plugin.comm.meter import Meter, meter
+from dsp_plugin.training.offload import in_force
 
 OTHER = "other"
 # Dense 16-bit peaks in TFLOP/s by what a device's name contains, from NVIDIA's data sheets; the first that fits counts.
@@ -52,6 +53,7 @@ class StepRecord:
         waiting_most: the longest, and the rank.
         sent: bytes that leave a rank, mean over ranks, by method.
         memory: peak bytes of each rank since the last record: device memory, on CPU resident memory since the start.
+        on_host: bytes of checkpoints in host memory, at most so far, of the rank with the most; 0 without an offload.
     """
 
     step: int
@@ -64,6 +66,7 @@ class StepRecord:
     waiting_most: tuple[float, int]
     sent: dict[str, float]
     memory: tuple[int, ...]
+    on_host: int = 0
 
     @property
     def memory_most(self) -> tuple[int, int]:
@@ -153,7 +156,8 @@ class StepLog:
         seconds = (time.perf_counter() - self._started) / self._steps
         losses = torch.stack(self._losses).sum(0).tolist() if self._losses else [0.0, 0.0]
         counted = [float(self._meter.tokens), float(self._parameters), float(self._meter.attention_flops)]
-        rows = _gathered([*losses, *counted, self._meter.waited(), float(_peak_memory()), *self._sent()])
+        memory = [float(_peak_memory()), float(_most_on_host())]
+        rows = _gathered([*losses, *counted, self._meter.waited(), *memory, *self._sent()])
         loss_sum, weight = (sum(row[place] for row in rows) for place in (0, 1))
         # Of a pipeline, the first stage alone sees tokens come in.
         tokens = max(row[2] for row in rows) / self._steps
@@ -170,10 +174,11 @@ class StepLog:
             waiting=sum(waits) / len(waits),
             waiting_most=(max(waits), waits.index(max(waits))),
             sent={
-                name: sum(row[7 + place] for row in rows) / len(rows) / self._steps
+                name: sum(row[8 + place] for row in rows) / len(rows) / self._steps
                 for place, name in enumerate(self._methods)
             },
             memory=tuple(int(row[6]) for row in rows),
+            on_host=max(int(row[7]) for row in rows),
         )
 
     def _sent(self) -> list[float]:
@@ -206,6 +211,11 @@ def _peak_memory() -> int:
         return int(torch.cuda.max_memory_allocated())
     # Linux counts in KiB.
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _most_on_host() -> int:
+    offload = in_force()
+    return 0 if offload is None else offload.counts().host_peak
 
 
 def _gathered(mine: list[float]) -> list[list[float]]:

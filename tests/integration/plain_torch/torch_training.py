@@ -27,6 +27,7 @@ class Case:
     Attributes:
         wrap: "ddp" or "fsdp"; "hsdp" over a mesh of two dims; with "first" before the model is sharded, else after.
         accumulate: micro steps of an optimizer step; all but the last without communication.
+        offload: whether checkpoints wait in host memory.
     """
 
     kind: str
@@ -38,9 +39,10 @@ class Case:
     unused: bool = False
     reshard: bool = True
     bf16: bool = False
+    offload: bool = False
 
     def __str__(self) -> str:
-        flags = [name for name in ("checkpointed", "unused", "bf16") if getattr(self, name)]
+        flags = [name for name in ("checkpointed", "unused", "bf16", "offload") if getattr(self, name)]
         flags += ["kept"] * (not self.reshard) + [f"accumulate{self.accumulate}"] * (self.accumulate > 1)
         return "-".join([self.kind, self.method, f"sp{self.size}", *self.wrap.split(), *flags])
 
@@ -70,7 +72,8 @@ class Trained:
 def shard(case: Case, model: nn.Module) -> SequenceParallelGroups:
     """What a script adds."""
     kind = KINDS[case.kind]
-    config = SequenceParallelConfig(method=case.method, size=case.size, quiet=True, **kind.settings)
+    memory = {"offload": case.offload}
+    config = SequenceParallelConfig(method=case.method, size=case.size, quiet=True, memory=memory, **kind.settings)
     groups = SequenceParallelGroups.build(config)
     parallelize(model, kind.plan, config=config, groups=groups)
     return groups
