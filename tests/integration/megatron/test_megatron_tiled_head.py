@@ -113,6 +113,7 @@ COMBINATIONS = {
         2,
         f"{TP2} --sequence-parallel --mask-newlines {PER_TOKEN} {MULTI_TOKEN}",
     ),
+    "mtp, pp2": (2, f"{PP2} {MULTI_TOKEN}"),
     "mtp, pp2, untied": (2, f"{PP2} {UNTIED} {MULTI_TOKEN}"),
 }
 
