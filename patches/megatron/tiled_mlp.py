@@ -23,7 +23,6 @@ from dsp_plugin.patches.megatron.versions import DISTRIBUTION, SUPPORTED
 from dsp_plugin.patches.patch import Patch
 from dsp_plugin.tiles.mlp import AUTO_MLP_BYTES, bytes_of_token, tile_count, tiled
 
-
 _MLP = "megatron.core.transformer.mlp:MLP"
 
 
