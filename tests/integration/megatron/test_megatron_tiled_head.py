@@ -14,7 +14,8 @@ from megatron_runs import CP2, CP4, PP2, TP2, VPP2, Run, assert_parity, assert_w
 from dsp_plugin.spawn import spawn
 
 pytestmark = [pytest.mark.timeout(400), EVERY]
-TILES = ("--sp-memory", '{"tile_tokens": 13}')
+# MLPs come in tiles, too, which test_megatron_tiled_mlp.py has the rest of.
+TILES = ("--sp-memory", '{"tile_tokens": 13, "mlp_tiles": 3}')
 MODELS = Path(__file__).with_name("other_models.py")
 # What a rank sends of a token: its statistics of the logits, in fp64 as everything in that step; or what it predicts.
 STATISTICS, PREDICTION = 24, 12
