@@ -6,7 +6,7 @@ any other, and their gradients come out once: hooks on parameters fire once, and
 
 `tiled_loss` adds losses up, so that gradients are known but for a factor and are computed along with the losses: three
 products with the weight, as without tiles. `tiled_token_losses` and `tiled_log_probs` give numbers per token, whose
-gradients come later: tiles are then made again, a fourth product.
+gradients come later: tiles are then made again, a fourth product, without what ranks had to tell each other.
 
 Gradients of weight and bias are accumulated in fp32 (fp64 for fp64). Under autocast products are in its dtype.
 """
@@ -180,15 +180,16 @@ class _PerToken(torch.autograd.Function):
         head = _head(hidden, weight, bias, what, class_weights, vocabulary, with_entropy)
         rows, tokens = _rows(hidden), labels.reshape(-1)
         losses = hidden.new_empty(len(tokens), dtype=head.wide)
+        lse = torch.empty_like(losses)
         entropies = torch.empty_like(losses) if with_entropy else None
         for tile in tiles_of(len(tokens), tile_tokens):
             found = Tile.of(head, rows[tile].to(head.weight.dtype), tokens[tile])
-            losses[tile] = found.loss
+            losses[tile], lse[tile] = found.loss, found.lse
             if entropies is not None:
                 assert found.entropy is not None
                 entropies[tile] = found.entropy
             del found
-        ctx.save_for_backward(hidden, weight, bias, labels, class_weights)
+        ctx.save_for_backward(hidden, weight, bias, labels, class_weights, lse, entropies)
         ctx.rest = tile_tokens, what, vocabulary, with_entropy
         ctx.set_materialize_grads(False)
         return losses.view(labels.shape), None if entropies is None else entropies.view(labels.shape)
@@ -196,7 +197,7 @@ class _PerToken(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, of_losses: Tensor | None, of_entropies: Tensor | None) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, labels, class_weights = ctx.saved_tensors
+        hidden, weight, bias, labels, class_weights, lse, entropies = ctx.saved_tensors
         tile_tokens, what, vocabulary, with_entropy = ctx.rest
         if of_losses is None and of_entropies is None:
             return (None,) * 9
@@ -207,7 +208,8 @@ class _PerToken(torch.autograd.Function):
         by_entropy = None if of_entropies is None else of_entropies.reshape(-1)
         for tile in tiles_of(len(tokens), tile_tokens):
             rows_t = rows[tile].to(head.weight.dtype)
-            found = Tile.of(head, rows_t, tokens[tile])
+            known = None if entropies is None else entropies[tile]
+            found = Tile.again(head, rows_t, tokens[tile], lse[tile], known)
             grads.add(tile, rows_t, found.gradient(by_loss[tile], None if by_entropy is None else by_entropy[tile]))
             del found
         of_hidden, of_weight, of_bias = grads.found()

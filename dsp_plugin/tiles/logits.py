@@ -54,6 +54,7 @@ class Tile:
     Attributes:
         loss: 0 where the label is ignored.
         entropy: in nats; None where it was not asked for.
+        lse: the log-sum-exp of the token's logits.
     """
 
     head: Head
@@ -68,32 +69,21 @@ class Tile:
     _exponentials: Tensor
     _logits: Tensor | None
     _most: Tensor
-    _lse: Tensor
+    lse: Tensor
 
     @classmethod
     def of(cls, head: Head, hidden_tE: Tensor, labels_t: Tensor) -> Self:
         """Computes it; of a shared vocabulary with one collective."""
         what, share = head.what, head.vocabulary
-        logits = F.linear(hidden_tE, head.weight, head.bias).to(head.wide)
-        if what.scale != 1.0:
-            logits.mul_(what.scale)
-        if what.softcap is not None:
-            logits.div_(what.softcap).tanh_().mul_(what.softcap)
-        counted = labels_t != what.ignore_index
-        index, mine = labels_t.masked_fill(~counted, 0 if share is None else share.start), counted
-        if share is not None:
-            index = index - share.start
-            mine = counted & (index >= 0) & (index < logits.shape[1])
-            index = index.clamp(0, logits.shape[1] - 1)
-        index = index.unsqueeze(1)
+        logits, counted, index, mine = _begun(head, hidden_tE, labels_t)
         most = logits.amax(1)
         of_label = logits.gather(1, index).squeeze(1)
-        keep = head.with_entropy or what.softcap is not None
+        keep = _needs_logits(head)
         smooth = _summed(logits, head.class_weights) if what.label_smoothing else None
         exponentials = (logits - most.unsqueeze(1)) if keep else logits.sub_(most.unsqueeze(1))
         total = exponentials.exp_().sum(1)
         expected = torch.linalg.vecdot(exponentials, logits) if head.with_entropy else None
-        weight_of_label = None if head.class_weights is None else head.class_weights[index.squeeze(1)]
+        weight_of_label = _weight_of_label(head, index)
         lse = most + total.log()
         if share is not None:
             lse, expected, of_label, smooth = _merge(share, most, total, expected, of_label * mine, smooth)
@@ -121,6 +111,26 @@ class Tile:
             lse,
         )
 
+    @classmethod
+    def again(cls, head: Head, hidden_tE: Tensor, labels_t: Tensor, lse_t: Tensor, entropy_t: Tensor | None) -> Self:
+        """Computes it for its gradient alone, from what is known of it; without a collective."""
+        logits, counted, index, mine = _begun(head, hidden_tE, labels_t)
+        keep, shift = _needs_logits(head), lse_t.unsqueeze(1)
+        probabilities = ((logits - shift) if keep else logits.sub_(shift)).exp_()
+        return cls(
+            head,
+            torch.empty_like(lse_t),
+            entropy_t,
+            counted,
+            index,
+            mine,
+            _weight_of_label(head, index),
+            probabilities,
+            logits if keep else None,
+            lse_t,
+            lse_t,
+        )
+
     def gradient(self, of_loss: Tensor, of_entropy: Tensor | None = None) -> Tensor:
         """The gradient of what the head's product gave, ``[t, V]``; spends the tile.
 
@@ -137,9 +147,9 @@ class Tile:
             smoothing = what.label_smoothing / head.classes * of_loss
             of_lse = of_lse + smoothing * _weight_of_all(head)
         if what.z_loss:
-            of_lse = of_lse + 2.0 * what.z_loss * self._lse * of_loss
+            of_lse = of_lse + 2.0 * what.z_loss * self.lse * of_loss
         grad, logits = self._exponentials, self._logits
-        to_probability = (self._most - self._lse).exp_()
+        to_probability = (self._most - self.lse).exp_()
         capped = None
         if what.softcap is not None:
             assert logits is not None
@@ -150,7 +160,7 @@ class Tile:
             assert logits is not None
             assert self.entropy is not None
             entropic = of_entropy.to(head.wide) * what.scale
-            factor = logits.sub_((self._lse - self.entropy).unsqueeze(1)).mul_(-entropic.unsqueeze(1))
+            factor = logits.sub_((self.lse - self.entropy).unsqueeze(1)).mul_(-entropic.unsqueeze(1))
             grad.mul_(factor.add_(of_lse.unsqueeze(1))).mul_(to_probability.unsqueeze(1))
         if what.label_smoothing:
             if head.class_weights is None:
@@ -166,6 +176,32 @@ class Tile:
                 capped = logits.div_(what.softcap).square_().neg_().add_(1.0)
             grad.mul_(capped)
         return grad
+
+
+def _begun(head: Head, hidden_tE: Tensor, labels_t: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The logits, which tokens count, and of their labels the index and whether it is of this rank's classes."""
+    what, share = head.what, head.vocabulary
+    logits = F.linear(hidden_tE, head.weight, head.bias).to(head.wide)
+    if what.scale != 1.0:
+        logits.mul_(what.scale)
+    if what.softcap is not None:
+        logits.div_(what.softcap).tanh_().mul_(what.softcap)
+    counted = labels_t != what.ignore_index
+    index, mine = labels_t.masked_fill(~counted, 0 if share is None else share.start), counted
+    if share is not None:
+        index = index - share.start
+        mine = counted & (index >= 0) & (index < logits.shape[1])
+        index = index.clamp(0, logits.shape[1] - 1)
+    return logits, counted, index.unsqueeze(1), mine
+
+
+def _needs_logits(head: Head) -> bool:
+    """Whether gradients need them beside their exponentials."""
+    return head.with_entropy or head.what.softcap is not None
+
+
+def _weight_of_label(head: Head, index_t1: Tensor) -> Tensor | None:
+    return None if head.class_weights is None else head.class_weights[index_t1.squeeze(1)]
 
 
 def _summed(logits: Tensor, class_weights: Tensor | None) -> Tensor:

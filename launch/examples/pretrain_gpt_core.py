@@ -150,6 +150,9 @@ def global_parameters(model: Any) -> Iterator[tuple[str, Any]]:
                 name = f"decoder.layers.{layer.layer_number - 1}.{name.removeprefix(prefix)}"
                 break
         tied = name == "output_layer.weight" and model.share_embeddings_and_output_weights
+        if tied and hasattr(model, "embedding"):
+            # A last stage that predicts further tokens has an embedding of its own, and no use for this.
+            continue
         yield "embedding.word_embeddings.weight" if tied else name, parameter
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from itertools import chain, repeat
 from typing import Any, NoReturn
 
 import torch
@@ -78,7 +77,7 @@ class DeferredLogits:
     def token_losses(self, labels: Tensor) -> Tensor:
         """The cross entropy of each token.
 
-        Sends 12 (TP-1) bytes a token from each rank, forward and again backward.
+        Sends 12 (TP-1) bytes a token from each rank, and nothing backward.
 
         Args:
             labels: [s, b], of the whole vocabulary. Of a label that is none of its entries the loss is 0; Megatron
@@ -125,12 +124,9 @@ class DeferredLogits:
         if self.tp.size == 1:
             return None
         here = self.weight.shape[0]
-        forward = Sender(self.tp, METHOD, "forward")
-        # The forward pass asks for each tile once; what comes after is of the backward pass.
-        senders = chain([forward] * -(-self.hidden.shape[:-1].numel() // self.tile), repeat(forward.backward()))
+        sender = Sender(self.tp, METHOD, "forward")
 
         def merge(statistics: Tensor) -> Tensor:
-            sender = next(senders)
             parts = collect(statistics.reshape(-1), [statistics.numel()] * self.tp.size, sender)
             return torch.stack(parts).view(self.tp.size, *statistics.shape)
 

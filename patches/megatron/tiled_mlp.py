@@ -21,10 +21,7 @@ from dsp_plugin.errors import UnsupportedError
 from dsp_plugin.patches.megatron.state import MegatronState, Memory
 from dsp_plugin.patches.megatron.versions import DISTRIBUTION, SUPPORTED
 from dsp_plugin.patches.patch import Patch
-from dsp_plugin.tiles.mlp import bytes_of_token, tile_count, tiled
-
-AUTO_TILE_BYTES = 512 << 20
-"""What ``"auto"`` lets one tile of an MLP take."""
+from dsp_plugin.tiles.mlp import AUTO_MLP_BYTES, bytes_of_token, tile_count, tiled
 
 _MLP = "megatron.core.transformer.mlp:MLP"
 
@@ -111,7 +108,7 @@ def _tiles(mlp: Any, memory: Memory, tokens: int, element_size: int) -> int:
     if memory != "auto":
         return memory.mlp_tiles
     between, after = mlp.linear_fc1.output_size_per_partition, mlp.linear_fc2.output_size
-    return tile_count(tokens, bytes_of_token([between, after], element_size), AUTO_TILE_BYTES)
+    return tile_count(tokens, bytes_of_token([between, after], element_size), AUTO_MLP_BYTES)
 
 
 def _between_collectives(first: Any, second: Any, mine: Tensor, compute: Callable[[Tensor], Tensor]) -> Tensor:
