@@ -67,7 +67,7 @@ class Unnumbered(LlamaForCausalLM):
         return super().forward(input_ids, labels=labels)
 
 
-class Headed(LlamaForCausalLM):
+class HeadedForCausalLM(LlamaForCausalLM):
     """A model whose logits are made as `head` has it."""
 
     head: Callable[[Any, torch.Tensor], torch.Tensor]
@@ -78,7 +78,7 @@ class Headed(LlamaForCausalLM):
         return {"loss": self.loss_function(logits, labels, self.vocab_size), "logits": logits}
 
 
-class Penalized(Headed):
+class PenalizedForCausalLM(HeadedForCausalLM):
     """Some words are less likely."""
 
     def head(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -87,7 +87,7 @@ class Penalized(Headed):
         return logits
 
 
-class ByHand(Headed):
+class ByHandForCausalLM(HeadedForCausalLM):
     """Its head is no call of the module."""
 
     def head(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -249,15 +249,15 @@ REFUSED = {
     ),
     "tiled_head_of_unknown_logits": Refused(
         UNSUPPORTED,
-        ("memory.tile_tokens='getitem'", "forward of Penalized", '"tile_tokens": null'),
-        partial(Penalized, LlamaConfig(**NARROW)),
+        ("memory.tile_tokens='getitem'", "forward of PenalizedForCausalLM", '"tile_tokens": null'),
+        partial(PenalizedForCausalLM, LlamaConfig(**NARROW)),
         call={"use_cache": False},
         section={**TILES, "unverified_model": True},
     ),
     "tiled_head_by_hand": Refused(
         UNSUPPORTED,
         ("memory.tile_tokens", "without a call of its head"),
-        partial(ByHand, LlamaConfig(**NARROW)),
+        partial(ByHandForCausalLM, LlamaConfig(**NARROW)),
         call={"use_cache": False},
         section={**TILES, "unverified_model": True},
     ),
