@@ -109,12 +109,11 @@ def cases(world: int) -> list[Case]:
             Case("llama", "ring", 2, 2, dtype="bf16"),
             # Tiles that do not divide the tokens of a rank, and one that has more; tied weights.
             Case("llama", "ulysses", 2, 0, "items", tile=3),
-            Case("mistral", "lightseq", 2, 1, "packed", tile=4),
+            Case("mistral", "ring", 2, 1, "packed", tile=4),
             Case("qwen3", "usp", 2, 2, "padded", checkpointing="plain", tile=5),
             Case("qwen3", "ring", 2, 3, tile=3),
             Case("llama", "usp", 2, 3, "embedded", checkpointing="reentrant", tile=100),
             Case("llama", "ring", 2, 1, dtype="bf16", tile=3),
-            Case("qwen2", "ring", 1, 2, world=2, tile=4),
             Case("llama", "ring", 2, 3, file="hf_ring_zero3.json"),
             Case("qwen3", "usp", 2, 2, file="hf_usp_zero2.json"),
             # Last, for as long as its engine lives all engines of the process keep attention.

@@ -32,6 +32,7 @@ class Adapted:
     Attributes:
         adapter: its config.
         added: into the model's layers, as its `add_adapter` does, not by a wrapper.
+        tile: tokens of a tile of the head, whose weight may be frozen, or a copy that is trained; 0 for none.
     """
 
     adapter: Callable[[], peft.PeftConfig]
@@ -40,6 +41,7 @@ class Adapted:
     checkpointing: str = ""
     added: bool = False
     call: tuple[tuple[str, Any], ...] = ()
+    tile: int = 0
 
     def build(self) -> nn.Module:
         """The model with the adapter, in training mode."""
@@ -52,7 +54,7 @@ class Adapted:
 
     def config(self) -> dict[str, Any]:
         """DeepSpeed's."""
-        return Run("llama", self.method, 2, self.zero).config()
+        return Run("llama", self.method, 2, self.zero, tile=self.tile).config()
 
     def batch(self, step: int) -> dict[str, Any]:
         """One batch, whole."""
@@ -61,10 +63,13 @@ class Adapted:
 
 lora = partial(peft.LoraConfig, r=4, init_lora_weights=False, **LM)
 ADAPTED = {
-    "lora": Adapted(partial(lora, target_modules=LINEAR), "usp", 2),
+    "lora": Adapted(partial(lora, target_modules=LINEAR), "usp", 2, tile=4),
     "lora-embeddings-head": Adapted(partial(lora, target_modules=["embed_tokens", "lm_head", "q_proj"])),
     "lora-whole-modules": Adapted(
-        partial(lora, target_modules=["v_proj"], modules_to_save=["embed_tokens", "lm_head"]), "lightseq", 3
+        partial(lora, target_modules=["v_proj"], modules_to_save=["embed_tokens", "lm_head"]),
+        "lightseq",
+        3,
+        tile=3,
     ),
     "lora-checkpointed": Adapted(partial(lora, target_modules=LINEAR), "ulysses", 2, "plain"),
     "lora-reentrant": Adapted(partial(lora, target_modules=LINEAR), "ring", 3, "reentrant"),

@@ -19,6 +19,7 @@ from transformers import (
     Gemma2ForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    LlamaForSequenceClassification,
     MambaConfig,
     MambaForCausalLM,
     PreTrainedModel,
@@ -66,6 +67,40 @@ class Unnumbered(LlamaForCausalLM):
         return super().forward(input_ids, labels=labels)
 
 
+class HeadedForCausalLM(LlamaForCausalLM):
+    """A model whose logits are made as `head` has it."""
+
+    head: Callable[[Any, torch.Tensor], torch.Tensor]
+
+    def forward(self, input_ids: torch.Tensor, labels: torch.Tensor, position_ids: Any = None, **kwargs: Any) -> Any:
+        hidden = self.model(input_ids, position_ids=position_ids, use_cache=False).last_hidden_state
+        logits = type(self).head(self, hidden)
+        return {"loss": self.loss_function(logits, labels, self.vocab_size), "logits": logits}
+
+
+class PenalizedForCausalLM(HeadedForCausalLM):
+    """Some words are less likely."""
+
+    def head(self, hidden: torch.Tensor) -> torch.Tensor:
+        logits = self.lm_head(hidden)
+        logits[..., :3] -= 1.0
+        return logits
+
+
+class ByHandForCausalLM(HeadedForCausalLM):
+    """Its head is no call of the module."""
+
+    def head(self, hidden: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.linear(hidden, self.lm_head.weight)
+
+
+def hooked_head() -> PreTrainedModel:
+    """A script's own hook looks at logits, or changes them."""
+    model = build_model("llama")
+    model.lm_head.register_forward_hook(lambda module, args, logits: logits * 2)
+    return model
+
+
 def adapted(kind: str, **settings: Any) -> Callable[[], Any]:
     """A model that PEFT wraps."""
 
@@ -90,6 +125,7 @@ def positions(*documents: tuple[int, ...]) -> torch.Tensor:
     return torch.stack([torch.cat([torch.arange(n) for n in row]) for row in documents])
 
 
+TILES = {"memory": {"tile_tokens": 3}}
 DYNAMIC = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
 SOFT_CAPPED = partial(Gemma2ForCausalLM, Gemma2Config(**NARROW, head_dim=8, query_pre_attn_scalar=8))
 REFUSED = {
@@ -198,6 +234,39 @@ REFUSED = {
         CONFIG,
         ("position_ids and seq_idx", "start again in the middle"),
         call={"position_ids": positions((6, 7), (5, 8)), "seq_idx": mask()},
+    ),
+    "tiled_head_of_adapters": Refused(
+        UNSUPPORTED,
+        ("memory.tile_tokens", "an nn.Linear; adapters on a head", '"tile_tokens": null'),
+        adapted("LoraConfig", target_modules=["lm_head", "q_proj"]),
+        section=TILES,
+    ),
+    "tiled_head_of_no_lm": Refused(
+        UNSUPPORTED,
+        ("memory.tile_tokens", "LlamaForSequenceClassification", "no causal language model"),
+        partial(LlamaForSequenceClassification, LlamaConfig(**NARROW, pad_token_id=0)),
+        section=TILES,
+    ),
+    "tiled_head_of_unknown_logits": Refused(
+        UNSUPPORTED,
+        ("memory.tile_tokens='getitem'", "forward of PenalizedForCausalLM", '"tile_tokens": null'),
+        partial(PenalizedForCausalLM, LlamaConfig(**NARROW)),
+        call={"use_cache": False},
+        section={**TILES, "unverified_model": True},
+    ),
+    "tiled_head_by_hand": Refused(
+        UNSUPPORTED,
+        ("memory.tile_tokens", "without a call of its head"),
+        partial(ByHandForCausalLM, LlamaConfig(**NARROW)),
+        call={"use_cache": False},
+        section={**TILES, "unverified_model": True},
+    ),
+    "tiled_head_with_a_hook": Refused(
+        UNSUPPORTED,
+        ("memory.tile_tokens", "a forward hook of hf_refused", "a loss in place of logits"),
+        hooked_head,
+        call={"use_cache": False},
+        section=TILES,
     ),
     "local_labels": Refused(CONFIG, ("labels=(2, 7)", "[2, 13]", "whole"), call={"labels": mask()[:, :7]}),
     "local_positions": Refused(CONFIG, ("position_ids=(1, 7)", "[2, 13]"), call={"position_ids": positions((7,))}),
