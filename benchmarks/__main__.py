@@ -24,6 +24,7 @@ from benchmarks import (
     balance,
     convergence,
     first_pass,
+    length,
     linear_exchange,
     linear_length,
     overlap,
@@ -49,6 +50,7 @@ BENCHMARKS: dict[str, ModuleType] = {
         switch_copies,
         switch_overlap,
         first_pass,
+        length,
     )
 }
 _QUIET = 0.5
