@@ -27,6 +27,7 @@ from benchmarks import (
     length,
     linear_exchange,
     linear_length,
+    memory_slopes,
     overlap,
     recompute,
     space_time,
@@ -51,6 +52,7 @@ BENCHMARKS: dict[str, ModuleType] = {
         switch_overlap,
         first_pass,
         length,
+        memory_slopes,
     )
 }
 _QUIET = 0.5
