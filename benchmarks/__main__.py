@@ -24,8 +24,10 @@ from benchmarks import (
     balance,
     convergence,
     first_pass,
+    length,
     linear_exchange,
     linear_length,
+    memory_slopes,
     overlap,
     recompute,
     space_time,
@@ -49,6 +51,8 @@ BENCHMARKS: dict[str, ModuleType] = {
         switch_copies,
         switch_overlap,
         first_pass,
+        length,
+        memory_slopes,
     )
 }
 _QUIET = 0.5

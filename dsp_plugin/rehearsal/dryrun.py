@@ -32,6 +32,7 @@ from dsp_plugin.errors import SequenceParallelConfigError, UnsupportedError
 from dsp_plugin.groups import SequenceParallelGroups
 from dsp_plugin.planner.stages import StagePlan
 from dsp_plugin.plans.plan import matching_modules, outermost
+from dsp_plugin.rehearsal.host import offload_of, watch
 from dsp_plugin.rehearsal.memory import (
     AllocatorLog,
     Memory,
@@ -45,8 +46,10 @@ from dsp_plugin.rehearsal.model_states import units_of
 from dsp_plugin.rehearsal.places import ModulePlaces
 from dsp_plugin.rehearsal.subject import Library, Subject
 from dsp_plugin.rehearsal.timeline import Timeline
+from dsp_plugin.sharding.checkpoints import kept
 from dsp_plugin.sharding.parallelize import Parallelized, hooked
 from dsp_plugin.spawn import spawn
+from dsp_plugin.training.offload import in_force
 
 # gloo's threads let go of a collective's buffers when they next get to run: a real run waits `_PAUSE` seconds for them
 # after each collective, and takes the least of `_REPEATS` steps.
@@ -129,6 +132,7 @@ def dry_run(job: Job, world_size: int, rank: int = 0) -> RankRun:
                 module, kwargs = prepared.subject[:2]
                 places = ModulePlaces(module)
                 tracker = StorageTracker(_operator, places)
+                watch(in_force(), job.config, tracker)
                 with places, tracker, ledger() as traffic:
                     step(module, kwargs, job.backward, tracker.begin)
                 run = _finished(prepared, traffic, memory_of(module, kwargs, tracker))
@@ -174,11 +178,16 @@ def real_rank(job: Job) -> RankRun:
         module, kwargs = prepared.subject[:2]
         for repeat in range(_REPEATS):
             module.zero_grad()
-            with AllocatorLog() as memory_log, _unhurried(), ledger(traffic) if repeat == 0 else nullcontext():
+            memory_log = AllocatorLog()
+            watch(in_force(), job.config, memory_log)
+            with memory_log, _unhurried(), ledger(traffic) if repeat == 0 else nullcontext():
                 step(module, kwargs, job.backward)
             memories.append(memory_of(module, kwargs, memory_log))
         least = memories[0]._replace(
-            activations=min(memory.activations for memory in memories), peak=min(memory.peak for memory in memories)
+            activations=min(memory.activations for memory in memories),
+            peak=min(memory.peak for memory in memories),
+            # Later steps find the buffers of the first.
+            host=max(memory.host for memory in memories),
         )
         return _finished(prepared, traffic, least)
 
@@ -194,13 +203,18 @@ def _prepared(job: Job, groups: SequenceParallelGroups) -> Iterator[_Prepared]:
     with _default_dtype(job.dtype), StorageTracker(_operator):
         subject = job.build()
     module = subject.module.train()
-    handle = hooked(module, config=job.config, groups=groups) if subject.library is None else None
+    handle, ends = None, list[Callable[[], object]]()
+    if subject.library is None:
+        ends = kept(module, job.config, offload_of(job.config))
+        handle = hooked(module, config=job.config, groups=groups)
     if job.recompute is not None:
         for part in outermost(matching_modules(module, job.recompute, "recompute")).values():
             part.forward = _recomputed(part.forward)
     try:
         yield _Prepared(subject, handle)
     finally:
+        for end in ends:
+            end()
         if subject.library is not None:
             subject.library.close()
 

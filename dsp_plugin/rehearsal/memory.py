@@ -73,6 +73,11 @@ class StorageTracker(TorchDispatchMode):
         if self._places is not None:
             self._places.phase = phase
 
+    def move_to_host(self, tensor: Tensor) -> None:
+        """A tensor's storage, made while this is entered, is the host's."""
+        for key in self.keys_of([tensor]):
+            self.timeline.move_to_host(key)
+
     def keys_of(self, tensors: Iterable[Tensor]) -> set[int]:
         """The keys in the timeline of the tensors' storages."""
         known = [self._known.get(tensor.untyped_storage()._cdata) for tensor in tensors]
@@ -109,6 +114,7 @@ class AllocatorLog:
         self.timeline = Timeline()
         self._profile = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
         self._latest: dict[int, int] = {}
+        self._on_host: list[Tensor] = []
 
     def __enter__(self) -> Self:
         self._profile.__enter__()
@@ -118,6 +124,13 @@ class AllocatorLog:
         self._profile.__exit__(*failure)
         if failure[0] is None:
             self._read()
+            for key in self.keys_of(self._on_host):
+                self.timeline.move_to_host(key)
+        self._on_host.clear()
+
+    def move_to_host(self, tensor: Tensor) -> None:
+        """A tensor's memory, made while this is entered, is the host's. It lives until then."""
+        self._on_host.append(tensor)
 
     def keys_of(self, tensors: Iterable[Tensor]) -> set[int]:
         """The keys in the timeline of the tensors' memory."""

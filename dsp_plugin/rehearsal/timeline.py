@@ -82,6 +82,10 @@ class Timeline:
         self._changes.append((key, nbytes))
         return key
 
+    def move_to_host(self, key: int) -> None:
+        """An allocation is the host's, from its beginning."""
+        self._on_host.add(key)
+
     def free(self, key: int) -> None:
         """The end of an allocation."""
         self._changes.append((key, -self._sizes[key]))

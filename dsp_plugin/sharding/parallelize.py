@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -20,19 +19,19 @@ from dsp_plugin.errors import SequenceParallelConfigError, UnsupportedError
 from dsp_plugin.groups import SequenceParallelGroups
 from dsp_plugin.layout import Layout
 from dsp_plugin.methods import METHODS
-from dsp_plugin.patches.recompute import TORCH, enter_again, hold
+from dsp_plugin.patches.recompute import enter_again
 from dsp_plugin.planner.stages import StagePlan
 from dsp_plugin.plans.known_models import complete
 from dsp_plugin.plans.plan import Plan, matching_modules, outermost, resolve_plan
 from dsp_plugin.sharding import loss
 from dsp_plugin.sharding.averaging import AveragedGradients
 from dsp_plugin.sharding.batch import BatchSharder
+from dsp_plugin.sharding.checkpoints import kept
 from dsp_plugin.sharding.integrations import Sharded, integration_of
 from dsp_plugin.sharding.outputs import all_tensors, first_tensor
 from dsp_plugin.sharding.peers import EqualPeers
 from dsp_plugin.sharding.region import ShardedRegion
 from dsp_plugin.sharding.routing import AttentionRoute
-from dsp_plugin.sharding.unused_offload import refuse_unused
 from dsp_plugin.sharding.wrappers import ended_with, forget_compiled, uncompiled, unwrapped
 from dsp_plugin.training.extents import Running
 from dsp_plugin.training.host_budget import offload_for
@@ -138,11 +137,7 @@ def parallelize(
     for check in (AveragedGradients(inside, groups), peers):
         check.attach(checks)
     try:
-        keep, offload = config.recompute == "keep_attention", offload_for(config.offload, groups.sp)
-        if keep or offload is not None:
-            checks.append(weakref.finalize(inside, hold(TORCH, keep=keep, offload=offload)))
-        if offload is not None and not offload.auto:
-            checks.append(refuse_unused(inside, offload))
+        checks += kept(inside, config, offload_for(config.offload, groups.sp))
         handle = hooked(module, plan, config=config, groups=groups)
     except BaseException:
         for undo in checks:
