@@ -21,6 +21,14 @@ METHODS, FAMILIES, CHECKPOINTING = (
 )
 
 
+# Every part of it, for methods that gather tokens, and for others.
+MEMORIES: dict[str, Any] = {
+    "everything": {"tile_tokens": 5, "mlp_tiles": 3, "offload": True, "attention_rounds": 2},
+    "all but rounds": {"tile_tokens": 5, "mlp_tiles": 3, "offload": "1GiB"},
+    "auto": "auto",
+}
+
+
 @dataclass(frozen=True)
 class Case:
     """One training run under DeepSpeed; `world` / `size` replicas.
@@ -30,6 +38,7 @@ class Case:
         extra: further settings of the section.
         file: of `configs/deepspeed`, which gives everything but sizes, dtype and optimizer.
         tile: tokens of a tile of the head; 0 for none.
+        memory: a name in `MEMORIES`: what else a step trades for memory.
     """
 
     family: str
@@ -43,6 +52,7 @@ class Case:
     extra: tuple[tuple[str, Any], ...] = field(default=())
     file: str = ""
     tile: int = 0
+    memory: str = ""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "world", self.world or self.size)
@@ -52,7 +62,7 @@ class Case:
         """Names the case in results and test ids."""
         dtype, file = "" if self.dtype == "fp32" else self.dtype, "file" if self.file else ""
         tile = f"tile{self.tile}" if self.tile else ""
-        extras = [self.checkpointing, dtype, file, tile, *(f"{k}-{v}" for k, v in self.extra)]
+        extras = [self.checkpointing, dtype, file, tile, self.memory, *(f"{k}-{v}" for k, v in self.extra)]
         batch = "" if self.batch == "tokens" else self.batch
         shape = f"sp{self.size}dp{self.replicas}"
         return "-".join([self.family, self.method, shape, f"zero{self.zero}", *filter(None, [batch, *extras])])
@@ -74,6 +84,8 @@ class Case:
         config["sequence_parallel"]["size"] = self.size
         if self.tile:
             config["sequence_parallel"]["memory"] = {"tile_tokens": self.tile}
+        if self.memory:
+            config["sequence_parallel"]["memory"] = MEMORIES[self.memory]
         return config | {
             "train_micro_batch_size_per_gpu": MICRO,
             "gradient_accumulation_steps": 1,
@@ -114,6 +126,10 @@ def cases(world: int) -> list[Case]:
             Case("qwen3", "ring", 2, 3, tile=3),
             Case("llama", "usp", 2, 3, "embedded", checkpointing="reentrant", tile=100),
             Case("llama", "ring", 2, 1, dtype="bf16", tile=3),
+            Case("llama", "ulysses", 2, 3, "packed", checkpointing="plain", memory="everything"),
+            Case("qwen2", "usp", 2, 1, "padded", checkpointing="reentrant", memory="everything"),
+            Case("qwen3", "ring", 2, 2, checkpointing="plain", memory="all but rounds"),
+            Case("llama", "ulysses", 2, 1, checkpointing="plain", memory="auto"),
             Case("llama", "ring", 2, 3, file="hf_ring_zero3.json"),
             Case("qwen3", "usp", 2, 2, file="hf_usp_zero2.json"),
             # Last, for as long as its engine lives all engines of the process keep attention.
