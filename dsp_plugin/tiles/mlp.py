@@ -29,7 +29,7 @@ AUTO_MLP_BYTES = 512 << 20
 
 
 def tiled(compute: Compute, x: Tensor, holder: nn.Module, *, tiles: int) -> Tensor:
-    """``compute`` of every token, in tiles that differ in size by the last one alone.
+    """``compute`` of every token, in tiles that differ in size by the last one alone. Not for `torch.compile` to trace.
 
     Args:
         compute: of a tile ``[t, E]``, to ``[t, F]``; of each token by itself, and alike whenever it is called: it draws

@@ -108,6 +108,8 @@ class TiledMLP:
     ) -> None:
         self._mlp, self._upstream, self._tiles, self._aside = mlp, upstream, tiles, aside
 
+    # A compiler would trace the tiles' gradients, which are taken in a backward pass within another.
+    @torch.compiler.disable
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """What the MLP returns of hidden states ``[..., E]``; any other arguments are no tensors."""
         rate = _dropout_of(self._mlp) if self._mlp.training else 0

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import inspect
 import re
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from copy import deepcopy
@@ -230,6 +232,24 @@ def test_generation_copies_and_removal_are_the_models_own() -> None:
     model(**batch)
     assert sizes == []
     assert not any("forward" in vars(module) for module in model.modules())
+    alive = weakref.ref(model)
+    del model, sharded, layer
+    gc.collect()
+    assert alive() is None
+
+
+@pytest.mark.matrix
+def test_compiled_models_compute_tiles_as_they_are() -> None:
+    model = llama()
+    batch = trials.batches(model, "tokens")[0]
+    wanted = gradients(deepcopy(model), batch)
+    sizes = put(model)
+    for layer in model.model.layers:
+        layer.compile(backend="eager")
+    found = gradients(model, batch)
+    assert max(sizes) == -(-batch["input_ids"].numel() // TILES)
+    for name, right in wanted.items():
+        assert (found[name] - right).abs().max() <= 1e-10 * right.abs().max(), name
 
 
 def test_weights_that_are_gathered_within_are_refused() -> None:
