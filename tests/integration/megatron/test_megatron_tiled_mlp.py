@@ -85,3 +85,14 @@ def test_trains_with_head_and_mlp_in_tiles_like_one_process_of_stock_megatron(
 ) -> None:
     argv = arguments.split()
     assert_parity(train(tmp_path, ranks, *argv, *EVERYTHING), reference(*model_arguments(argv)))
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize(
+    "memory", ["auto", '{"tile_tokens": 13, "mlp_tiles": 3, "offload": true, "attention_rounds": 2}']
+)
+def test_a_step_with_every_part_on_is_the_step_with_none(
+    memory: str, reference: Callable[..., Run], tmp_path: Path
+) -> None:
+    argv = [*TP2.split(), *CP2.split(), "--sequence-parallel", "--recompute-granularity", "full"]
+    assert_parity(train(tmp_path, 4, *argv, "--sp-memory", memory), reference())
