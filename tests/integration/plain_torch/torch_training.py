@@ -75,8 +75,9 @@ class Trained:
 def shard(case: Case, model: nn.Module) -> SequenceParallelGroups:
     """What a script adds."""
     kind = KINDS[case.kind]
-    memory: dict[str, Any] = {"offload": case.offload, "tile_tokens": case.tile or None}
-    config = SequenceParallelConfig(method=case.method, size=case.size, quiet=True, memory=memory, **kind.settings)
+    memory = {"offload": case.offload, "tile_tokens": case.tile or None}
+    settings = {**kind.settings, "memory": {**memory, **kind.settings.get("memory", {})}}
+    config = SequenceParallelConfig(method=case.method, size=case.size, quiet=True, **settings)
     groups = SequenceParallelGroups.build(config)
     parallelize(model, kind.plan, config=config, groups=groups)
     return groups
