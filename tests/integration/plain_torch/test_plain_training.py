@@ -17,7 +17,7 @@ COVERING = {
     2: [
         Case("batch", "ring", 2, "ddp", unused=True),
         Case("plan", "dsp", 2, "fsdp", checkpointed=True),
-        Case("llama", "ulysses", 2, "fsdp first"),
+        Case("llama", "ulysses", 2, "fsdp first", tile=3),
         Case("tiled", "ring", 2, "fsdp", checkpointed=True),
     ],
     4: [
@@ -31,6 +31,9 @@ OTHERS = {
     2: [
         *(Case("batch", "ulysses", 2, wrap) for wrap in ("ddp", "ddp first", "fsdp", "fsdp first")),
         *(Case("llama", method, 2, "ddp", checkpointed=True) for method in ("ring", "ulysses")),
+        Case("llama", "ulysses", 2, "fsdp first"),
+        *(Case("llama", "ring", 2, wrap, accumulate=2, tile=4) for wrap in ("ddp", "fsdp")),
+        Case("llama", "ring", 2, "fsdp", bf16=True, tile=4),
         *(Case("llama", method, 2, "ddp first", accumulate=2) for method in ("ring", "lightseq")),
         *(Case("plan", "dsp", 2, wrap) for wrap in ("ddp", "fsdp first")),
         Case("batch", "ring", 2, "fsdp", accumulate=2, checkpointed=True),

@@ -28,6 +28,7 @@ class Case:
         wrap: "ddp" or "fsdp"; "hsdp" over a mesh of two dims; with "first" before the model is sharded, else after.
         accumulate: micro steps of an optimizer step; all but the last without communication.
         offload: whether checkpoints wait in host memory.
+        tile: tokens of a tile of the sharded model's head; 0 for none.
     """
 
     kind: str
@@ -40,10 +41,12 @@ class Case:
     reshard: bool = True
     bf16: bool = False
     offload: bool = False
+    tile: int = 0
 
     def __str__(self) -> str:
         flags = [name for name in ("checkpointed", "unused", "bf16", "offload") if getattr(self, name)]
         flags += ["kept"] * (not self.reshard) + [f"accumulate{self.accumulate}"] * (self.accumulate > 1)
+        flags += [f"tile{self.tile}"] * (self.tile > 0)
         return "-".join([self.kind, self.method, f"sp{self.size}", *self.wrap.split(), *flags])
 
     def build(self) -> nn.Module:
@@ -72,8 +75,9 @@ class Trained:
 def shard(case: Case, model: nn.Module) -> SequenceParallelGroups:
     """What a script adds."""
     kind = KINDS[case.kind]
-    memory = {"offload": case.offload}
-    config = SequenceParallelConfig(method=case.method, size=case.size, quiet=True, memory=memory, **kind.settings)
+    memory = {"offload": case.offload, "tile_tokens": case.tile or None}
+    settings = {**kind.settings, "memory": {**memory, **kind.settings.get("memory", {})}}
+    config = SequenceParallelConfig(method=case.method, size=case.size, quiet=True, **settings)
     groups = SequenceParallelGroups.build(config)
     parallelize(model, kind.plan, config=config, groups=groups)
     return groups

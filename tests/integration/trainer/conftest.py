@@ -58,6 +58,8 @@ def told_world(
 def _worlds(
     names: list[str], folders: pytest.TempPathFactory, told: bool
 ) -> Callable[[int, dict[str, Any] | None], ScriptWorld]:
+    from trainer_cases import READ_IN_TRAINING
+
     worlds: dict[str, ScriptWorld] = {}
 
     def of(ranks: int, section: dict[str, Any] | None) -> ScriptWorld:
@@ -65,7 +67,9 @@ def _worlds(
         if key not in worlds:
             folder = folders.mktemp(f"trainer{ranks}")
             option = ["--sequence-parallel", json.dumps(section)] if told and section is not None else []
-            script = [str(HERE / "trainer_worker.py"), str(folder), json.dumps(None if told else section), *names]
+            tiled = section is not None and "memory" in section
+            chosen = [name for name in names if not tiled or name not in READ_IN_TRAINING]
+            script = [str(HERE / "trainer_worker.py"), str(folder), json.dumps(None if told else section), *chosen]
             worlds[key] = ScriptWorld(["-m", "dsp_plugin.launch", *option, *script], ranks, folder, 400)
         return worlds[key]
 

@@ -12,12 +12,14 @@ import pytest
 import torch
 from accelerate_cases import COVERING_LOOPS, COVERING_WRAPPED_LOOPS, LOOPS, WRAPPED_LOOPS
 from safetensors.torch import load_file
-from trainer_cases import COVERING, COVERING_DDP, DDP_SCRIPTS, SCRIPTS
+from trainer_cases import COVERING, COVERING_DDP, DDP_SCRIPTS, READ_IN_TRAINING, SCRIPTS
 
 ROOT = Path(__file__).parents[3]
 # Ranks, and their section; the first of each pair is compared with as many ranks as it has replicas.
 SHARDED = [(4, {"method": "ring", "size": 2}), (2, {"method": "ulysses", "size": 2})]
 MATRIX = [(4, {"method": "usp", "size": 4, "ulysses_size": 2}), (3, {"method": "lightseq", "size": 3})]
+# Logits exist in tiles, and are read in evaluation alone.
+TILED = [(2, {"method": "ring", "size": 2, "memory": {"tile_tokens": 3}})]
 # Without DeepSpeed the smaller world comes first: it holds the covering cases.
 TOLD = SHARDED[::-1]
 COUNTS = ("steps", "epoch", "tokens", "rates", "labelled")
@@ -29,11 +31,21 @@ def cells(sections: list[tuple[int, dict[str, Any]]], names: Iterable[str], cove
     for place, (ranks, section) in enumerate(sections):
         for name in names:
             marks = [] if place == 0 and name in covering else [pytest.mark.matrix]
-            found.append(pytest.param(name, ranks, section, marks=marks, id=f"{name}-{ranks}-{section['method']}"))
+            found.append(pytest.param(name, ranks, section, marks=marks, id=_id(name, ranks, section)))
     return found
 
 
-@pytest.mark.parametrize(("name", "ranks", "section"), cells([*SHARDED, *MATRIX], SCRIPTS, COVERING))
+def _id(name: str, ranks: int, section: dict[str, Any]) -> str:
+    return f"{name}-{ranks}-{section['method']}" + ("-tiled" if "memory" in section else "")
+
+
+@pytest.mark.parametrize(
+    ("name", "ranks", "section"),
+    [
+        *cells([*SHARDED, *MATRIX], SCRIPTS, COVERING),
+        *cells(TILED, [name for name in SCRIPTS if name not in READ_IN_TRAINING], ()),
+    ],
+)
 def test_a_script_comes_to_the_same(
     name: str, ranks: int, section: dict[str, Any], trainer_world: Callable[..., Any]
 ) -> None:

@@ -220,5 +220,7 @@ DDP_SCRIPTS = {
     for name in ("plain", "by_length", "resumed", "streamed", "dispatched", "own_loss", "smoothed", "predicted")
 }
 """By name; each is run with and without a section that the run is told."""
+READ_IN_TRAINING = ("own_loss", "smoothed")
+"""Which read logits in training."""
 COVERING = ("plain", "resumed", "predicted")
 COVERING_DDP = ("ddp_predicted",)

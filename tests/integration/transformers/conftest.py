@@ -17,7 +17,7 @@ from script_world import ScriptWorld
 HERE = Path(__file__).parent
 # What each world runs, by its size and a name, in order, and the seconds until it counts as hung.
 GROUPS = {
-    (2, ""): (("hf_features", "hf_tiles", "hf_refused", "hf_training"), 200),
+    (2, ""): (("hf_features", "hf_tiles", "hf_refused", "hf_training"), 240),
     (2, "living"): (("hf_living", "hf_peft", "hf_heads", "hf_tiled"), 280),
     (3, ""): (("hf_training",), 150),
     (4, ""): (("hf_training",), 150),

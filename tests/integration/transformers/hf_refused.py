@@ -72,8 +72,15 @@ class HeadedForCausalLM(LlamaForCausalLM):
 
     head: Callable[[Any, torch.Tensor], torch.Tensor]
 
-    def forward(self, input_ids: torch.Tensor, labels: torch.Tensor, position_ids: Any = None, **kwargs: Any) -> Any:
-        hidden = self.model(input_ids, position_ids=position_ids, use_cache=False).last_hidden_state
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        labels: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        use_cache: bool = False,
+    ) -> Any:
+        hidden = self.model(input_ids, attention_mask, position_ids, use_cache=use_cache).last_hidden_state
         logits = type(self).head(self, hidden)
         return {"loss": self.loss_function(logits, labels, self.vocab_size), "logits": logits}
 
