@@ -34,7 +34,8 @@ def patches(state: MegatronState) -> tuple[Patch, ...]:
     found = checkpoint_function(_MODULE, DISTRIBUTION, SUPPORTED, lambda: keep)
     if not offload:
         return (found,)
-    check_torch()
+    if memory != "auto":
+        check_torch()
     before = functools.partial(_refusing_before, state)
     return (
         found,
