@@ -23,13 +23,14 @@ def offload_for(setting: bool | int | Literal["auto"], axis: Axis) -> Offload | 
 
     Args:
         setting: an amount in bytes is the most that this rank may take. True is its share of nine tenths of what the
-            machine has free. ``"auto"`` is likewise, where there is a device other than the host, and see `Offload`.
+            machine has free. ``"auto"`` is likewise, where there is a CUDA device and torch can, and see `Offload`.
         axis: ranks that hear of a refusal together. Collective, unless there is nothing to refuse.
 
     Raises:
         SequenceParallelConfigError: the machine has not what its ranks may take.
     """
-    if setting is False or (setting == "auto" and not torch.cuda.is_available()):
+    able = torch.cuda.is_available() and hasattr(torch._C._autograd, "_top_saved_tensors_default_hooks")
+    if setting is False or (setting == "auto" and not able):
         return None
     free, ranks = host_bytes_free(), local_ranks()
     share = None if free is None else free * 9 // 10 // ranks

@@ -86,7 +86,7 @@ class AtOnce:
 
     def start(self, source: Tensor, target: Tensor) -> Copy:
         """See `Copies.start`."""
-        target.copy_(source)
+        target.copy_(source, non_blocking=True)
         return _DONE
 
     def free_bytes(self) -> int | None:

@@ -34,18 +34,25 @@ def patches(state: MegatronState) -> tuple[Patch, ...]:
     found = checkpoint_function(_MODULE, DISTRIBUTION, SUPPORTED, lambda: keep)
     if not offload:
         return (found,)
-    check_torch()
+    if memory != "auto":
+        check_torch()
+    before = functools.partial(_refusing_before, state)
     return (
         found,
         applied(_MODULE, DISTRIBUTION, SUPPORTED, _saved_as_given),
-        Patch(
-            "megatron: an offload that nothing uses",
-            "megatron.core.pipeline_parallel.schedules:forward_step",
-            DISTRIBUTION,
-            SUPPORTED,
-            functools.partial(_refusing, state),
-            ("model", "config"),
-        ),
+        _schedule_patch("forward_step", functools.partial(_refusing_after, state), ("model", "config")),
+        *(_schedule_patch(f"forward_backward_pipelining_{kind}_interleaving", before) for kind in ("with", "without")),
+    )
+
+
+def _schedule_patch(function: str, make: Callable[[Any], Any], parameters: tuple[str, ...] = ()) -> Patch:
+    return Patch(
+        f"megatron: an offload that nothing uses, {function}",
+        f"megatron.core.pipeline_parallel.schedules:{function}",
+        DISTRIBUTION,
+        SUPPORTED,
+        make,
+        parameters,
     )
 
 
@@ -55,25 +62,44 @@ def _saved_as_given(args: Sequence[Any]) -> Sequence[Any]:
     return () if distribute else given
 
 
-def _refusing(state: MegatronState, upstream: Callable[..., Any]) -> Callable[..., Any]:
-    """Replaces ``forward_step``: a model that recomputes nothing keeps nothing that could wait in host memory."""
+def _refusing_after(state: MegatronState, upstream: Callable[..., Any]) -> Callable[..., Any]:
+    """Replaces ``forward_step``: a model that has made no checkpoints has nothing that could wait in host memory."""
     signature = inspect.signature(upstream)
 
     @functools.wraps(upstream)
     def forward_step(*args: Any, **kwargs: Any) -> Any:
         found = upstream(*args, **kwargs)
         offload = state.offload
-        if offload is None or offload.auto or offload.stretches:
-            return found
-        given = signature.bind(*args, **kwargs).arguments
-        if given["model"].training and given["config"].recompute_granularity is None:
-            raise UnsupportedError(
-                setting="memory.offload",
-                why="the model recomputes nothing (recompute_granularity is None), so that it makes no checkpoints "
-                "that could wait in host memory",
-                remedy="add --recompute-granularity full --recompute-method uniform --recompute-num-layers 1, or drop "
-                "offload from --sp-memory",
-            )
+        if offload is not None and not offload.auto and not offload.stretches:
+            given = signature.bind(*args, **kwargs).arguments
+            if given["model"].training:
+                _check_recomputed(given["config"])
         return found
 
     return forward_step
+
+
+def _refusing_before(state: MegatronState, upstream: Callable[..., Any]) -> Callable[..., Any]:
+    """Replaces a schedule of a pipeline, whose stages would wait for one that refuses later."""
+
+    @functools.wraps(upstream)
+    def forward_backward(**given: Any) -> Any:
+        if state.offload is not None and not state.offload.auto and not given.get("forward_only"):
+            from megatron.core.utils import get_model_config
+
+            model = given["model"]
+            _check_recomputed(get_model_config(model[0] if isinstance(model, list) else model))
+        return upstream(**given)
+
+    return forward_backward
+
+
+def _check_recomputed(config: Any) -> None:
+    if config.recompute_granularity is None:
+        raise UnsupportedError(
+            setting="memory.offload",
+            why="the model recomputes nothing (recompute_granularity is None), so that it makes no checkpoints that "
+            "could wait in host memory",
+            remedy="add --recompute-granularity full --recompute-method uniform --recompute-num-layers 1, or drop "
+            "offload from --sp-memory",
+        )
