@@ -229,7 +229,8 @@ def subject(reference: str, settings: Mapping[str, Setting], config: SequencePar
     module, kwargs = built[:2]
     if not isinstance(kwargs, Mapping) or not any(isinstance(value, Tensor) for value in kwargs.values()):
         raise _no_subject(reference, "returned no tensors by the names of forward's arguments beside the module")
-    return Subject(module, dict(kwargs), Library(**built[2]) if len(built) > 2 else None)
+    said = built[2] if len(built) > 2 else None
+    return Subject(module, dict(kwargs), None if said is None else Library(**said))
 
 
 def _load(reference: str) -> Callable[..., Any]:

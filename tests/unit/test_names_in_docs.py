@@ -27,6 +27,7 @@ NO_MODULES = {"dsp_plugin.autoload"}
 # Files that readers have, that programs write, or that once were.
 NOT_OURS = {"train.py", "ds.json", "forecast.png", "forecaster.py", "forecaster_plan.py"}
 NOT_OURS |= {"sequence_parallel.json", "sequence_parallel_files.json", "rank-R.json", "megatron_gpt_ulysses.sh"}
+NOT_OURS |= {"config.json", "gpt.args", "FILE.svg"}
 
 DOTTED = re.compile(r"(?<![\w./-])dsp_plugin(?:\.[A-Za-z_]\w*)+")
 WORD = r"[\w./*{},-]*"
