@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
@@ -11,8 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from benchmarks import plots
 from benchmarks.measure import Samples, in_turns, timed
@@ -21,7 +21,9 @@ from benchmarks.netns_switch import switched
 from benchmarks.progress import Advance
 from benchmarks.result import Result
 from dsp_plugin import SequenceParallelConfig, SequenceParallelGroups
+from dsp_plugin.kernels.kernel import BlockSpec, Kernel
 from dsp_plugin.kernels.spec import AttentionSpec
+from dsp_plugin.kernels.table import KERNELS
 from dsp_plugin.layout import Layout, LayoutKind
 from dsp_plugin.mask import MaskSpec
 from dsp_plugin.methods import METHODS
@@ -33,6 +35,8 @@ from dsp_plugin.planner.time_model import time_of
 
 NAME = "planner"
 RANKS = 4
+PRODUCTS, ATTENTION = 4e9, 2e9
+"""Operations per second of a rank that sleeps for as long as they would take."""
 CLOSE = 0.10
 """Measured steps that are nearer to each other than this have no order."""
 
@@ -66,9 +70,9 @@ CONTENDERS = (
     Contender("ring", 1, 4, "contiguous"),
     Contender("lightseq", 1, 4, "contiguous"),
 )
-LINKS = (Links(1, 40, 40), Links(1, 400, 400), Links(2, 1000, 40))
+LINKS = (Links(1, 40, 40), Links(1, 160, 160), Links(2, 400, 40))
 KV_HEADS = (8, 2)
-FULL_LENGTH, FULL_REPEATS = 4096, 5
+FULL_LENGTH, FULL_REPEATS = 2048, 3
 QUICK_LENGTH, QUICK_REPEATS = 512, 1
 
 
@@ -93,7 +97,8 @@ def run(quick: bool, advance: Advance) -> Result:
         NAME,
         "The planner's time model beside measured steps",
         {
-            "model": "2 layers of causal attention and a gated MLP, h=256, H=8, D=32, I=512, fp32, B=1",
+            "model": "2 layers of causal attention and a gated MLP, h=256, H=8, D=32, I=512, fp32, B=1; what is "
+            f"computed is slept, products at {PRODUCTS:.0e} and attention at {ATTENTION:.0e} operations per second",
             "L": length,
             "P": RANKS,
             "links": "a network namespace per rank on a bridge, what it sends to its node and to others shaped by tc "
@@ -118,8 +123,9 @@ def run(quick: bool, advance: Advance) -> Result:
         notes=[
             "A step is forward and backward of all layers, without the mean of gradients: the slowest rank's, medians "
             "of repeats in turns.",
-            "What a rank computes and copies per second, and what a collective of few bytes takes, are measured in the "
-            "same world just before, on all ranks at once; bandwidths are those that tc was told.",
+            "Computing is sleeping, as if an accelerator computed: this machine's cores are left to what is sent. What "
+            "a rank copies per second and what a collective of few bytes takes are measured in the same world; "
+            "bandwidths are those that tc was told.",
             f"Pairs in order: of the pairs whose measured steps differ by more than {CLOSE:.0%}, those that the model "
             "puts in the same order.",
         ],
@@ -147,102 +153,112 @@ class Measured:
 
     Attributes:
         steps: of every contender, by name.
-        rates: operations per second in products and in attention, bytes per second copied.
+        copies: bytes per second that a rank reads and writes, on all ranks at once.
         latency: seconds of a small collective.
     """
 
     steps: dict[str, Samples]
-    rates: tuple[float, float, float]
+    copies: float
     latency: float
 
 
-class _Layer(nn.Module):
-    def __init__(self, shapes: Shapes) -> None:
-        super().__init__()
-        width, inside = shapes.hidden, shapes.intermediate
-        self.sizes = [count * shapes.head_dim for count in (shapes.heads, shapes.kv_heads, shapes.kv_heads)]
-        self.head_dim = shapes.head_dim
-        self.qkv, self.out = nn.Linear(width, sum(self.sizes), bias=False), nn.Linear(width, width, bias=False)
-        self.up, self.down = nn.Linear(width, 2 * inside, bias=False), nn.Linear(inside, width, bias=False)
+class _Sleeping(Kernel):
+    """Takes as long as attention of a block would at `ATTENTION`, and computes nothing."""
 
-    def forward(self, x_BnC: Tensor, attend: Callable[..., Tensor]) -> Tensor:
-        parts = self.qkv(x_BnC).split(self.sizes, -1)
-        q, k, v = (part.unflatten(-1, (-1, self.head_dim)).contiguous() for part in parts)
-        x_BnC = x_BnC + self.out(attend(q, k, v).flatten(2))
-        gate, up = self.up(x_BnC).chunk(2, -1)
-        return x_BnC + self.down(F.silu(gate) * up)
+    name = "sleep"
+
+    def available(self) -> tuple[bool, str]:
+        return True, "sleeps"
+
+    def version(self) -> str | None:
+        return None
+
+    def supports(
+        self, dtype: torch.dtype, device: torch.device, head_dim: int, v_head_dim: int, spec: AttentionSpec
+    ) -> str | None:
+        return None
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, block: BlockSpec) -> tuple[Tensor, Tensor]:
+        time.sleep(_operations(q, k, block) / ATTENTION)
+        return torch.zeros(*q.shape[:3], v.shape[-1]), torch.zeros(q.shape[0], q.shape[2], q.shape[1])
+
+    def backward(
+        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, block: BlockSpec
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        time.sleep(2.5 * _operations(q, k, block) / ATTENTION)
+        return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+
+
+def _operations(q: Tensor, k: Tensor, block: BlockSpec) -> float:
+    """Of the forward pass over the pairs within reach."""
+    (left, right), keys = block.band, k.shape[1]
+    i = torch.arange(q.shape[1])
+    first = torch.zeros_like(i) if left is None else (i - left).clamp(min=0)
+    last = torch.full_like(i, keys - 1) if right is None else (i + right).clamp(max=keys - 1)
+    pairs = int((last - first + 1).clamp(min=0).sum())
+    return 4.0 * q.shape[0] * q.shape[2] * q.shape[3] * pairs
+
+
+class _Products(torch.autograd.Function):
+    """Takes as long as a layer's products would, twice that on the way back."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, seconds: float) -> Tensor:
+        ctx.seconds = seconds
+        time.sleep(seconds)
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        time.sleep(2 * ctx.seconds)
+        return grad, None
 
 
 def measure(kv_heads: int, length: int, repeats: int) -> Measured:
-    """On each rank: the rates of this machine, and the steps of all contenders in turns."""
-    torch.manual_seed(dist.get_rank())
+    """On each rank: the steps of all contenders in turns, what a rank copies, and what a small collective takes."""
+    KERNELS[_Sleeping.name] = _Sleeping()
     shapes = shapes_with(kv_heads)
-    layers = [_Layer(shapes) for _ in range(shapes.layers)]
-    rates = _rates(shapes, layers, length // RANKS, repeats)
-    runs = {each.name: _step(shapes, layers, each, length) for each in CONTENDERS}
+    runs = {each.name: _step(shapes, each, length) for each in CONTENDERS}
     for once in runs.values():
         once()
-    return Measured(in_turns(runs, repeats), rates, _latency())
+    latency = _latency()
+    return Measured(in_turns(runs, repeats), _copies(), latency)
 
 
-def _step(shapes: Shapes, layers: list[_Layer], each: Contender, length: int) -> Callable[[], None]:
+def _step(shapes: Shapes, each: Contender, length: int) -> Callable[[], None]:
     sizes = {"ulysses_size": each.ulysses, "ring_size": each.ring}
     config = SequenceParallelConfig(method=each.method, layout=each.order, **sizes)
     groups = SequenceParallelGroups.build(config)
     layout = Layout(each.order, length, RANKS)
-    what, where = AttentionSpec(MaskSpec(causal=True)), Where(groups, layout)
+    what, where = AttentionSpec(MaskSpec(causal=True), kernel=_Sleeping.name), Where(groups, layout)
     method = METHODS[each.method].attention
     assert method is not None
-    x = torch.randn(1, layout.sizes[groups.sp.rank], shapes.hidden, requires_grad=True)
-
-    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        out: Tensor = method(q, k, v, what=what, where=where)
-        return out
-
-    return _forward_and_backward(layers, x, attend)
-
-
-def _forward_and_backward(layers: list[_Layer], x: Tensor, attend: Callable[..., Tensor]) -> Callable[[], None]:
-    def step() -> None:
-        y = x
-        for layer in layers:
-            y = layer(y, attend)
-        y.sum().backward()
-
-    return step
-
-
-def _rates(shapes: Shapes, layers: list[_Layer], tokens: int, repeats: int) -> tuple[float, float, float]:
-    """Of all ranks at once, without any wire between them."""
-    x = torch.randn(1, tokens, shapes.hidden, requires_grad=True)
-    products = _forward_and_backward(layers, x, lambda q, k, v: q)
-    groups = SequenceParallelGroups.build(SequenceParallelConfig(method="ulysses", size=1))
-    what, where = AttentionSpec(MaskSpec(causal=True)), Where(groups, Layout("contiguous", tokens, 1))
+    tokens = layout.sizes[groups.sp.rank]
+    products = 2 * tokens * (shapes.multiplied - shapes.head_parameters) / shapes.layers / PRODUCTS
     q, k, v = (
         torch.randn(1, tokens, heads, shapes.head_dim, requires_grad=True)
         for heads in (shapes.heads, shapes.kv_heads, shapes.kv_heads)
     )
-    method = METHODS["ulysses"].attention
-    assert method is not None
-    total, part = torch.zeros_like(q), torch.randn_like(q)
 
-    def attend() -> None:
-        method(q, k, v, what=what, where=where).sum().backward()
+    def step() -> None:
+        x = q
+        for _ in range(shapes.layers):
+            x = method(_Products.apply(x, products), k, v, what=what, where=where)
+        x.sum().backward()
+
+    return step
+
+
+def _copies() -> float:
+    total, part = torch.zeros(1 << 18), torch.ones(1 << 18)
 
     def copy() -> None:
         for _ in range(10):
             total.add_(part)
 
-    runs: Mapping[str, Callable[[], None]] = {"products": products, "attention": attend, "copies": copy}
-    for once in runs.values():
-        once()
-    taken = {name: samples.wall for name, samples in in_turns(runs, max(repeats, 3)).items()}
-    # As `time_model` counts them: three products to a weight, attention's backward pass at 2.5 times its forward pass.
-    multiplied = 6 * tokens * (shapes.multiplied - shapes.head_parameters)
-    pairs = MaskSpec(causal=True).pairs(tokens)
-    attended = 3.5 * 4 * shapes.heads * shapes.head_dim * pairs
-    copied = 10 * 3 * 4 * total.numel()
-    return multiplied / taken["products"], attended / taken["attention"], copied / taken["copies"]
+    copy()
+    taken = median(max(spent.wall for spent in timed(copy)) for _ in range(5))
+    return 10 * 3 * 4 * total.numel() / taken
 
 
 def _latency() -> float:
@@ -255,7 +271,6 @@ def _latency() -> float:
 
 def predicted(links: Links, kv_heads: int, length: int, measured: Measured) -> dict[str, float]:
     """Seconds by contender."""
-    products, attention, copies = measured.rates
     bits = 1e6 / 8
     cluster = Cluster(
         RANKS,
@@ -266,9 +281,9 @@ def predicted(links: Links, kv_heads: int, length: int, measured: Measured) -> d
         intra=links.within * bits,
         inter=links.between * bits,
         host=1e12,
-        memory=copies,
-        product_share=products,
-        attention_share=attention,
+        memory=measured.copies,
+        product_share=PRODUCTS,
+        attention_share=ATTENTION,
         latency=measured.latency,
     )
     found, shapes = {}, shapes_with(kv_heads)
@@ -284,8 +299,8 @@ def predicted(links: Links, kv_heads: int, length: int, measured: Measured) -> d
             order=each.order,
             element_size=4,
         )
-        time = time_of(shapes, how, length, cluster)
-        found[each.name] = time.products + time.attention + time.exchange
+        told = time_of(shapes, how, length, cluster)
+        found[each.name] = told.products + told.attention + told.exchange
     return found
 
 
@@ -310,7 +325,7 @@ def _rows(links: Links, kv_heads: int, length: int, measured: Measured) -> list[
             "error": f"{(told[name] / foretold) / (walls[name] / fastest) - 1:+.0%}",
             "order": f"{right} of {len(pairs)}",
             "samples": samples.walls,
-            "rates": list(measured.rates),
+            "copies": measured.copies,
             "latency": measured.latency,
         }
         for name, samples in measured.steps.items()

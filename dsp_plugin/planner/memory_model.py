@@ -48,7 +48,7 @@ class Memory(NamedTuple):
         weights: of the model, as they are kept.
         gradients: likewise.
         optimizer: moments, and weights in fp32.
-        gathered: of weights that are whole for a moment under ZeRO 3.
+        moving: of weights that ZeRO makes whole for a moment, and of gradients that it has not reduced yet.
         kept: by the forward pass for the backward pass, on the device.
         moment: the most that is alive beside them.
         peak: when that is.
@@ -58,7 +58,7 @@ class Memory(NamedTuple):
     weights: int
     gradients: int
     optimizer: int
-    gathered: int
+    moving: int
     kept: int
     moment: int
     peak: str
@@ -67,7 +67,7 @@ class Memory(NamedTuple):
     @property
     def device(self) -> int:
         """All on the device."""
-        return self.weights + self.gradients + self.optimizer + self.gathered + self.kept + self.moment
+        return self.weights + self.gradients + self.optimizer + self.moving + self.kept + self.moment
 
     @property
     def activations(self) -> int:
@@ -115,7 +115,7 @@ def memory_of(shapes: Shapes, how: Arrangement, length: int) -> Memory:
     moments["the head"] = _head(how, widths, tokens)
     peak = max(moments, key=lambda name: moments[name])
     weights, gradients, optimizer = model_states(shapes, how)
-    return Memory(weights, gradients, optimizer, _gathered(shapes, how), kept, moments[peak], peak, host)
+    return Memory(weights, gradients, optimizer, _moving(shapes, how), kept, moments[peak], peak, host)
 
 
 def model_states(shapes: Shapes, how: Arrangement) -> tuple[int, int, int]:
@@ -272,7 +272,7 @@ def _attention_moment(how: Arrangement, widths: _Widths, rounds: int) -> int:
         return (12 if how.ulysses > 1 else 14) * queries + 28 * keys + 4 * heads
     if how.ulysses > 1:
         if rounds > 1:
-            return 8 * queries + 8 * keys + (6 * queries + 4 * keys) // rounds
+            return (18 * queries + 17 * keys) // 2
         return 8 * queries + 16 * keys
     return 8 * queries + 8 * keys + 4 * heads
 
@@ -287,8 +287,11 @@ def _head(how: Arrangement, widths: _Widths, tokens: int) -> int:
     return alive + (8 + _WIDTH) * widths.hidden * tokens
 
 
-def _gathered(shapes: Shapes, how: Arrangement) -> int:
-    """Under ZeRO 3 the layer that is computed and the one that is fetched ahead, or the head."""
-    if how.framework != "deepspeed" or how.stage < 3:
+def _moving(shapes: Shapes, how: Arrangement) -> int:
+    """Under ZeRO 3 the largest part that is gathered at a time and one ahead of it; from 2 on the largest gradient."""
+    if how.framework != "deepspeed":
         return 0
-    return _WIDTH * max(2 * shapes.layer_parameters, shapes.head_parameters) // how.tensor
+    ends = [shapes.head_parameters] * (1 if shapes.tied else 2)
+    largest, second = sorted([*ends, shapes.layer_parameters, shapes.layer_parameters])[:-3:-1]
+    gathered = largest + second if how.stage == 3 else 0
+    return _WIDTH * (gathered + (largest if how.stage >= 2 else 0)) // how.tensor
