@@ -29,6 +29,7 @@ from benchmarks import (
     linear_length,
     memory_slopes,
     overlap,
+    planner,
     recompute,
     space_time,
     switch_copies,
@@ -53,6 +54,7 @@ BENCHMARKS: dict[str, ModuleType] = {
         first_pass,
         length,
         memory_slopes,
+        planner,
     )
 }
 _QUIET = 0.5

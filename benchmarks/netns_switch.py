@@ -38,6 +38,28 @@ class Switch:
                     f"tc -n {self.name} qdisc add dev port{port} root tbf rate {megabits}mbit burst 64kb latency 2s"
                 )
 
+    def shape_nodes(self, node: int, within: int, between: int) -> None:
+        """Limit what every host sends to the hosts of its node, ``node`` neighbours, and to all others.
+
+        Args:
+            within, between: megabits per second, in all to hosts of either kind.
+
+        Raises:
+            HostFailure: ``tc`` refuses.
+        """
+        self.shape(None)
+        for host, name in enumerate(self.hosts.names):
+            tc = f"tc -n {name}"
+            _command(f"{tc} qdisc add dev {INTERFACE} root handle 1: htb default 20")
+            _command(f"{tc} class add dev {INTERFACE} parent 1: classid 1:10 htb rate {within}mbit burst 64kb")
+            _command(f"{tc} class add dev {INTERFACE} parent 1: classid 1:20 htb rate {between}mbit burst 64kb")
+            first = host // node * node
+            for peer in range(first, first + node):
+                _command(
+                    f"{tc} filter add dev {INTERFACE} protocol ip parent 1: prio 1 u32 match ip dst "
+                    f"{_address(peer)}/32 flowid 1:10"
+                )
+
 
 @contextmanager
 def switched(count: int) -> Iterator[Switch]:
@@ -57,7 +79,7 @@ def switched(count: int) -> Iterator[Switch]:
             _command(f"ip -n {host} link add {INTERFACE} type veth peer name port{port} netns {switch}")
             _command(f"ip -n {switch} link set port{port} master bridge0")
             _command(f"ip -n {switch} link set port{port} up")
-            _command(f"ip -n {host} address add 10.78.0.{port + 1}/24 dev {INTERFACE}")
+            _command(f"ip -n {host} address add {_address(port)}/24 dev {INTERFACE}")
             _command(f"ip -n {host} link set {INTERFACE} up")
             _command(f"ip -n {host} link set lo up")
         yield Switch(Hosts(names), switch)
@@ -65,6 +87,10 @@ def switched(count: int) -> Iterator[Switch]:
         for name in (*names, switch):
             # One that was never made is no concern here.
             subprocess.run(["ip", "netns", "del", name], capture_output=True, timeout=20, check=False)
+
+
+def _address(host: int) -> str:
+    return f"10.78.0.{host + 1}"
 
 
 def _command(line: str) -> None:

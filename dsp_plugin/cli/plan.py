@@ -14,7 +14,7 @@ from dsp_plugin.methods import METHODS
 from dsp_plugin.planner import cluster as clusters
 from dsp_plugin.planner.choice import RECOMPUTE, Judged, Task, choose, gib
 from dsp_plugin.planner.cluster import DEFAULT_PRESET, PRESETS, Cluster
-from dsp_plugin.planner.model_files import KNOWN_SHAPES, shapes_of
+from dsp_plugin.planner.model_files import shapes_of, shipped
 from dsp_plugin.planner.paste import flags, memory_section, remark, sections
 from dsp_plugin.planner.shapes import Shapes
 
@@ -33,7 +33,7 @@ def plan(
     model: Annotated[
         str,
         typer.Option(
-            help=f"{', '.join(KNOWN_SHAPES)}; a config.json of Transformers or its folder; or a file of Megatron's "
+            help=f"{', '.join(shipped())}; a config.json of Transformers or its folder; or a file of Megatron's "
             "arguments."
         ),
     ],

@@ -29,6 +29,7 @@ class Arrangement:
         memory: what a step trades for memory.
         micro_batches: sequences that a replica takes one after another in a step.
         order: of the tokens; None for what the framework would take.
+        element_size: bytes of an activation on the wire; memory is that of training in bf16 in any case.
     """
 
     framework: Framework
@@ -44,6 +45,7 @@ class Arrangement:
     memory: MemoryConfig = field(default_factory=MemoryConfig)
     micro_batches: int = 1
     order: LayoutKind | None = None
+    element_size: int = 2
 
     @property
     def size(self) -> int:

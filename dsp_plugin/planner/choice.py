@@ -311,7 +311,7 @@ def _why_not(task: Task, found: Judged) -> str:
     memory = found.memory
     if memory is None:
         return found.reason
-    states = memory.weights + memory.gradients + memory.optimizer + memory.gathered
+    states = memory.weights + memory.gradients + memory.optimizer + memory.moving
     return (
         f"does not fit by {gib(found.over)}: {gib(states)} of states, {gib(memory.kept)} kept, {gib(memory.moment)} in "
         f"{memory.peak}, of {gib(task.device_bytes)}"

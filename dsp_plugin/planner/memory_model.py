@@ -14,7 +14,8 @@ and on its way back, at its dearest moments,
     in the norm    the layer without its MLP, and 18 h
     in attention   10 h and what the method's backward pass needs beside its inputs
 
-The head without tiles takes 14 V and 8 h: logits in bf16 and fp32, their log-softmax, and its gradient.
+The head without tiles takes 14 V and 8 h: logits in bf16 and fp32, their log-softmax, and its gradient. On
+Megatron-core (without fused kernels) norms and sums keep 21 h, a gated MLP 10 I, and the head takes 6 V and 12 h.
 `tests/unit/test_planner_memory.py` holds these against dry runs of Transformers' models.
 """
 
@@ -48,7 +49,7 @@ class Memory(NamedTuple):
         weights: of the model, as they are kept.
         gradients: likewise.
         optimizer: moments, and weights in fp32.
-        gathered: of weights that are whole for a moment under ZeRO 3.
+        moving: of weights that ZeRO makes whole for a moment, and of gradients that it has not reduced yet.
         kept: by the forward pass for the backward pass, on the device.
         moment: the most that is alive beside them.
         peak: when that is.
@@ -58,7 +59,7 @@ class Memory(NamedTuple):
     weights: int
     gradients: int
     optimizer: int
-    gathered: int
+    moving: int
     kept: int
     moment: int
     peak: str
@@ -67,7 +68,7 @@ class Memory(NamedTuple):
     @property
     def device(self) -> int:
         """All on the device."""
-        return self.weights + self.gradients + self.optimizer + self.gathered + self.kept + self.moment
+        return self.weights + self.gradients + self.optimizer + self.moving + self.kept + self.moment
 
     @property
     def activations(self) -> int:
@@ -115,7 +116,7 @@ def memory_of(shapes: Shapes, how: Arrangement, length: int) -> Memory:
     moments["the head"] = _head(how, widths, tokens)
     peak = max(moments, key=lambda name: moments[name])
     weights, gradients, optimizer = model_states(shapes, how)
-    return Memory(weights, gradients, optimizer, _gathered(shapes, how), kept, moments[peak], peak, host)
+    return Memory(weights, gradients, optimizer, _moving(shapes, how), kept, moments[peak], peak, host)
 
 
 def model_states(shapes: Shapes, how: Arrangement) -> tuple[int, int, int]:
@@ -209,16 +210,16 @@ def _widths(shapes: Shapes, how: Arrangement) -> _Widths:
     )
 
 
-def _mlp_values(shapes: Shapes) -> int:
-    """Tensors of the MLP's inner width that a layer keeps."""
-    return 4 if shapes.gated else 2
+def _mlp_values(shapes: Shapes, how: Arrangement) -> int:
+    """Tensors of the MLP's inner width that a layer keeps; Megatron-core makes a copy of a gate."""
+    return (5 if how.framework == "megatron" else 4) if shapes.gated else 2
 
 
 def _norms(how: Arrangement, hidden: int) -> int:
     if how.framework == "deepspeed":
         return 16 * hidden
-    # Fused norms keep their input, and the products behind them theirs; with sequence parallelism a part each.
-    return -(-8 * hidden // how.tensor)
+    # Sums of residuals are kept, too; with sequence parallelism a part each.
+    return -(-21 * hidden // how.tensor)
 
 
 def _layer(shapes: Shapes, how: Arrangement, widths: _Widths) -> _Layer:
@@ -226,7 +227,7 @@ def _layer(shapes: Shapes, how: Arrangement, widths: _Widths) -> _Layer:
     if how.ulysses > 1:
         attention = 2 * (2 * widths.gathered_queries + 2 * widths.gathered_keys) + 4 * widths.heads
         attention += _WIDTH * widths.queries
-    mlp = _WIDTH * _mlp_values(shapes) * widths.inside if how.memory.mlp_tiles == 1 else 0
+    mlp = _WIDTH * _mlp_values(shapes, how) * widths.inside if how.memory.mlp_tiles == 1 else 0
     return _Layer(_norms(how, widths.hidden), attention, mlp)
 
 
@@ -245,13 +246,13 @@ def _layer_moments(shapes: Shapes, how: Arrangement, widths: _Widths, layer: _La
         # What is on the tape already is not made again.
         attention = 0 if how.ulysses > 1 else 2 * widths.queries + 4 * widths.keys
     tokens, tiles, hidden = shard_sizes(length, how.size)[0], how.memory.mlp_tiles, widths.hidden
-    inside = _WIDTH * (_mlp_values(shapes) + shapes.entrances) * widths.inside
+    inside = _WIDTH * (_mlp_values(shapes, how) + shapes.entrances) * widths.inside
     in_mlp = (layer.norms + attention + 2 * hidden + inside) * tokens
     if tiles > 1:
         # Gradients of the weights are summed in fp32.
         in_mlp = (layer.norms + 4 * hidden + attention) * tokens + (inside + 2 * hidden) * -(-tokens // tiles)
         in_mlp += 4 * shapes.mlp_matrices * hidden * widths.inside
-    norm = 18 * hidden if how.framework == "deepspeed" else layer.norms
+    norm = 18 * hidden if how.framework == "deepspeed" else -(-18 * hidden // how.tensor)
     moment = _attention_moment(how, widths, rounds_of(shapes, how, length))
     return {
         "the MLP of a layer": in_mlp,
@@ -272,13 +273,15 @@ def _attention_moment(how: Arrangement, widths: _Widths, rounds: int) -> int:
         return (12 if how.ulysses > 1 else 14) * queries + 28 * keys + 4 * heads
     if how.ulysses > 1:
         if rounds > 1:
-            return 8 * queries + 8 * keys + (6 * queries + 4 * keys) // rounds
+            return (18 * queries + 17 * keys) // 2
         return 8 * queries + 16 * keys
     return 8 * queries + 8 * keys + 4 * heads
 
 
 def _head(how: Arrangement, widths: _Widths, tokens: int) -> int:
     tile = how.memory.tile_tokens
+    if tile is None and how.framework == "megatron":
+        return (6 * widths.vocabulary + 12 * widths.hidden) * tokens
     if tile is None:
         return (14 * widths.vocabulary + 8 * widths.hidden) * tokens
     # A tile in fp32 and the product that it is made of, or the one that its gradient is multiplied in; the weight's
@@ -287,8 +290,11 @@ def _head(how: Arrangement, widths: _Widths, tokens: int) -> int:
     return alive + (8 + _WIDTH) * widths.hidden * tokens
 
 
-def _gathered(shapes: Shapes, how: Arrangement) -> int:
-    """Under ZeRO 3 the layer that is computed and the one that is fetched ahead, or the head."""
-    if how.framework != "deepspeed" or how.stage < 3:
+def _moving(shapes: Shapes, how: Arrangement) -> int:
+    """Under ZeRO 3 the largest part that is gathered at a time and one ahead of it; from 2 on the largest gradient."""
+    if how.framework != "deepspeed":
         return 0
-    return _WIDTH * max(2 * shapes.layer_parameters, shapes.head_parameters) // how.tensor
+    ends = [shapes.head_parameters] * (1 if shapes.tied else 2)
+    largest, second = sorted([*ends, shapes.layer_parameters, shapes.layer_parameters])[:-3:-1]
+    gathered = largest + second if how.stage == 3 else 0
+    return _WIDTH * (gathered + (largest if how.stage >= 2 else 0)) // how.tensor

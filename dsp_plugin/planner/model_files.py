@@ -5,19 +5,12 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Mapping, Sequence
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from dsp_plugin.errors import SequenceParallelConfigError, UnsupportedError
 from dsp_plugin.planner.shapes import Experts, Shapes
-
-# As their makers publish them in config.json.
-KNOWN_SHAPES: dict[str, Shapes] = {
-    "llama-8b": Shapes(32, 4096, 32, 8, 128, 14336, 128256, positions=131072, source="llama-8b"),
-    "llama-70b": Shapes(80, 8192, 64, 8, 128, 28672, 128256, positions=131072, source="llama-70b"),
-    "llama2-7b": Shapes(32, 4096, 32, 32, 128, 11008, 32000, positions=4096, source="llama2-7b"),
-    "qwen3-8b": Shapes(36, 4096, 32, 8, 128, 12288, 151936, positions=40960, source="qwen3-8b"),
-}
 
 # Families whose MLP is two matrices, by Transformers' model_type.
 _UNGATED = (
@@ -25,21 +18,26 @@ _UNGATED = (
     *("codegen", "xglm", "biogpt", "mpt", "nemotron", "persimmon", "stablelm_epoch"),
 )
 _ATTENTION = ("full_attention", "sliding_attention", "attention")
-_ANOTHER = "name the config.json of a causal language model, or one of " + ", ".join(KNOWN_SHAPES)
+_ANOTHER = "name the config.json of a causal language model, or a model whose shapes come with the library"
+
+
+def shipped() -> list[str]:
+    """The models whose shapes come with the library."""
+    return sorted(entry.name.removesuffix(".json") for entry in _shapes().iterdir() if entry.name.endswith(".json"))
 
 
 def shapes_of(model: str) -> Shapes:
     """The shapes of what ``model`` names: a short name, a folder or a file.
 
     Args:
-        model: of `KNOWN_SHAPES`; a config.json of Transformers or its folder; or a file of Megatron's arguments.
+        model: of `shipped`; a config.json of Transformers or its folder; or a file of Megatron's arguments.
 
     Raises:
         SequenceParallelConfigError: it is none of them, or says too little.
         UnsupportedError: it has layers that are not attention and an MLP.
     """
-    if model in KNOWN_SHAPES:
-        return KNOWN_SHAPES[model]
+    if model in shipped():
+        return from_transformers(_json((_shapes() / f"{model}.json").read_text(), model), model)
     path = Path(model)
     file = path / "config.json" if path.is_dir() else path
     try:
@@ -49,7 +47,7 @@ def shapes_of(model: str) -> Shapes:
             setting="--model",
             value=model,
             why=f"no short name, and no file can be read there: {getattr(error, 'strerror', None) or error}",
-            remedy=_ANOTHER,
+            remedy=f"{_ANOTHER}: {', '.join(shipped())}",
         ) from None
     if text.lstrip().startswith("{"):
         return from_transformers(_json(text, model), str(file))
@@ -202,6 +200,10 @@ def _json(text: str, model: str) -> Mapping[str, Any]:
             setting="--model", value=model, why=f"it is not JSON: {error}", remedy=_ANOTHER
         ) from None
     return found if isinstance(found, Mapping) else {}
+
+
+def _shapes() -> Any:
+    return files("dsp_plugin.configs") / "shapes"
 
 
 def _given(argv: Sequence[str], flag: str) -> bool:

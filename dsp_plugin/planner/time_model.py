@@ -166,7 +166,7 @@ def wire_bytes(shapes: Shapes, how: Arrangement, length: int, window: int | None
         kv_heads=max(shapes.kv_heads // how.tensor, 1),
         length=length,
         head_dim=shapes.head_dim,
-        element_size=2,
+        element_size=how.element_size,
         layout=how.layout,
         mask=shapes.mask_of(window),
         ulysses_size=how.ulysses,
@@ -245,12 +245,13 @@ def _states(shapes: Shapes, how: Arrangement, computing: float, gathers: int, cl
     part = rank_parameters(shapes, how) * (ranks - 1) / ranks
     here = cluster.on_one_node(how.tensor, ranks)
     link = min(cluster.intra, here * cluster.inter) if cluster.across(how.tensor, ranks) else cluster.intra
-    reduced, gathered = 4 * part / link, 2 * part / link
+    # A reduction leaves every rank a part; without ZeRO the parts are gathered at once, as they are.
+    reduced, gathered = 4 * part / link * (1 if how.stage else 2), 2 * part / link
     latency = cluster.latency * shapes.layers / how.pipeline
     if how.framework == "deepspeed" and how.stage == 3:
         each = reduced + gathers * gathered + (gathers + 1) * latency
         return how.micro_batches * max(each - computing, 0.0)
     turns = how.micro_batches if how.framework == "deepspeed" and how.stage == 2 else 1
-    after = gathered if how.stage else reduced
+    after = gathered if how.stage else 0.0
     # The backward pass is about two thirds of the computing, and gradients travel beside it.
     return turns * max(reduced + latency - computing * 2 / 3, 0.0) + after

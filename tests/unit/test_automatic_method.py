@@ -13,10 +13,10 @@ from dsp_plugin.errors import SequenceParallelConfigError, UnsupportedError
 from dsp_plugin.patches.megatron.arguments import add_flags, settle_method
 from dsp_plugin.patches.megatron.state import Settings
 from dsp_plugin.planner.auto import memory_of_config, method_for
-from dsp_plugin.planner.model_files import KNOWN_SHAPES
+from dsp_plugin.planner.model_files import shapes_of
 from dsp_plugin.planner.shapes import Shapes
 
-LLAMA = KNOWN_SHAPES["llama-8b"]
+LLAMA = shapes_of("llama-8b")
 FEW = Shapes(4, 256, 4, 2, 64, 512, 1000, positions=8192)
 
 
@@ -33,7 +33,7 @@ def test_one_node_exchanges_heads(monkeypatch):
 
 
 def test_across_nodes_heads_are_exchanged_within(monkeypatch):
-    method, ulysses, ring = chosen(monkeypatch, KNOWN_SHAPES["llama-70b"], 16, world=16)
+    method, ulysses, ring = chosen(monkeypatch, shapes_of("llama-70b"), 16, world=16)
     assert ulysses <= 8
     assert ulysses * ring == 16
     assert method in ("usp", "ring")

@@ -11,11 +11,11 @@ from dsp_plugin.planner.arrangement import Arrangement
 from dsp_plugin.planner.choice import Task, choose, memory_for
 from dsp_plugin.planner.cluster import PRESETS, of_size
 from dsp_plugin.planner.memory_model import memory_of
-from dsp_plugin.planner.model_files import KNOWN_SHAPES
+from dsp_plugin.planner.model_files import shapes_of
 from dsp_plugin.planner.paste import flags, sections
 from dsp_plugin.planner.time_model import imbalance, time_of, wire_bytes
 
-LLAMA = KNOWN_SHAPES["llama-8b"]
+LLAMA = shapes_of("llama-8b")
 GIB = 1 << 30
 
 
@@ -62,11 +62,11 @@ def test_across_nodes_heads_are_exchanged_within_and_keys_passed_on_across():
 
 
 def test_a_large_model_needs_its_states_shared():
-    found = choose(task(8, 8192, KNOWN_SHAPES["llama-70b"], tensor=1, stage=0))
+    found = choose(task(8, 8192, shapes_of("llama-70b"), tensor=1, stage=0))
     assert not any(each.fits for each in found)
     assert "does not fit by" in found[0].reason
     assert "of states" in found[0].reason
-    found = choose(task(64, 131072, KNOWN_SHAPES["llama-70b"]))
+    found = choose(task(64, 131072, shapes_of("llama-70b")))
     assert found[0].fits
     assert found[0].how.stage == 3 or found[0].how.tensor > 1
 
@@ -147,7 +147,7 @@ def test_what_is_printed_is_a_legal_config(gpus, length):
 
 
 def test_megatrons_flags_name_sizes_that_make_the_world():
-    found = choose(task(64, 1 << 17, KNOWN_SHAPES["llama-70b"], framework="megatron", micro_batches=8))
+    found = choose(task(64, 1 << 17, shapes_of("llama-70b"), framework="megatron", micro_batches=8))
     winner = found[0]
     assert winner.fits
     text = " ".join(flags(winner.how, winner.length))

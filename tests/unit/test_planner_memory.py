@@ -1,5 +1,6 @@
 """The planner's bytes against dry runs of the models that they are about, and against the arithmetic of ZeRO."""
 
+from dataclasses import replace
 from functools import partial
 
 import planned_llama
@@ -11,10 +12,11 @@ from dsp_plugin import SequenceParallelConfig
 from dsp_plugin.config.memory import MemoryConfig
 from dsp_plugin.planner.arrangement import Arrangement
 from dsp_plugin.planner.memory_model import memory_of, model_states
-from dsp_plugin.planner.model_files import KNOWN_SHAPES
+from dsp_plugin.planner.model_files import shapes_of
 from dsp_plugin.planner.shapes import Shapes
 from dsp_plugin.rehearsal.dryrun import Job, dry_run
 from dsp_plugin.rehearsal.model_states import model_states as zero_states
+from dsp_plugin.rehearsal.model_states import moving_bytes
 from dsp_plugin.rehearsal.subject import Subject
 
 TOLERANCE = 0.10
@@ -29,6 +31,29 @@ def subject(shapes: Shapes, length: int, recompute: str) -> Subject:
     counts = shapes.layers, shapes.hidden, shapes.heads, shapes.kv_heads, shapes.head_dim
     rest = shapes.intermediate, shapes.vocabulary, length, recompute == "full"
     return Subject(*planned_llama.llama(*counts, *rest))
+
+
+PARTS = (
+    (HEAD, "ulysses", 2, 1, {"tile_tokens": 64}),
+    (MLP, "ulysses", 4, 1, {"mlp_tiles": 4}),
+    (ATTENTION, "ulysses", 4, 1, {"attention_rounds": 2}),
+    (ATTENTION, "usp", 2, 2, {"attention_rounds": 4}),
+    (HEAD, "ulysses", 2, 1, {"tile_tokens": 64, "mlp_tiles": 8}),
+)
+
+
+@pytest.mark.parametrize(
+    ("shapes", "method", "ulysses", "ring", "parts"),
+    [pytest.param(*case, marks=[] if index == 4 else pytest.mark.matrix) for index, case in enumerate(PARTS)],
+)
+def test_parts_of_memory_are_those_of_a_dry_run(shapes, method, ulysses, ring, parts):
+    how, length = replace(alone(shapes, method, ulysses, ring), memory=MemoryConfig(**parts)), 8192
+    settings = {"layout": "contiguous"} if ring > 1 else {}
+    sizes = {"ulysses_size": ulysses, "ring_size": ring}
+    config = SequenceParallelConfig(method=method, **sizes, quiet=True, memory=parts, **settings)
+    ran = dry_run(Job(partial(subject, shapes, length, "full"), config, torch.bfloat16), how.size)
+    found = memory_of(shapes, how, length)
+    assert found.activations == pytest.approx(ran.memory.activations, rel=TOLERANCE)
 
 
 def alone(shapes: Shapes, method: str, ulysses: int, ring: int, recompute: str = "full") -> Arrangement:
@@ -65,14 +90,16 @@ def test_activations_are_those_of_a_dry_run(shapes, method, ulysses, ring, lengt
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_states_are_those_that_zero_leaves(stage):
-    shapes = KNOWN_SHAPES["llama-8b"]
+    shapes = shapes_of("llama-8b")
     how = Arrangement("deepspeed", 8, 8, "ulysses", 8, 1, stage=stage)
     zero = zero_states(shapes.parameters, torch.bfloat16, 8, stage)
+    units = sorted([shapes.head_parameters] * 2 + [shapes.layer_parameters] * shapes.layers, reverse=True)
+    assert memory_of(shapes, how, 1 << 16).moving == moving_bytes(tuple(units), torch.bfloat16, stage)
     assert model_states(shapes, how) == (zero.weights, zero.gradients, zero.optimizer)
 
 
 def test_megatrons_optimizer_is_shared_by_data_and_context_parallel_ranks():
-    shapes = KNOWN_SHAPES["llama-8b"]
+    shapes = shapes_of("llama-8b")
     whole = Arrangement("megatron", 64, 8, "ulysses", 4, 1, tensor=8)
     shared = Arrangement("megatron", 64, 8, "ulysses", 4, 1, tensor=8, stage=1)
     assert model_states(shapes, whole)[2] == pytest.approx(8 * model_states(shapes, shared)[2])
@@ -84,7 +111,7 @@ def test_megatrons_optimizer_is_shared_by_data_and_context_parallel_ranks():
     [({"tile_tokens": 512}, "kept"), ({"mlp_tiles": 8}, "kept"), ({"offload": True}, "moment")],
 )
 def test_each_part_takes_less_of_the_device(parts, less):
-    shapes = KNOWN_SHAPES["llama-8b"]
+    shapes = shapes_of("llama-8b")
     how = Arrangement("deepspeed", 8, 8, "ulysses", 8, 1, stage=3, memory=MemoryConfig(tile_tokens=512))
     if "tile_tokens" in parts:
         how = Arrangement("deepspeed", 8, 8, "ulysses", 8, 1, stage=3)
