@@ -46,7 +46,7 @@ class Case:
     heads: int = 32
     kv_heads: int = 8
     head_dim: int = 64
-    documents: int = 6
+    documents: int = 2
     dropout: float = 0.0
     ulysses: int = 2
     decay: str = "scalar"

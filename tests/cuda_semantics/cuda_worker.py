@@ -43,8 +43,9 @@ class Worker:
         if pool is None:
             return
         for process in list((pool._processes or {}).values()):
-            process.terminate()
-        pool.shutdown(wait=True, cancel_futures=True)
+            process.kill()
+        # Its threads are not waited for: they may wait for the process that is gone.
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def _told(function: Callable[..., Any], *arguments: Any) -> Any:
