@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import cuda_world
+import torch
 from nccl_matcher import Posted
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -134,7 +135,7 @@ class Recorder(TorchDispatchMode):
         if signature.name == "record_stream":
             self._known_of(args[0]).streams_told.add(args[1].stream_id)
             return None
-        if signature.name in SYNCS and any(x.is_cuda for x in given):
+        if _asks_the_device(signature.name, given):
             self._note(self.counts.syncs, signature.name)
         out = func(*args, **kwargs)
         if signature.namespace != "c10d":
@@ -271,6 +272,13 @@ def signature_of(func: Any) -> Signature:
     ]
     aliases = any(r.alias_info is not None and not r.alias_info.is_write for r in schema.returns)
     return Signature(name, func.namespace, aliases or name in VIEWS, tuple(writes))
+
+
+def _asks_the_device(name: str, given: list[Tensor]) -> bool:
+    if name in ("index", "index_put", "index_put_") and any(x.dtype in (torch.bool, torch.uint8) for x in given[1:]):
+        # How many there are is known once they are counted.
+        return any(x.is_cuda for x in given)
+    return name in SYNCS and any(x.is_cuda for x in given)
 
 
 def nbytes(x: Tensor) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import traceback
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any
@@ -21,6 +22,7 @@ class Worker:
         """What the function returns there. It and its arguments are pickled; its module may import torch.
 
         Raises:
+            RuntimeError: it raised, with the traceback.
             BrokenProcessPool: the process died.
             TimeoutError: it took too long.
         """
@@ -30,7 +32,7 @@ class Worker:
                 1, multiprocessing.get_context("spawn"), cuda_world.start, (str(cuda_guard.built()),)
             )
         try:
-            return self._pool.submit(function, *arguments).result(timeout)
+            return self._pool.submit(_told, function, *arguments).result(timeout)
         except (TimeoutError, OSError):
             self.stop()
             raise
@@ -41,5 +43,14 @@ class Worker:
         if pool is None:
             return
         for process in list((pool._processes or {}).values()):
-            process.terminate()
-        pool.shutdown(wait=True, cancel_futures=True)
+            process.kill()
+        # Its threads are not waited for: they may wait for the process that is gone.
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _told(function: Callable[..., Any], *arguments: Any) -> Any:
+    try:
+        return function(*arguments)
+    except Exception:
+        # Not all of torch's errors can be pickled.
+        raise RuntimeError(traceback.format_exc()) from None

@@ -38,13 +38,13 @@ def linear_cases() -> list[Case]:
     found = [
         Case(
             *("lasp", size, index % size, mask, order, RECOMPUTED[index % 3], DTYPES[index // 3 % 3]),
-            **{"tokens": 1024, "decay": decay, "exchange": exchange},
+            **{"tokens": 260, "decay": decay, "exchange": exchange},
         )
         for index, (decay, exchange, mask, order, size) in enumerate(table)
     ]
     both_ways = product(ORDERS, (2, 4, 8), RECOMPUTED)
     return found + [
-        Case("lasp", size, index % size, "full", order, recompute, DTYPES[index % 3], tokens=1024, decay="none")
+        Case("lasp", size, index % size, "full", order, recompute, DTYPES[index % 3], tokens=260, decay="none")
         for index, (order, size, recompute) in enumerate(both_ways)
     ]
 

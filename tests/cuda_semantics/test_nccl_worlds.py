@@ -1,0 +1,48 @@
+"""What all ranks of a world ask of NCCL fits together, whoever is slow: every method, mask and order."""
+
+from __future__ import annotations
+
+from itertools import product
+
+import pytest
+from attention_cases import Case, world
+from covering import covering, marked
+from cuda_worker import Worker
+from nccl_matcher import check
+
+pytestmark = pytest.mark.timeout(300)
+
+MASKS = ("full", "causal", "window", "packed")
+ORDERS = ("contiguous", "zigzag", "striped", "documents")
+SIZES = (2, 3, 4, 8)
+
+
+def cases() -> list[Case]:
+    softmax = [
+        Case(method, size, 0, mask, order, tokens=517, heads=8, kv_heads=2)
+        for method, mask, order, size in product(("ulysses", "ring", "usp", "lightseq"), MASKS, ORDERS, SIZES)
+        if (method != "lightseq" or order == "contiguous") and (method != "usp" or size % 2 == 0)
+    ]
+    linear = [
+        Case("lasp", size, 0, mask, order, tokens=517, heads=4, kv_heads=2, decay=decay, exchange=exchange)
+        for mask, order, size, exchange, decay in product(
+            ("causal", "packed"), ORDERS, SIZES, ("ring", "allgather", "scan"), ("head", "kda")
+        )
+    ]
+    sums = [
+        Case("lasp", size, 0, "full", order, tokens=517, heads=4, kv_heads=2, decay="none")
+        for order, size in product(ORDERS, SIZES)
+    ]
+    return [*softmax, *linear, *sums, *(Case("dsp", size, batch=batch) for size in (2, 4, 8) for batch in (1, 3, 16))]
+
+
+CASES = cases()
+FEW = covering([case for case in CASES if case.size == 4])
+
+
+@pytest.mark.parametrize("case", marked(CASES, FEW))
+def test_what_ranks_ask_of_nccl_fits_together(worker: Worker, case: Case) -> None:
+    passes = worker.run(world, case)
+    faults = check({rank: [*done.forward.posted, *done.backward.posted] for rank, done in enumerate(passes)})
+    assert not faults
+    assert not [fault for done in passes for fault in done.all("faults")]
