@@ -203,7 +203,7 @@ WRONG_CONFIGS: dict[str, tuple[Callable[[], Any], list[str]]] = {
         lambda: ulysses(log_every=1, peak_tflops="989"),
         ["peak_tflops='989'", "number, not str", "such as 989"],
     ),
-    "memory as a number": (lambda: ulysses(memory=4), ["memory=4", "valid dictionary", 'Write "auto", or {']),
+    "memory as a number": (lambda: ulysses(memory=4), ["memory=4", "expected a section", 'Write "auto", or {']),
     "memory of another word": (lambda: ulysses(memory="all"), ["memory='all'", 'Write "auto", or {']),
     "unknown part of memory": (
         lambda: ulysses(memory={"offloads": True}),
@@ -231,7 +231,7 @@ WRONG_CONFIGS: dict[str, tuple[Callable[[], Any], list[str]]] = {
     "tiles of a model by plan": (lambda: dsp(memory={"mlp_tiles": 4}), ["memory.mlp_tiles=4", "described by a plan"]),
     "memory that is no JSON": (
         lambda: megatron(sp_method="ulysses", context_parallel_size=2, sp_memory="{tile_tokens: 4}"),
-        ["Megatron flags", "memory='{tile_tokens: 4}'", 'Write "auto", or {'],
+        ["--sp-memory='{tile_tokens: 4}'", "not JSON", 'Write "auto", or {'],
     ),
     "folder without a name": (
         lambda: ulysses(log_every=1, log_tensorboard=""),

@@ -49,7 +49,7 @@ MODULES = {
 }
 RUN_AS_MODULE = "dsp_plugin.launch"
 
-COMMANDS = ("doctor", "verify", "verify-model", "plan-stages", "dry-run", "demo")
+COMMANDS = ("doctor", "verify", "verify-model", "plan", "plan-stages", "dry-run", "demo")
 MEGATRON_FLAGS = (
     *("--sp-method", "--sp-ulysses-size", "--sp-ring-size", "--sp-ulysses-order", "--sp-ring-gradient-dtype"),
     *(
