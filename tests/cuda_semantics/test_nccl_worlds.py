@@ -19,18 +19,18 @@ SIZES = (2, 3, 4, 8)
 
 def cases() -> list[Case]:
     softmax = [
-        Case(method, size, 0, mask, order, tokens=517, heads=8, kv_heads=2)
+        Case(method, size, 0, mask, order, tokens=131, heads=8, kv_heads=2)
         for method, mask, order, size in product(("ulysses", "ring", "usp", "lightseq"), MASKS, ORDERS, SIZES)
         if (method != "lightseq" or order == "contiguous") and (method != "usp" or size % 2 == 0)
     ]
     linear = [
-        Case("lasp", size, 0, mask, order, tokens=517, heads=4, kv_heads=2, decay=decay, exchange=exchange)
+        Case("lasp", size, 0, mask, order, tokens=131, heads=4, kv_heads=2, decay=decay, exchange=exchange)
         for mask, order, size, exchange, decay in product(
-            ("causal", "packed"), ORDERS, SIZES, ("ring", "allgather", "scan"), ("head", "kda")
+            ("causal", "packed"), ORDERS, SIZES, ("ring", "allgather", "scan"), ("head", "scalar")
         )
     ]
     sums = [
-        Case("lasp", size, 0, "full", order, tokens=517, heads=4, kv_heads=2, decay="none")
+        Case("lasp", size, 0, "full", order, tokens=131, heads=4, kv_heads=2, decay="none")
         for order, size in product(ORDERS, SIZES)
     ]
     return [*softmax, *linear, *sums, *(Case("dsp", size, batch=batch) for size in (2, 4, 8) for batch in (1, 3, 16))]
