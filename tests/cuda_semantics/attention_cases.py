@@ -177,7 +177,9 @@ def _attention(case: Case, groups: SequenceParallelGroups) -> Any:
         return lambda x: dsp.switch(x, 1, 2, length=case.tokens // 64, groups=groups)
     assert attention is not None
     if case.method == "lasp":
-        return lambda *x: attention(*x, where=where, causal=causal, cu_seqlens=packed, exchange=case.exchange)
+        # By torch's operators: fla's, where it is installed, are Triton kernels that ask for a driver.
+        told = {"kernel": "chunked", "exchange": case.exchange}
+        return lambda *x: attention(*x, where=where, causal=causal, cu_seqlens=packed, **told)
     window = (case.tokens // 3, 0) if case.mask == "window" else None
     what = AttentionSpec(
         MaskSpec(causal=causal, window=window, cu_seqlens=packed),

@@ -250,7 +250,7 @@ def test_a_build_that_is_killed_leaves_nothing_that_the_next_would_wait_for(tmp_
     script = "import cuda_guard; print(cuda_guard.built())"
     environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path), "PYTHONPATH": str(Path(__file__).parent)}
     compiler = tmp_path / "compiler"
-    compiler.write_text("#!/bin/sh\nsleep 60\n")
+    compiler.write_text("#!/bin/sh\nexec sleep 10\n")
     compiler.chmod(0o755)
     with pytest.raises(subprocess.TimeoutExpired):
         subprocess.run([sys.executable, "-c", script], env={**environment, "CXX": str(compiler)}, timeout=3)

@@ -46,3 +46,16 @@ def test_what_ranks_ask_of_nccl_fits_together(worker: Worker, case: Case) -> Non
     faults = check({rank: [*done.forward.posted, *done.backward.posted] for rank, done in enumerate(passes)})
     assert not faults
     assert not [fault for done in passes for fault in done.all("faults")]
+
+
+@pytest.mark.parametrize("method", ["ring", "lightseq"])
+def test_a_rank_that_sends_nothing_joins_the_communicator_of_those_that_do(worker: Worker, method: str) -> None:
+    # The first document is the shard of rank 0, and the other that of all others.
+    passes = worker.run(world, Case(method, 4, 0, "packed", tokens=128, heads=4, kv_heads=2))
+    world_ = {rank: [*done.forward.posted, *done.backward.posted] for rank, done in enumerate(passes)}
+    assert not check(world_)
+    joins = {(rank, event.key) for rank, trace in world_.items() for event in trace if event.kind == "all_reduce"}
+    without = {rank: [event for event in trace if (rank, event.key) not in joins] for rank, trace in world_.items()}
+    (fault,) = check(without)
+    assert fault.rule == "never joined"
+    assert "ranks [0] never use" in fault.what
