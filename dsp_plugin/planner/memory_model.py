@@ -4,7 +4,7 @@ Bytes of one local token, in bf16; h is the width of the residual stream, A that
 as much of values), H counts query heads, I is the width inside the MLP and V the vocabulary. Under tensor parallelism
 all but h are a rank's part. A layer that is whole in memory (run without recomputation, or just run again) holds
 
-    norms          16 h     Transformers computes them in fp32: per norm 4 h wide, 2 h normed and 2 h scaled
+    norms          16 h     Transformers computes them in fp32: per norm 4 h wide, 2 h normed, 2 h scaled; 4 h in tiles
     attention      4 A + 4 K + 4 H, and 2 A more under Ulysses, whose output lies on both sides of its way back
     MLP            8 I      gate, its activation, up, and their product; 4 I without a gate, 0 in tiles
 
@@ -112,7 +112,8 @@ def memory_of(shapes: Shapes, how: Arrangement, length: int) -> Memory:
     # What is kept of a layer that was not recomputed is part of its moments.
     own = 0 if recomputed else each * tokens
     moments = {name: nbytes - own for name, nbytes in _layer_moments(shapes, how, widths, layer, length).items()}
-    moments["the last norm"] = 24 * widths.hidden * tokens
+    tiled = how.framework == "deepspeed" and how.memory.mlp_tiles > 1
+    moments["the last norm"] = (6 + 18 // how.memory.mlp_tiles if tiled else 24) * widths.hidden * tokens
     moments["the head"] = _head(how, widths, tokens)
     peak = max(moments, key=lambda name: moments[name])
     weights, gradients, optimizer = model_states(shapes, how)
@@ -217,7 +218,8 @@ def _mlp_values(shapes: Shapes, how: Arrangement) -> int:
 
 def _norms(how: Arrangement, hidden: int) -> int:
     if how.framework == "deepspeed":
-        return 16 * hidden
+        # Tiles keep of a norm what it returns.
+        return (4 if how.memory.mlp_tiles > 1 else 16) * hidden
     # Sums of residuals are kept, too; with sequence parallelism a part each.
     return -(-21 * hidden // how.tensor)
 
@@ -253,6 +255,8 @@ def _layer_moments(shapes: Shapes, how: Arrangement, widths: _Widths, layer: _La
         in_mlp = (layer.norms + 4 * hidden + attention) * tokens + (inside + 2 * hidden) * -(-tokens // tiles)
         in_mlp += 4 * shapes.mlp_matrices * hidden * widths.inside
     norm = 18 * hidden if how.framework == "deepspeed" else -(-18 * hidden // how.tensor)
+    if how.framework == "deepspeed" and tiles > 1:
+        norm = 4 * hidden + 18 * hidden // tiles
     moment = _attention_moment(how, widths, rounds_of(shapes, how, length))
     return {
         "the MLP of a layer": in_mlp,
@@ -270,7 +274,7 @@ def _attention_moment(how: Arrangement, widths: _Widths, rounds: int) -> int:
         # Gradients in fp32, those of keys on their way included.
         if rounds > 1:
             return (19 * queries + 10 * queries // rounds) // 2 + 4 * keys + 24 * keys // rounds + 4 * heads
-        return (12 if how.ulysses > 1 else 14) * queries + 28 * keys + 4 * heads
+        return (12 * queries + 28 * keys if how.ulysses > 1 else 14 * queries + 22 * keys) + 4 * heads
     if how.ulysses > 1:
         if rounds > 1:
             return (18 * queries + 17 * keys) // 2

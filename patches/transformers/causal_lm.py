@@ -30,6 +30,7 @@ from dsp_plugin.patches.transformers.seams import DISTRIBUTION, SEAMS
 from dsp_plugin.patches.transformers.selection import select
 from dsp_plugin.patches.transformers.tiled_head import tiled_head
 from dsp_plugin.patches.transformers.tiled_mlp import tile_mlps
+from dsp_plugin.patches.transformers.tiled_norms import tile_norms
 from dsp_plugin.patches.transformers.whole_logits import OutermostHook
 from dsp_plugin.patches.transformers.wrapped import is_causal_lm, model_in, sharded_part
 from dsp_plugin.sharding.outputs import all_tensors, first_tensor
@@ -83,6 +84,7 @@ class ShardedCausalLM:
             self._loss = SequenceLoss(groups.sp, self._passes, self._head is not None)
             self._overlay = Overlay(model, undo)
             tile_mlps(model, config, self.aside, undo)
+            tile_norms(model, config, self.aside, undo)
             if is_causal_lm(model):
                 self._overlay.put("_loss_function", self._loss)
             self._overlay.replace("forward", self._sharded(model, model.forward))

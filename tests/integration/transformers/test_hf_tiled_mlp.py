@@ -33,6 +33,9 @@ from dsp_plugin import (
 from dsp_plugin.patches.transformers import ShardedCausalLM, tiny, trials
 from dsp_plugin.patches.transformers.checks import checked_section
 from dsp_plugin.patches.transformers.tiled_mlp import DROPOUT_RATES, KNOWN, TiledMLP, mlps_of, tile_mlps
+from dsp_plugin.patches.transformers.tiled_norms import norms_of, tile_norms
+from dsp_plugin.rehearsal.memory import StorageTracker
+from dsp_plugin.verification.double import InDouble, backward
 
 SECTION = {"method": "ring", "size": 2}
 EXACT = sorted(
@@ -78,6 +81,7 @@ def put(model: nn.Module, tiles: int | str = TILES) -> list[int]:
         standin = vars(module).get("forward")
         if standin is not None:
             note(standin._call, sizes)
+    tile_norms(model, tiled_config(tiles), lambda: False, ExitStack())
     return sizes
 
 
@@ -93,8 +97,10 @@ def note(mlp: TiledMLP, sizes: list[int]) -> None:
 
 
 def gradients(model: nn.Module, batch: dict[str, Any]) -> dict[str, Any]:
-    loss = model(**batch).loss
-    loss.backward()
+    # Norms are written out in fp32, whose rounding would differ with the shape of a tile.
+    with InDouble():
+        loss = model(**batch).loss
+        backward(loss)
     return {"loss": loss.detach(), **{name: p.grad for name, p in model.named_parameters() if p.grad is not None}}
 
 
@@ -135,6 +141,30 @@ def test_a_family_without(family: str) -> None:
         checked_section(model, {**SECTION, "unverified_model": True, "memory": {"mlp_tiles": TILES}})
     assert why in str(error.value)
     checked_section(model, {**SECTION, "unverified_model": True, "memory": "auto"})
+    if next(norms_of(model), None) is None:
+        return
+    batch = trials.batches(model, "tokens")[0]
+    wanted = gradients(deepcopy(model), batch)
+    tile_norms(model, tiled_config(), lambda: False, ExitStack())
+    found = gradients(model, batch)
+    for name, right in wanted.items():
+        assert (found[name] - right).abs().max() <= 1e-10 * right.abs().max().clamp(min=1e-30), name
+
+
+def test_a_norm_in_tiles_keeps_its_input_alone() -> None:
+    """Of what is written out in fp32 a tile's worth is alive, forward and backward."""
+    model = tiny_model("llama").to(torch.bfloat16)
+    norm = next(norms_of(model))
+    tile_norms(model, tiled_config(64), lambda: False, ExitStack())
+    x = torch.randn(1, 640, model.config.hidden_size, dtype=torch.bfloat16, requires_grad=True)
+    kept: list[torch.Tensor] = []
+    with StorageTracker() as log:
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+            out = norm(x)
+        out.backward(torch.ones_like(out))
+    assert {t.untyped_storage().data_ptr() for t in kept} == {x.untyped_storage().data_ptr()}
+    # What it returns, the gradient that comes, the input's, and ten tokens' worth of the rest.
+    assert log.timeline.peak() < 4 * x.numel() * 2
 
 
 @pytest.mark.matrix
