@@ -27,7 +27,7 @@ from dsp_plugin.verification.cases import DTYPES
 MEMORY_TOLERANCE = 0.10
 MAX = "max"
 # Tokens on a rank: of the first run of a search, and between the lengths that it tries.
-_FIRST, _STEP = 4096, 256
+_FIRST, _STEP = 65536, 256
 
 
 def register(app: typer.Typer) -> None:

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 _MOST_RUNS = 12
+# As a part of the longest length found: how far the shortest that does not fit may be.
+_NEAR = 0.01
 
 
 class Longest(NamedTuple):
@@ -27,7 +29,7 @@ class Longest(NamedTuple):
 
 
 def longest(excess: Callable[[int], int], step: int, start: int) -> Longest:
-    """The longest length, in multiples of ``step``, at which ``excess`` is not above 0.
+    """A length, in multiples of ``step``, at which ``excess`` is not above 0; a hundredth longer, or a step, it is.
 
     Args:
         excess: bytes by which a length is above what there is, or below; grows with length.
@@ -38,6 +40,8 @@ def longest(excess: Callable[[int], int], step: int, start: int) -> Longest:
     for _ in range(_MOST_RUNS):
         slope, base = _line(tried)
         low, high = _bounds(tried)
+        if high is not None and high - low <= max(_NEAR * low, step):
+            break
         guess = int(-base / slope) // step * step if slope > 0 else 2 * max(tried)
         if guess == low or guess <= 0:
             break

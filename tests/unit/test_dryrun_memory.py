@@ -169,6 +169,18 @@ def test_the_longest_that_fits_is_found_and_was_run(excess: Any, found: int) -> 
         assert result.tried[found] == excess(found)
 
 
+def test_a_hundredth_is_near_enough() -> None:
+    runs: list[int] = []
+
+    def excess(length: int) -> int:
+        runs.append(length)
+        return 3 * length + length // 7 % 100 - 3_000_000
+
+    result = longest(excess, 8, 1024)
+    assert excess(result.length) <= 0 < excess(int(result.length * 1.01) + 8)
+    assert len(runs) <= 7
+
+
 def test_memory_is_a_straight_line_in_length(model: str) -> None:
     config = SequenceParallelConfig(method="ulysses", size=2)
 
