@@ -18,8 +18,8 @@ from torch.autograd import forward_ad
 from dsp_plugin.errors import UnsupportedError
 
 _TWICE = (
-    b"sequence_parallel: second derivatives were asked of an attention kernel, or of a head, an MLP or a norm in tiles, "
-    b"which have first ones only. Take second derivatives where stages attend along whole dims by the model's own "
+    b"sequence_parallel: second derivatives were asked of an attention kernel, or of what is computed in tiles, and "
+    b"these have first ones only. Take second derivatives where stages attend along whole dims by the model's own "
     b"attention (method dsp), or unsharded, without tiles."
 )
 
