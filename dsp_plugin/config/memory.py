@@ -70,3 +70,12 @@ class MemoryConfig(BaseModel):
     def host_bytes(self) -> int | None:
         """The most host memory that checkpoints of one rank may take; 0 for none, None for what there is."""
         return self.offload if isinstance(self.offload, Bytes) else None if self.offload else 0
+
+    def in_words(self) -> str:
+        """What is set, such as ``tile_tokens 4096, offload``; empty where nothing is."""
+        fields = type(self).model_fields
+        changed = {name: getattr(self, name) for name in fields if getattr(self, name) != fields[name].default}
+        return ", ".join(
+            name if value is True else f"{name} {f'{value:,} bytes' if isinstance(value, Bytes) else value}"
+            for name, value in changed.items()
+        )

@@ -60,6 +60,9 @@ def announce(
     if checkpointing:
         # There is nothing to keep of an attention that is never looked into.
         parts.append(f"recompute {config.recompute if attention else 'full'}")
+    memory = config.memory if isinstance(config.memory, str) else config.memory.in_words()
+    if memory:
+        parts.append(f"memory {memory}")
     if patched:
         parts.append(f"patched {patched}")
     _print_once(" | ".join(parts))

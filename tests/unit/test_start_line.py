@@ -198,3 +198,17 @@ def test_parallelize_says_what_it_did_and_checks_say_nothing(
     assert not capsys.readouterr().out
     parallelize(Model(), plan, config=config, groups=groups)
     assert capsys.readouterr().out == BEGIN + expected
+
+
+@pytest.mark.parametrize(
+    ("memory", "said"),
+    [
+        ("auto", "memory auto"),
+        ({"tile_tokens": 4096, "offload": True}, "memory tile_tokens 4096, offload"),
+        ({"mlp_tiles": 8, "attention_rounds": "2GiB"}, "memory mlp_tiles 8, attention_rounds 2,147,483,648 bytes"),
+        ({"mlp_tiles": 1, "offload": False}, ""),
+    ],
+)
+def test_what_is_traded_for_memory(capsys: pytest.CaptureFixture[str], memory: Any, said: str) -> None:
+    parts = line(capsys, {"method": "ulysses", "memory": memory}).split(" | ")
+    assert [part for part in parts if part.startswith("memory")] == ([said] if said else [])

@@ -56,7 +56,8 @@ def test_the_first_rank_names_the_model_once(world: int, hf_world: Callable[[int
     assert lines
     assert len(set(lines)) == len(lines)
     patched = rf"patched deepspeed \S+ \(\d+ patches\).*, one \w+ForCausalLM of transformers {version('transformers')}"
-    pattern = rf"\w+ over \d ranks \(.*\) \| tokens \w+ \| kernel cpu_flash \| recompute \w+ \| {patched}"
+    traded = r"( \| memory tile_tokens \d)?"
+    pattern = rf"\w+ over \d ranks \(.*\) \| tokens \w+ \| kernel cpu_flash \| recompute \w+{traded} \| {patched}"
     assert all(re.fullmatch(pattern, line.split(" | ", 1)[1]) for line in lines), lines
     assert not any(re.search(r"^dsp_plugin .*", text, re.M) for text in others)
 
