@@ -61,9 +61,13 @@ class Storages(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
+        # Views of what was there before are not made here.
+        given = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
         for tensor in tree_leaves(result):
             if isinstance(tensor, Tensor):
                 storage = tensor.untyped_storage()
+                if storage._cdata in given:
+                    continue
                 self._found[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
         return result
 
