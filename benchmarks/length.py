@@ -82,7 +82,7 @@ def run(quick: bool, advance: Advance) -> Result:
             "method": "method",
             "length": "longest, tokens",
             "published": "published",
-            "kib_per_token": "KiB of a rank per token of its own",
+            "kib_per_token": "KiB of activations per token of a rank",
             "device_gib": "GiB of the device",
             "host_gib": "GiB of the host",
             "largest": "holds the most at the peak",
@@ -111,14 +111,14 @@ def _row(result: Result, case: Case) -> None:
         return
     found = json.loads(done.stdout)
     need = next(each for each in found["needs"] if each["states"] == "ZeRO 3")
-    holder = found["holders_of_the_peak_of_activations"][0]
+    holder, tokens = found["holders_of_the_peak_of_activations"][0], found["longest"]["length"]
     row: Row = {
         "model": case.model,
         "gpus": case.gpus,
         "method": found["method"],
-        "length": found["longest"]["length"],
+        "length": tokens,
         "published": PUBLISHED.get((case.model, case.gpus), ""),
-        "kib_per_token": found["longest"]["slope"] * case.gpus / 2**10,
+        "kib_per_token": need["activations"] * case.gpus / tokens / 2**10 if tokens else 0.0,
         "device_gib": need["total"] / 2**30,
         "host_gib": need["host"] / 2**30,
         "largest": f"{holder['module']} {holder['operator']}",

@@ -38,21 +38,37 @@ def longest(excess: Callable[[int], int], step: int, start: int) -> Longest:
     """
     tried = {length: excess(length) for length in (start, 2 * start)}
     for _ in range(_MOST_RUNS):
-        slope, base = _line(tried)
         low, high = _bounds(tried)
         if high is not None and high - low <= max(_NEAR * low, step):
             break
-        guess = int(-base / slope) // step * step if slope > 0 else 2 * max(tried)
-        if guess == low or guess <= 0:
-            break
+        guess = _guess(tried, low, high)
+        if low:
+            # What is so near that it need not be known better is shown not to fit.
+            guess = max(guess, low + int(_NEAR * low))
+        guess = max(guess // step * step, low + step)
         if high is not None and guess >= high:
             guess = (low + high) // 2 // step * step
-        if guess <= low:
+        if guess in tried or guess <= 0:
             break
         tried[guess] = excess(guess)
     slope, base = _line(tried)
     low, high = _bounds(tried)
     return Longest(low, high, slope, base, dict(sorted(tried.items())))
+
+
+def _guess(tried: dict[int, int], low: int, high: int | None) -> int:
+    """Where a line meets 0: of those below it the last two, for what grows faster further on meets it sooner."""
+    fits = sorted(length for length in tried if length <= low)
+    lines = [fits[-2:]] if len(fits) > 1 else []
+    lines += [[low, high]] if low and high is not None else [sorted(tried)[:2]]
+    for x0, x1 in lines:
+        slope = (tried[x1] - tried[x0]) / (x1 - x0)
+        if slope <= 0:
+            return 2 * max(tried)
+        found = int(x0 - tried[x0] / slope)
+        if high is None or found < high:
+            return found
+    return high or 0
 
 
 def _bounds(tried: dict[int, int]) -> tuple[int, int | None]:
