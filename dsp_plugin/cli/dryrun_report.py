@@ -71,6 +71,7 @@ def report(
                 "bytes": run.nbytes,
                 "ledger": [row._asdict() for row in run.rows],
                 "memory": run.memory._asdict(),
+                "operators": run.operators,
             }
             for name, run in runs.items()
         },
@@ -110,6 +111,10 @@ def show(request: Request, runs: Mapping[str, RankRun], differs: Sequence[str], 
     memory = [[name, *(f"{getattr(run.memory, name):,}" for run in runs.values())] for name in dry.memory._fields]
     ratios = ["peak / dry", *(f"{run.memory.peak / dry.memory.peak:.3f}" for run in runs.values())]
     print_table(console, "Memory in bytes", ["", *runs], [*memory, ratios])
+    console.print(
+        f"Operators that launch kernels in the step: {dry.operators:,}, optimizer not included.", soft_wrap=True
+    )
+    console.print()
     most = max(dry.memory.activations, 1)
     held = [
         [*holder[:3], str(holder.tensors), f"{holder.nbytes:,}", f"{holder.nbytes / most:.1%}"]

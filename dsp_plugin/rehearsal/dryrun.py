@@ -90,6 +90,7 @@ class RankRun:
         library: which has sharded the model; None where we did.
         timeline: what was allocated by whom; None of a real run, whose allocator does not know.
         gradients: keys in the timeline of the parameters' gradients.
+        operators: that a GPU would launch kernels for; None of a real run.
     """
 
     rows: tuple[LedgerRow, ...]
@@ -100,6 +101,7 @@ class RankRun:
     library: Library | None = None
     timeline: Timeline | None = None
     gradients: frozenset[int] = frozenset()
+    operators: int | None = None
 
     @property
     def nbytes(self) -> int:
@@ -136,7 +138,8 @@ def dry_run(job: Job, world_size: int, rank: int = 0) -> RankRun:
                 with places, tracker, ledger() as traffic:
                     step(module, kwargs, job.backward, tracker.begin)
                 run = _finished(prepared, traffic, memory_of(module, kwargs, tracker))
-                return replace(run, timeline=tracker.timeline, gradients=frozenset(gradients_in(module, tracker)))
+                gradients = frozenset(gradients_in(module, tracker))
+                return replace(run, timeline=tracker.timeline, gradients=gradients, operators=tracker.operators)
         except (DataDependentOutputException, DynamicOutputShapeException) as error:
             raise UnsupportedError(
                 setting="dry run",

@@ -43,8 +43,17 @@ class Memory(NamedTuple):
     host: int = 0
 
 
+# Operators that are no views, and for which a GPU runs nothing.
+_LAUNCH_NOTHING = frozenset(
+    getattr(torch.ops.aten, name) for name in ("empty", "empty_like", "empty_strided", "new_empty", "_unsafe_view")
+)
+
+
 class StorageTracker(TorchDispatchMode):
     """Follows the storages that operators make while it is entered; views share one, and count once.
+
+    Attributes:
+        operators: that a GPU would launch a kernel for, or several, so far.
 
     Args:
         operator: called in place of the operator itself, for what a subclass of runs must do otherwise.
@@ -54,6 +63,7 @@ class StorageTracker(TorchDispatchMode):
     def __init__(self, operator: Callable[..., Any] | None = None, places: ModulePlaces | None = None) -> None:
         super().__init__()
         self.timeline = Timeline()
+        self.operators = 0
         self._operator, self._places = operator, places
         self._known: dict[int, _Known] = {}
 
@@ -63,6 +73,7 @@ class StorageTracker(TorchDispatchMode):
             # What was there before this was entered is none of its business.
             self._see(tensor, None)
         result = func(*args, **kwargs) if self._operator is None else self._operator(func, args, kwargs)
+        self.operators += not (func.is_view or func.overloadpacket in _LAUNCH_NOTHING)
         for tensor in tensors_in(result):
             self._see(tensor, func)
         return result
