@@ -33,7 +33,7 @@ OPTIMIZER = {"lr": 2e-3, "eps": 1e-4, "weight_decay": 0.01}
 START = re.compile(
     rf"dsp_plugin {re.escape(metadata.version('dsp-plugin'))} \| ulysses over 2 ranks \(U 2 x R 1, adjacent\) "
     r"\| tokens contiguous \| kernel cpu_flash, else math \| recompute full \| patched deepspeed \S+ \(\d\d patches\), "
-    r"torch \S+ \(3 patches\)"
+    r"torch \S+ \(4 patches\)"
 )
 
 
