@@ -45,8 +45,11 @@ def test_a_section_beside_another_is_refused(
     assert all(word in done.stderr.splitlines()[-1] for word in words), done.stderr
 
 
-@pytest.mark.parametrize("end", ["", "raise SystemExit(0)"])
-@pytest.mark.parametrize(("variable", "option"), [(None, SECTION), (SECTION, None), (SECTION, SECTION)])
+@pytest.mark.parametrize("end", ["", pytest.param("raise SystemExit(0)", marks=pytest.mark.matrix)])
+@pytest.mark.parametrize(
+    ("variable", "option"),
+    [(None, SECTION), (SECTION, None), pytest.param(SECTION, SECTION, marks=pytest.mark.matrix)],
+)
 def test_a_section_that_nothing_used_fails_the_run(
     variable: str | None, option: str | None, end: str, tmp_path: Path
 ) -> None:
