@@ -52,7 +52,8 @@ class MemoryConfig(BaseModel):
 
     Attributes:
         tile_tokens: tokens of which the head's logits and their loss are alive at once; None for all of them.
-        mlp_tiles: tiles of tokens in which an MLP is computed, and in the backward pass recomputed; 1 for whole.
+        mlp_tiles: tiles of tokens in which an MLP, and a norm that Transformers writes out, is computed, and in the
+            backward pass recomputed; 1 for whole.
         offload: whether what activation checkpointing keeps waits in host memory for its backward pass; an amount, such
             as ``"40GiB"``, is the most host memory that a rank may use for it, and what is more stays on the device.
         attention_rounds: in how many rounds of heads Ulysses (and USP's inner part) exchanges and attends; an amount,

@@ -29,11 +29,9 @@ from dsp_plugin.methods.head_partition import HeadPartition, head_partition
 from dsp_plugin.methods.head_rounds import head_rounds, most_rounds
 from dsp_plugin.planner.arrangement import Arrangement
 from dsp_plugin.planner.shapes import Shapes
-from dsp_plugin.tiles.mlp import bytes_of_token, tile_count
+from dsp_plugin.tiles.mlp import AUTO_MLP_BYTES, bytes_of_token, tile_count
 from dsp_plugin.tiles.spec import auto_tile_tokens
 
-AUTO_MLP_BYTES = 512 << 20
-"""What the values inside an MLP may take, of one tile, where the user left the number of tiles open."""
 _WIDTH = 2
 # Layers whose checkpoints are on the device while those of others wait in host memory: the one that is computed, and
 # one that leaves or comes. That of the last layer never leaves.
