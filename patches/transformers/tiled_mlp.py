@@ -49,7 +49,7 @@ _NO_DROPOUT = "set the rate to 0 (resid_pdrop, residual_dropout, mlp_dropout; lo
 def mlps_of(model: nn.Module) -> Iterator[nn.Module]:
     """Those that can be computed in tiles."""
     for name, module in model.named_modules():
-        if EXPERTS not in name.split(".") and _is_known(module):
+        if EXPERTS not in name.split(".") and is_upstreams(module, KNOWN.__contains__):
             yield module
 
 
@@ -151,10 +151,13 @@ class TiledMLP:
                 )
 
 
-def _is_known(module: nn.Module) -> bool:
-    """Whether its forward is that of a known class, also where torch's ``fully_shard`` made a subclass of it."""
+def is_upstreams(module: nn.Module, named: Callable[[str], bool]) -> bool:
+    """Whether its forward is that of a class of Transformers of such a name.
+
+    Also where torch's ``fully_shard`` made a subclass of it.
+    """
     for kind in type(module).__mro__:
-        if kind.__name__ in KNOWN and kind.__module__.partition(".")[0] == "transformers":
+        if named(kind.__name__) and kind.__module__.partition(".")[0] == "transformers":
             return type(module).forward is kind.forward  # type: ignore[attr-defined]
     return False
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from dsp_plugin.config.schema import SequenceParallelConfig
 from dsp_plugin.patches.transformers.overlay import Overlay
-from dsp_plugin.patches.transformers.tiled_mlp import mlps_of
+from dsp_plugin.patches.transformers.tiled_mlp import is_upstreams, mlps_of
 from dsp_plugin.tiles.mlp import AUTO_MLP_BYTES, tile_count, tiled
 
 # Bytes for each element of a token of a tile, where most of it is alive.
@@ -27,12 +27,8 @@ _ELEMENT_BYTES = 32
 def norms_of(model: nn.Module) -> Iterator[nn.Module]:
     """Those that are written out: Transformers' own RMS norms, without gates."""
     for module in model.modules():
-        # Where torch's `fully_shard` made a subclass of it, too.
-        for kind in type(module).__mro__:
-            own = kind.__module__.partition(".")[0] == "transformers"
-            if own and kind.__name__.endswith("RMSNorm") and type(module).forward is kind.forward:  # type: ignore[attr-defined]
-                yield module
-                break
+        if is_upstreams(module, lambda name: name.endswith("RMSNorm")):
+            yield module
 
 
 def tile_norms(model: nn.Module, config: SequenceParallelConfig, aside: Callable[[], bool], undo: ExitStack) -> None:
