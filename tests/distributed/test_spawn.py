@@ -91,6 +91,7 @@ def _hang_on(rank: int) -> None:
 
 
 def test_a_hanging_rank_is_shown_by_its_stack_and_killed():
+    others = set(multiprocessing.active_children())
     start = time.monotonic()
     with pytest.raises(RankFailure) as failure:
         spawn(_hang_on, 2, 1, timeout=4.0)
@@ -99,7 +100,7 @@ def test_a_hanging_rank_is_shown_by_its_stack_and_killed():
     assert "_hang_on" in str(failure.value)
     assert "rank 0" not in str(failure.value)
     assert failure.value.errors == {}
-    assert multiprocessing.active_children() == []
+    assert set(multiprocessing.active_children()) <= others
 
 
 def _fail_while_others_wait() -> None:
