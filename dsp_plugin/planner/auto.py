@@ -1,4 +1,4 @@
-"""What ``"method": "auto"`` and ``"memory": "auto"`` come to, once shapes are known: alike on every rank."""
+"""What ``"method": "auto"`` comes to, once shapes are known: alike on every rank."""
 
 from __future__ import annotations
 
@@ -7,12 +7,10 @@ from math import log
 from typing import Any
 
 from dsp_plugin.config.automatic import AUTO
-from dsp_plugin.config.memory import MemoryConfig
-from dsp_plugin.config.schema import SequenceParallelConfig
 from dsp_plugin.errors import SequenceParallelConfigError
 from dsp_plugin.integers import integer_of
-from dsp_plugin.planner.arrangement import Arrangement, Framework, Recompute
-from dsp_plugin.planner.choice import illegal, memory_for, methods_of_size
+from dsp_plugin.planner.arrangement import Arrangement, Framework
+from dsp_plugin.planner.choice import illegal, methods_of_size
 from dsp_plugin.planner.cluster import DEFAULT_PRESET, PRESETS, of_size
 from dsp_plugin.planner.shapes import Shapes
 from dsp_plugin.planner.time_model import time_of
@@ -75,39 +73,3 @@ def method_for(
     if best.method == "usp":
         found |= {"ulysses_size": best.ulysses, "ring_size": best.ring}
     return found
-
-
-def memory_of_config(
-    shapes: Shapes,
-    config: SequenceParallelConfig,
-    length: int,
-    device_bytes: int,
-    host_bytes: int,
-    *,
-    tensor: int = 1,
-    framework: Framework = "deepspeed",
-    recomputed: bool = True,
-) -> MemoryConfig:
-    """What ``"memory": "auto"`` takes of a step over sequences of ``length`` tokens: the least costly that fits.
-
-    Where nothing suffices, all there is.
-
-    Args:
-        config: whose method is settled.
-        device_bytes: that activations may take: model states are in place.
-        host_bytes: that checkpoints of one rank may take.
-        recomputed: whether every layer is run again in the backward pass.
-    """
-    recompute: Recompute = config.recompute if recomputed else "none"
-    how = Arrangement(
-        framework,
-        config.size * tensor,
-        config.size * tensor,
-        config.method,
-        config.ulysses_size,
-        config.ring_size,
-        tensor,
-        recompute=recompute,
-    )
-    found = memory_for(shapes, how, length, device_bytes, host_bytes, states=False)
-    return found or memory_for(shapes, how, length, None, host_bytes, states=False) or MemoryConfig()

@@ -117,7 +117,7 @@ def choose(task: Task) -> list[Judged]:
 
 
 def memory_for(
-    shapes: Shapes, how: Arrangement, length: int, device_bytes: int | None, host_bytes: int, *, states: bool = True
+    shapes: Shapes, how: Arrangement, length: int, device_bytes: int | None, host_bytes: int
 ) -> MemoryConfig | None:
     """The least costly parts of `memory` by which a step fits; None where none do.
 
@@ -130,15 +130,13 @@ def memory_for(
         how: its ``memory`` is of no interest.
         device_bytes: for what `memory_of` counts; None for the parts that leave least on the device.
         host_bytes: for checkpoints of one rank.
-        states: whether ``device_bytes`` are for model states, too.
     """
     least, sparest = None, None
     for parts in range(16):
         found = _with_parts(shapes, how, length, parts, host_bytes)
         if found is None:
             continue
-        memory = memory_of(shapes, replace(how, memory=found), length)
-        taken = memory.device if states else memory.activations
+        taken = memory_of(shapes, replace(how, memory=found), length).device
         if device_bytes is not None and taken <= device_bytes:
             return found
         if least is None or taken < least:

@@ -8,11 +8,10 @@ import torch
 from torch import nn
 
 from dsp_plugin import SequenceParallelConfig, SequenceParallelGroups, parallelize
-from dsp_plugin.config.memory import MemoryConfig
 from dsp_plugin.errors import SequenceParallelConfigError, UnsupportedError
 from dsp_plugin.patches.megatron.arguments import add_flags, settle_method
 from dsp_plugin.patches.megatron.state import Settings
-from dsp_plugin.planner.auto import memory_of_config, method_for
+from dsp_plugin.planner.auto import method_for
 from dsp_plugin.planner.model_files import shapes_of
 from dsp_plugin.planner.shapes import Shapes
 
@@ -134,13 +133,3 @@ def test_where_they_do_not_it_is_refused():
         settle_method(flags("--sp-method", "auto"), [*MEGATRON, "--hybrid-override-pattern", "M*"])
     with pytest.raises(SequenceParallelConfigError, match="does not start"):
         Settings("auto").config(4)
-
-
-def test_memory_that_is_left_to_us_is_the_least_costly_that_fits():
-    config = SequenceParallelConfig(method="ulysses", size=8)
-    roomy, tight, none = (
-        memory_of_config(LLAMA, config, 1 << 20, device_bytes, 1 << 40) for device_bytes in (1 << 50, 40 << 30, 1)
-    )
-    assert roomy == MemoryConfig()
-    assert "tile_tokens" in tight.model_fields_set
-    assert {"tile_tokens", "mlp_tiles", "offload"} <= none.model_fields_set

@@ -101,6 +101,20 @@ def test_the_least_costly_parts_that_fit_are_taken():
     assert {"tile_tokens", "offload", "mlp_tiles"} <= taken[-1]
 
 
+def test_room_for_activations_decides_which_parts_are_taken():
+    how = Arrangement("deepspeed", 8, 8, "ulysses", 8, 1, stage=3)
+    whole = memory_of(LLAMA, how, 1 << 20)
+    states = whole.device - whole.activations
+    roomy, tight, none = (
+        memory_for(LLAMA, how, 1 << 20, device_bytes, 1 << 40) for device_bytes in (1 << 50, states + (40 << 30), None)
+    )
+    assert roomy == MemoryConfig()
+    assert tight is not None
+    assert none is not None
+    assert "tile_tokens" in tight.model_fields_set
+    assert {"tile_tokens", "mlp_tiles", "offload"} <= none.model_fields_set
+
+
 def test_host_memory_that_does_not_suffice_is_used_up_to_its_budget():
     how = Arrangement("deepspeed", 8, 8, "ulysses", 8, 1, stage=3)
     full = memory_of(LLAMA, replace(how, memory=MemoryConfig(tile_tokens=523, offload=True)), 1 << 20)
