@@ -183,7 +183,7 @@ def _patches(state: MegatronState) -> PatchSet:
             *gated_delta_net.patches(state),
             *norm.patches(),
             *loss.patches(state),
-            *multi_token.patches(),
+            *multi_token.patches(state),
             *recompute.patches(state),
             *tiled_head.patches(state),
             *tiled_mlp.patches(state),

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from cores import EVERY, OLDEST, installed, until
+from cores import EVERY, OLDEST
 from megatron_runs import (
     CP2,
     CP4,
@@ -19,13 +19,10 @@ from megatron_runs import (
     VPP2,
     Run,
     assert_parity,
-    assert_refused,
     assert_within_noise,
     model_arguments,
     train,
 )
-
-from dsp_plugin.patches.megatron.multi_token import EXACT_BEFORE
 
 RING, LIGHTSEQ = "--sp-method ring", "--sp-method lightseq"
 
@@ -107,19 +104,6 @@ def test_trains_like_one_process_of_stock_megatron(
 
 
 @pytest.mark.timeout(400)
-def test_multi_token_prediction_is_refused_where_it_is_not_exact(tmp_path: Path) -> None:
-    here = installed()
-    assert here is not None
-    exact_per_token = here < EXACT_BEFORE
-    assert_refused(
-        tmp_path,
-        ["--mtp-num-layers=1", "own count of tokens", "or add --calculate" if exact_per_token else "layers out."],
-        *("--context-parallel-size", "2", "--sp-method", "ring", "--mtp-num-layers", "1"),
-        *(() if exact_per_token else ("--calculate-per-token-loss",)),
-    )
-
-
-@pytest.mark.timeout(400)
 def test_dropout_does_not_depend_on_the_sharding(reference: Callable[..., Run], tmp_path: Path) -> None:
     dropped = ("--attention-dropout", "0.3")
     two = train(tmp_path / "two", 2, "--context-parallel-size", "2", *dropped)
@@ -128,16 +112,21 @@ def test_dropout_does_not_depend_on_the_sharding(reference: Callable[..., Run], 
     assert abs(two.losses[0] - reference().losses[0]) > 1e-4, "nothing was dropped"
 
 
-@until(
-    "0.17",
-    "this megatron-core weighs a multi-token loss by the token count of a rank, so its own context parallelism does "
-    "not equal one process",
-)
 @pytest.mark.timeout(400)
-@pytest.mark.parametrize("method", ["ring", "lightseq"])
-def test_multi_token_prediction_follows_the_layout(method: str, reference: Callable[..., Run], tmp_path: Path) -> None:
-    argv = ("--mtp-num-layers", "2", "--calculate-per-token-loss")
-    run = train(tmp_path, 2, "--context-parallel-size", "2", "--sp-method", method, *argv)
+@pytest.mark.parametrize(
+    ("method", "ranks", "arguments"),
+    [
+        ("ring", 2, "--calculate-per-token-loss --mask-newlines"),
+        ("lightseq", 2, "--mask-newlines"),
+        pytest.param("ulysses", 4, "", marks=pytest.mark.matrix),
+        pytest.param("lightseq", 4, "--calculate-per-token-loss --mask-newlines", marks=pytest.mark.matrix),
+    ],
+)
+def test_multi_token_prediction_counts_the_tokens_of_all_ranks(
+    method: str, ranks: int, arguments: str, reference: Callable[..., Run], tmp_path: Path
+) -> None:
+    argv = ("--mtp-num-layers", "2", *arguments.split())
+    run = train(tmp_path, ranks, "--context-parallel-size", str(ranks), "--sp-method", method, *argv)
     assert_parity(run, reference(*argv))
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import tiled_head_workers as workers
-from cores import EVERY, needs, until
+from cores import EVERY, needs
 from megatron_runs import CP2, CP4, PP2, TP2, VPP2, Run, assert_parity, assert_within_noise, model_arguments, train
 
 from dsp_plugin.spawn import spawn
@@ -144,7 +144,6 @@ def test_any_tile(memory: str, reference: Callable[..., Run], tmp_path: Path) ->
     assert_parity(train(tmp_path, 2, *argv, "--sp-memory", memory), reference())
 
 
-@until("0.17", "this megatron-core's own context parallelism is not exact with multi-token prediction")
 @pytest.mark.matrix
 def test_multi_token_prediction_of_a_sharded_sequence(reference: Callable[..., Run], tmp_path: Path) -> None:
     argv = [*MULTI_TOKEN.split(), PER_TOKEN]

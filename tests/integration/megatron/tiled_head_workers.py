@@ -63,7 +63,13 @@ def settings(**others: Any) -> dict[str, Any]:
 
 
 def gpt(
-    *, tied: bool = True, multi_token: bool = False, kind: Any = None, parallel_output: bool = True, **of: Any
+    *,
+    tied: bool = True,
+    multi_token: bool = False,
+    kind: Any = None,
+    parallel_output: bool = True,
+    positions: str = "rope",
+    **of: Any,
 ) -> Any:
     """A model of one layer, alike on every rank but for its part."""
     from megatron.core.models.gpt import GPTModel
@@ -78,7 +84,7 @@ def gpt(
         vocab_size=VOCABULARY,
         max_sequence_length=LENGTH,
         share_embeddings_and_output_weights=tied,
-        position_embedding_type="rope",
+        position_embedding_type=positions,
         parallel_output=parallel_output,
         mtp_block_spec=get_gpt_mtp_block_spec(config, layer, False) if multi_token else None,
     )
