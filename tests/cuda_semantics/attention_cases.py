@@ -5,9 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
-import cuda_world
 import torch
-from cuda_recorder import Counts, recording
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -17,6 +15,8 @@ from dsp_plugin.kernels.spec import AttentionSpec
 from dsp_plugin.layout import Layout
 from dsp_plugin.mask import MaskSpec
 from dsp_plugin.methods import METHODS, Where, dsp
+from dsp_plugin.rehearsal.cuda import device
+from dsp_plugin.rehearsal.cuda.recorder import Counts, recording
 from dsp_plugin.training.recompute import keep_attention
 
 
@@ -97,7 +97,7 @@ def world(case: Case) -> list[Pass]:
 
 
 def _passes(case: Case, count: int) -> list[Pass]:
-    with cuda_world.rank_of(case.rank, case.size):
+    with device.rank_of(case.rank, case.size):
         groups = SequenceParallelGroups.build(_config(case))
         with recording() as recorder:
             return [_passed(case, groups, recorder) for _ in range(count)]

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import cuda_guard
 import pytest
-from cuda_worker import Worker
+
+from dsp_plugin.rehearsal.cuda import guard
+from dsp_plugin.rehearsal.cuda.process import CudaProcess
 
 
 @pytest.fixture(scope="session")
-def worker() -> Iterator[Worker]:
+def worker() -> Iterator[CudaProcess]:
     """A process whose torch believes in a GPU."""
-    if not cuda_guard.library().exists() and cuda_guard.compiler() is None:
+    if not guard.library().exists() and guard.compiler() is None:
         pytest.skip("the CUDA guard is to be compiled, and no C++ compiler is found")
-    shared = Worker()
+    shared = CudaProcess()
     yield shared
     shared.stop()

@@ -7,14 +7,15 @@ from typing import Any
 import pytest
 from attention_cases import run
 from budgets import COLUMNS, ROWS, Cost, Row
-from cuda_worker import Worker
+
+from dsp_plugin.rehearsal.cuda.process import CudaProcess
 
 pytestmark = pytest.mark.timeout(300)
 
 _found: dict[str, Cost] = {}
 
 
-def cost(worker: Worker, row: Row) -> Cost:
+def cost(worker: CudaProcess, row: Row) -> Cost:
     if row.name not in _found:
         found = worker.run(run, row.case)
         _found[row.name] = Cost.of(found.second, found.shard)
@@ -22,7 +23,7 @@ def cost(worker: Worker, row: Row) -> Cost:
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
-def test_nothing_costs_more_than_today(worker: Worker, row: Row) -> None:
+def test_nothing_costs_more_than_today(worker: CudaProcess, row: Row) -> None:
     found = cost(worker, row)
     assert all(found.within(row.today, column) for column in COLUMNS), f"{found} against {row.today}"
 
@@ -46,7 +47,7 @@ def budgeted() -> list[Any]:
 
 
 @pytest.mark.parametrize(("row", "column"), budgeted())
-def test_the_budget_is_held(worker: Worker, row: Row, column: str) -> None:
+def test_the_budget_is_held(worker: CudaProcess, row: Row, column: str) -> None:
     assert row.budget is not None
     found = cost(worker, row)
     assert found.within(row.budget, column), f"{found} against {row.budget}"

@@ -7,18 +7,19 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
-import cuda_guard
-import cuda_world
 import pytest
 import torch
-from cuda_recorder import Counts, Recorder, recording
-from cuda_worker import Worker
 
 from dsp_plugin.comm.axis import Axis
 from dsp_plugin.comm.wire import Exchange, Sender, Transfers
+from dsp_plugin.errors import UnsupportedError
+from dsp_plugin.rehearsal.cuda import device, guard
+from dsp_plugin.rehearsal.cuda.process import CudaProcess
+from dsp_plugin.rehearsal.cuda.recorder import Counts, Recorder, recording
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -80,7 +81,7 @@ def event_waited_for(x: torch.Tensor) -> None:
     [item, truth, listed, nonzero, masked, to_host, copied_to_host, synchronized, event_waited_for],
     ids=lambda act: act.__name__,
 )
-def test_a_wait_of_the_host_is_found(worker: Worker, act: Callable[[torch.Tensor], None]) -> None:
+def test_a_wait_of_the_host_is_found(worker: CudaProcess, act: Callable[[torch.Tensor], None]) -> None:
     assert len(worker.run(counted, act).syncs) == 1
 
 
@@ -89,7 +90,7 @@ def to_host_without_waiting(x: torch.Tensor) -> None:
     torch.empty(4, 8).copy_(x, non_blocking=True)
 
 
-def test_a_copy_that_nobody_waits_for_is_none(worker: Worker) -> None:
+def test_a_copy_that_nobody_waits_for_is_none(worker: CudaProcess) -> None:
     assert not worker.run(counted, to_host_without_waiting).syncs
 
 
@@ -98,7 +99,7 @@ def beside(x: torch.Tensor) -> None:
     x[torch.zeros(2, dtype=torch.int64)]
 
 
-def test_a_cpu_tensor_beside_cuda_ones_is_found_unless_it_is_a_number(worker: Worker) -> None:
+def test_a_cpu_tensor_beside_cuda_ones_is_found_unless_it_is_a_number(worker: CudaProcess) -> None:
     (mixed,) = worker.run(counted, beside).mixed
     assert mixed.startswith("index at")
 
@@ -109,7 +110,7 @@ def from_lists(x: torch.Tensor) -> None:
     torch.as_tensor([1, 2], device="cuda")
 
 
-def test_tensors_made_from_lists_are_found(worker: Worker) -> None:
+def test_tensors_made_from_lists_are_found(worker: CudaProcess) -> None:
     found = worker.run(counted, from_lists)
     assert len(found.made) == len(found.uploads) == 3
 
@@ -118,7 +119,7 @@ def look_up(x: torch.Tensor) -> None:
     importlib.metadata.version("torch")
 
 
-def test_a_look_at_the_metadata_of_a_package_is_found(worker: Worker) -> None:
+def test_a_look_at_the_metadata_of_a_package_is_found(worker: CudaProcess) -> None:
     assert worker.run(counted, look_up).lookups == 1
 
 
@@ -129,7 +130,7 @@ def two_launches(x: torch.Tensor) -> None:
     torch.zeros(0, device="cuda")
 
 
-def test_views_and_allocations_are_no_launches_and_traffic_is_what_is_read_and_written(worker: Worker) -> None:
+def test_views_and_allocations_are_no_launches_and_traffic_is_what_is_read_and_written(worker: CudaProcess) -> None:
     found = worker.run(counted, two_launches)
     assert found.kernels == {"add": 1, "copy_": 1}
     assert found.traffic == 4 * 4 * 4 * 4
@@ -153,7 +154,7 @@ def threads_of_backward(x: torch.Tensor) -> None:
     assert seen != [threading.get_ident()]
 
 
-def test_backward_passes_run_on_the_device_s_own_thread_and_are_counted(worker: Worker) -> None:
+def test_backward_passes_run_on_the_device_s_own_thread_and_are_counted(worker: CudaProcess) -> None:
     assert worker.run(counted, threads_of_backward).kernels["clone"] == 2
 
 
@@ -162,7 +163,7 @@ def test_backward_passes_run_on_the_device_s_own_thread_and_are_counted(worker: 
 
 def sent(act: Callable[[Recorder], object]) -> Counts:
     """What is found of something that sends, on rank 0 of 2."""
-    with cuda_world.rank_of(0, 2), recording() as recorder:
+    with device.rank_of(0, 2), recording() as recorder:
         act(recorder)
         recorder.finish()
         return recorder.take()
@@ -229,14 +230,14 @@ def waited_for_on_another_stream_that_is_told(recorder: Recorder) -> None:
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
-def test_a_buffer_that_nccl_still_has_is_found(worker: Worker, act: Callable[[Recorder], None], said: str) -> None:
+def test_a_buffer_that_nccl_still_has_is_found(worker: CudaProcess, act: Callable[[Recorder], None], said: str) -> None:
     assert any(said in fault for fault in worker.run(sent, act).faults)
 
 
 @pytest.mark.parametrize(
     "act", [read_after_the_wait, waited_for_on_another_stream_that_is_told], ids=lambda act: act.__name__
 )
-def test_buffers_that_are_left_alone_have_no_fault(worker: Worker, act: Callable[[Recorder], None]) -> None:
+def test_buffers_that_are_left_alone_have_no_fault(worker: CudaProcess, act: Callable[[Recorder], None]) -> None:
     found = worker.run(sent, act)
     assert not found.faults
     assert [posted.kind for posted in found.posted] == ["all_to_all", "wait"]
@@ -247,8 +248,8 @@ def test_buffers_that_are_left_alone_have_no_fault(worker: Worker, act: Callable
 
 
 def test_a_build_that_is_killed_leaves_nothing_that_the_next_would_wait_for(tmp_path: Path) -> None:
-    script = "import cuda_guard; print(cuda_guard.built())"
-    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path), "PYTHONPATH": str(Path(__file__).parent)}
+    script = f"import runpy; print(runpy.run_path({guard.__file__!r})['built']())"
+    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path)}
     compiler = tmp_path / "compiler"
     compiler.write_text("#!/bin/sh\nexec sleep 10\n")
     compiler.chmod(0o755)
@@ -257,7 +258,7 @@ def test_a_build_that_is_killed_leaves_nothing_that_the_next_would_wait_for(tmp_
     compiler.write_text('#!/bin/sh\nwhile [ "$1" != -o ]; do shift; done\necho built > "$2"\n')
     done = subprocess.run([sys.executable, "-c", script], env={**environment, "CXX": str(compiler)}, timeout=60)
     assert done.returncode == 0
-    assert [path.read_text() for path in (tmp_path / "dsp_plugin_tests").glob("*.so")] == ["built\n"]
+    assert [path.read_text() for path in (tmp_path / "dsp_plugin").glob("*.so")] == ["built\n"]
 
 
 def test_what_the_compiler_says_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -267,4 +268,31 @@ def test_what_the_compiler_says_is_told(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("CXX", str(compiler))
     with pytest.raises(RuntimeError, match="no such header"):
-        cuda_guard.built()
+        guard.built()
+
+
+# --- the process
+
+
+def unlike_any() -> None:
+    raise UnsupportedError(setting="here", why="it cannot be", remedy="leave it")
+
+
+def silent() -> None:
+    os._exit(7)
+
+
+def test_what_is_raised_there_is_raised_here_with_its_traceback(worker: CudaProcess) -> None:
+    with pytest.raises(UnsupportedError, match="it cannot be") as raised:
+        worker.run(unlike_any)
+    assert "in unlike_any" in raised.value.__notes__[0]
+
+
+def test_a_process_that_dies_is_said_to_and_the_next_call_has_a_new_one() -> None:
+    own = CudaProcess()
+    with pytest.raises(RuntimeError, match="died in silent: status 7"):
+        own.run(silent)
+    assert own.run(os.getpid) != os.getpid()
+    with pytest.raises(TimeoutError, match="sleep has not returned in 1 seconds"):
+        own.run(time.sleep, 60, timeout=1.0)
+    own.stop()

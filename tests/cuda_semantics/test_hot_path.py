@@ -8,7 +8,8 @@ from itertools import product
 import pytest
 from attention_cases import Case, Run, run
 from covering import covering, marked
-from cuda_worker import Worker
+
+from dsp_plugin.rehearsal.cuda.process import CudaProcess
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -82,7 +83,7 @@ def assert_nothing_waits(found: Run) -> None:
 
 
 @pytest.mark.parametrize("case", marked(SOFTMAX, covered(SOFTMAX)))
-def test_softmax_attention_waits_for_nothing(worker: Worker, case: Case) -> None:
+def test_softmax_attention_waits_for_nothing(worker: CudaProcess, case: Case) -> None:
     found = worker.run(run, case)
     assert_nothing_waits(found)
     # A kernel that takes the dtype does all of the work.
@@ -90,10 +91,10 @@ def test_softmax_attention_waits_for_nothing(worker: Worker, case: Case) -> None
 
 
 @pytest.mark.parametrize("case", marked(LINEAR, covered(LINEAR)))
-def test_linear_attention_waits_for_nothing(worker: Worker, case: Case) -> None:
+def test_linear_attention_waits_for_nothing(worker: CudaProcess, case: Case) -> None:
     assert_nothing_waits(worker.run(run, case))
 
 
 @pytest.mark.parametrize("case", marked(SWITCHES, covered(SWITCHES)))
-def test_switches_wait_for_nothing(worker: Worker, case: Case) -> None:
+def test_switches_wait_for_nothing(worker: CudaProcess, case: Case) -> None:
     assert_nothing_waits(worker.run(run, case))

@@ -5,7 +5,8 @@ from __future__ import annotations
 from itertools import count
 
 import pytest
-from nccl_matcher import Kind, Posted, check
+
+from dsp_plugin.rehearsal.cuda.nccl import Kind, Posted, check
 
 _keys = count()
 PAIR, TRIO = (0, 1), (0, 1, 2)

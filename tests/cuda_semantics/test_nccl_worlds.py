@@ -7,8 +7,9 @@ from itertools import product
 import pytest
 from attention_cases import Case, world
 from covering import covering, marked
-from cuda_worker import Worker
-from nccl_matcher import check
+
+from dsp_plugin.rehearsal.cuda.nccl import check
+from dsp_plugin.rehearsal.cuda.process import CudaProcess
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -41,7 +42,7 @@ FEW = covering([case for case in CASES if case.size == 4])
 
 
 @pytest.mark.parametrize("case", marked(CASES, FEW))
-def test_what_ranks_ask_of_nccl_fits_together(worker: Worker, case: Case) -> None:
+def test_what_ranks_ask_of_nccl_fits_together(worker: CudaProcess, case: Case) -> None:
     passes = worker.run(world, case)
     faults = check({rank: [*done.forward.posted, *done.backward.posted] for rank, done in enumerate(passes)})
     assert not faults
@@ -49,7 +50,7 @@ def test_what_ranks_ask_of_nccl_fits_together(worker: Worker, case: Case) -> Non
 
 
 @pytest.mark.parametrize("method", ["ring", "lightseq"])
-def test_a_rank_that_sends_nothing_joins_the_communicator_of_those_that_do(worker: Worker, method: str) -> None:
+def test_a_rank_that_sends_nothing_joins_the_communicator_of_those_that_do(worker: CudaProcess, method: str) -> None:
     # The first document is the shard of rank 0, and the other that of all others.
     passes = worker.run(world, Case(method, 4, 0, "packed", tokens=128, heads=4, kv_heads=2))
     world_ = {rank: [*done.forward.posted, *done.backward.posted] for rank, done in enumerate(passes)}

@@ -1,4 +1,4 @@
-"""What a GPU and NCCL would be asked for by code that runs on fake CUDA tensors; for a process of `cuda_worker`.
+"""What a GPU and NCCL would be asked for by code that runs on fake CUDA tensors; for a process of `process`.
 
 Counted are operators as torch dispatches them, each of which is one kernel or more on a device. What moves nothing is
 not counted: views, empty allocations, operators without elements. Attention kernels are counted apart, as the work that
@@ -7,7 +7,8 @@ all the rest is there for.
 
 from __future__ import annotations
 
-import traceback
+import sys
+import sysconfig
 import weakref
 from collections import Counter, defaultdict
 from collections.abc import Iterator
@@ -16,19 +17,19 @@ from dataclasses import dataclass, field
 from functools import cache
 from itertools import count
 from pathlib import Path
+from types import FrameType
 from typing import Any, NamedTuple
 
-import cuda_world
 import torch
-from nccl_matcher import Posted
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from dsp_plugin.comm.transfers import Transfer, observing
+from dsp_plugin.rehearsal.cuda import device
+from dsp_plugin.rehearsal.cuda.nccl import Posted
 
-ROOT = Path(__file__).parents[2]
 ATTENTION = (
     *("_flash_attention_forward", "_flash_attention_backward"),
     *("_scaled_dot_product_flash_attention", "_scaled_dot_product_flash_attention_backward"),
@@ -114,13 +115,13 @@ class Recorder(TorchDispatchMode):
         self._flying: dict[Transfer, _Flight] = {}
         self._keys = count()
         self._known: dict[int, _Storage] = {}
-        self._waits = cuda_world.host_waits()
-        self._lookups = cuda_world.metadata_lookups()
+        self._waits = device.host_waits()
+        self._lookups = device.metadata_lookups()
 
     def take(self) -> Counts:
         """The counts since the last time, and start anew."""
         counts, self.counts = self.counts, Counts()
-        waits, lookups = cuda_world.host_waits(), cuda_world.metadata_lookups()
+        waits, lookups = device.host_waits(), device.metadata_lookups()
         counts.syncs += ["synchronize"] * (waits - self._waits)
         counts.lookups = lookups - self._lookups
         self._waits, self._lookups = waits, lookups
@@ -217,14 +218,14 @@ class Recorder(TorchDispatchMode):
                 self._note(self.counts.faults, f"{signature.name} reads what has not arrived")
 
     def _used(self, x: Tensor) -> None:
-        self._known_of(x).streams.add(cuda_world.stream())
+        self._known_of(x).streams.add(device.stream())
 
     def _known_of(self, x: Tensor) -> _Storage:
         storage = x.untyped_storage()
         address = storage._cdata
         known = self._known.get(address)
         if known is None:
-            known = self._known[address] = _Storage(cuda_world.stream())
+            known = self._known[address] = _Storage(device.stream())
             known.alive = weakref.ref(storage, lambda _: self._freed(address))
         return known
 
@@ -290,12 +291,29 @@ def nbytes(x: Tensor) -> int:
 
 
 def site() -> str:
-    """The line of the library that is being run."""
-    for frame in reversed(traceback.extract_stack()):
-        path = Path(frame.filename)
-        if path.is_relative_to(ROOT) and path.relative_to(ROOT).parts[0] in ("dsp_plugin", "patches"):
-            return f"{path.relative_to(ROOT)}:{frame.lineno}"
-    return "no line of the library"
+    """The line that runs, of neither torch nor the rehearsal nor Python; in a backward pass there may be none."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        file = frame.f_code.co_filename
+        if _is_told(file):
+            return f"{_short(file)}:{frame.f_lineno}"
+        frame = frame.f_back
+    return "no line"
+
+
+@cache
+def _is_told(file: str) -> bool:
+    if file.startswith(("<", f"{torch.__path__[0]}/", str(Path(__file__).parents[1]))):
+        return False
+    return not file.startswith(sysconfig.get_path("stdlib")) or "-packages/" in file
+
+
+@cache
+def _short(file: str) -> str:
+    """As its module is found: from the longest folder that modules are looked for in."""
+    folders = [str(Path(folder).resolve()) for folder in (*sys.path, str(Path(__file__).parents[3]))]
+    within = max((folder for folder in folders if file.startswith(f"{folder}/")), key=len, default="")
+    return file.removeprefix(f"{within}/")
 
 
 def _tensors(tree: Any) -> list[Tensor]:
@@ -303,8 +321,9 @@ def _tensors(tree: Any) -> list[Tensor]:
 
 
 def _range(x: Tensor) -> Range:
-    start = x.storage_offset() * x.element_size()
-    extent = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True)) + 1 if x.numel() else 0
+    start = int(x.storage_offset()) * x.element_size()
+    extent = sum((int(size) - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True)) + 1
+    extent = extent if x.numel() else 0
     return Range(x.untyped_storage()._cdata, start, start + extent * x.element_size())
 
 

@@ -1,4 +1,8 @@
-"""Builds and loads `guard.cpp`: a CUDA device that does nothing, for torch's fake tensors. Imports no torch."""
+"""Builds and loads `guard.cpp`: a CUDA device that does nothing, for torch's fake tensors. Imports no torch.
+
+Run as a file, ``guard.py LIBRARY MODULE ARGUMENTS``, it loads the guard and then runs a module as Python's ``-m`` does:
+torch asks once, as it starts, whether there is a CUDA device, and to import this file from its package would start it.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +10,7 @@ import ctypes
 import hashlib
 import importlib.util
 import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -31,7 +36,7 @@ def library() -> Path:
     told = (SOURCE.read_bytes(), metadata.version("torch").encode(), sys.version.encode(), str(_torch()).encode())
     name = hashlib.sha256(b"\0".join(told)).hexdigest()[:16]
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return cache / "dsp_plugin_tests" / f"cuda_guard_{name}.so"
+    return cache / "dsp_plugin" / f"cuda_guard_{name}.so"
 
 
 def built() -> Path:
@@ -52,32 +57,40 @@ def built() -> Path:
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
         made = Path(folder) / target.name
         flags = ("-O0", "-w", "-std=c++20", "-shared", "-fPIC", f"-I{include}", f"-L{libraries}")
-        done = subprocess.run(
-            [command, *flags, str(SOURCE), "-o", str(made), "-lc10", "-ltorch_cpu"],
-            capture_output=True,
-            text=True,
-            timeout=_BUILD_SECONDS,
-        )
+        try:
+            done = subprocess.run(
+                [command, *flags, str(SOURCE), "-o", str(made), "-lc10", "-ltorch_cpu"],
+                capture_output=True,
+                text=True,
+                timeout=_BUILD_SECONDS,
+            )
+        except subprocess.TimeoutExpired:
+            raise RuntimeError(f"{command} has not compiled {SOURCE} in {_BUILD_SECONDS} seconds") from None
         if done.returncode:
             raise RuntimeError(f"{command} does not compile {SOURCE}:\n{done.stderr[-2000:]}")
         made.replace(target)
     return target
 
 
-def loaded(path: Path) -> ctypes.CDLL:
+def load(path: Path) -> ctypes.CDLL:
     """The guard in this process, which must not have imported torch yet; imports it.
 
-    Torch asks once, as it starts, whether there is a CUDA device, and autograd starts a thread for each in the first
-    backward pass.
+    Autograd starts a thread for each device in the first backward pass.
     """
     assert "torch" not in sys.modules, "too late: torch has looked for devices"
     for name in ("libc10.so", "libtorch_cpu.so"):
         ctypes.CDLL(str(_torch() / "lib" / name), mode=ctypes.RTLD_GLOBAL)
+    guard = loaded(path)
+    importlib.import_module("torch")
+    guard.become_the_device()
+    return guard
+
+
+def loaded(path: Path) -> ctypes.CDLL:
+    """What `load` has loaded from there."""
     guard = ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
     for function in (guard.current_stream_id, guard.host_waits):
         function.restype = ctypes.c_int64
-    importlib.import_module("torch")
-    guard.become_the_device()
     return guard
 
 
@@ -86,3 +99,11 @@ def _torch() -> Path:
     assert found is not None
     assert found.origin is not None
     return Path(found.origin).parent
+
+
+if __name__ == "__main__":
+    # Of this folder, which Python has put in front, no file is a module by itself.
+    del sys.path[0]
+    load(Path(sys.argv[1]))
+    sys.argv = sys.argv[2:]
+    runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)

@@ -1,6 +1,6 @@
 """One rank of a world of GPUs that are not there: what Python code asks of ``torch.cuda``, and a fake process group.
 
-For a process of its own, in which `start` is called before anything imports torch; see `cuda_worker`.
+For a process of its own, into which `guard.load` has loaded the device; see `process`.
 """
 
 from __future__ import annotations
@@ -12,37 +12,45 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import cuda_guard
+import torch
+import torch.distributed as dist
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from dsp_plugin.rehearsal.cuda.guard import loaded
 
 _guard: ctypes.CDLL | None = None
 _synchronized = 0
 _looked_up: list[str] = []
 
 
-def start(library: str) -> None:
+def start(library: Path) -> None:
     """Make this process one with a GPU that computes nothing: a Hopper, with the flash attention inside torch."""
     global _guard
-    _guard = cuda_guard.loaded(Path(library))
-    import torch
-    from torch._subclasses.fake_tensor import FakeTensorMode
+    _guard = loaded(library)
+    from_name = metadata.Distribution.from_name
 
-    torch.cuda.is_available = lambda: True
-    torch.cuda.device_count = lambda: 1
-    torch.cuda.current_device = lambda: 0
-    torch.cuda.get_device_capability = lambda device=None: (9, 0)
-    torch.cuda.current_stream = lambda device=None: torch.accelerator.current_stream()
-    torch.cuda.synchronize = _synchronize
-    torch.backends.cuda.is_flash_attention_available = lambda: True
-    # Fake tensors must not ask the device for memory, which torch does where it believes that there is one.
-    FakeTensorMode.avoid_device_init = property(lambda self: True)
-
-    from_name = metadata.Distribution.from_name.__func__
-
-    def looked_up(cls: type, name: str) -> Any:
+    def looked_up(name: str) -> metadata.Distribution:
         _looked_up.append(name)
-        return from_name(cls, name)
+        return from_name(name)
 
-    metadata.Distribution.from_name = classmethod(looked_up)
+    # Assigned by name, since that is no way to treat what other code has declared.
+    answers: dict[Any, dict[str, Any]] = {
+        torch.cuda: {
+            "is_available": lambda: True,
+            "device_count": lambda: 1,
+            "current_device": lambda: 0,
+            "get_device_capability": lambda device=None: (9, 0),
+            "current_stream": lambda device=None: torch.accelerator.current_stream(),
+            "synchronize": _synchronize,
+        },
+        torch.backends.cuda: {"is_flash_attention_available": lambda: True},
+        # Fake tensors must not ask the device for memory, which torch does where it believes that there is one.
+        FakeTensorMode: {"avoid_device_init": property(lambda self: True)},
+        metadata.Distribution: {"from_name": staticmethod(looked_up)},
+    }
+    for owner, functions in answers.items():
+        for name, answer in functions.items():
+            setattr(owner, name, answer)
 
 
 def _synchronize(device: Any = None) -> None:
@@ -70,7 +78,7 @@ def metadata_lookups() -> int:
 @contextmanager
 def rank_of(rank: int, size: int) -> Iterator[None]:
     """This process as rank ``rank`` of a world of ``size`` ranks, of which the others are not there."""
-    import torch.distributed as dist
+    # Registers the backend.
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=size)

@@ -146,10 +146,10 @@ def _matched(calls: _Calls) -> tuple[list[Fault], dict[Call, set[Call]]]:
             partners[received[0]].add(sent[0])
     for ranks, by_rank in collectives.items():
         for index in range(max(map(len, by_rank.values()))):
-            here = {rank: by_rank[rank][index] for rank in ranks if index < len(by_rank[rank])}
-            faults += _collective(ranks, index, here, calls)
-            for rank, call in here.items():
-                partners[call] |= {here.get(peer, (peer, -1)) for peer in ranks if peer != rank}
+            met = {rank: by_rank[rank][index] for rank in ranks if index < len(by_rank[rank])}
+            faults += _collective(ranks, index, met, calls)
+            for rank, call in met.items():
+                partners[call] |= {met.get(peer, (peer, -1)) for peer in ranks if peer != rank}
     return faults, partners
 
 
