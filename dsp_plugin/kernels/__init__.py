@@ -6,7 +6,15 @@ from dsp_plugin.kernels.call import AttentionCall, prepare
 from dsp_plugin.kernels.counter import Calls, calls
 from dsp_plugin.kernels.merge import empty_state, merge_
 from dsp_plugin.kernels.reference import dense_attention
-from dsp_plugin.kernels.softmax import attend, attention, block_backward, block_forward
+from dsp_plugin.kernels.segments import Segments
+from dsp_plugin.kernels.softmax import (
+    attend,
+    attention,
+    block_backward,
+    block_forward,
+    segments_backward,
+    segments_forward,
+)
 from dsp_plugin.kernels.spec import AttentionSpec
 from dsp_plugin.kernels.table import KERNELS, KernelRow, choose, describe
 
@@ -16,6 +24,7 @@ __all__ = [
     "AttentionSpec",
     "Calls",
     "KernelRow",
+    "Segments",
     "attend",
     "attention",
     "block_backward",
@@ -27,4 +36,6 @@ __all__ = [
     "empty_state",
     "merge_",
     "prepare",
+    "segments_backward",
+    "segments_forward",
 ]

@@ -56,7 +56,7 @@ class Block:
         q0, q1 = max(q.start, self.q.start), min(q.stop, self.q.stop)
         k0, k1 = max(k.start, self.k.start), min(k.stop, self.k.stop)
         shift = (k0 - self.k.start) - (q0 - self.q.start)
-        return _trimmed(q0, q1, k0, k1, *_shifted(self.left, self.right, shift))
+        return trimmed(q0, q1, k0, k1, *_shifted(self.left, self.right, shift))
 
     def visible(self, device: torch.device | str) -> Tensor:
         """bool ``[rows, cols]``: which key each query sees."""
@@ -74,8 +74,11 @@ def _shifted(left: int | None, right: int | None, shift: int) -> Band:
     return (None if left is None else left + shift), (None if right is None else right - shift)
 
 
-def _trimmed(q0: int, q1: int, k0: int, k1: int, left: int | None, right: int | None) -> Block | None:
-    """The block of queries ``[q0, q1)`` and keys ``[k0, k1)`` under a band local to ``(q0, k0)``; None if empty."""
+def trimmed(q0: int, q1: int, k0: int, k1: int, left: int | None, right: int | None) -> Block | None:
+    """The trimmed block of queries ``[q0, q1)`` and keys ``[k0, k1)`` under a band local to ``(q0, k0)``.
+
+    None where nothing is seen.
+    """
     rows, cols = q1 - q0, k1 - k0
     if rows <= 0 or cols <= 0 or (left is not None and right is not None and left + right < 0):
         return None
@@ -95,7 +98,7 @@ def _trimmed(q0: int, q1: int, k0: int, k1: int, left: int | None, right: int | 
 
 def trim(rows: int, cols: int, band: Band) -> Block | None:
     """The trimmed block of a whole ``rows`` x ``cols`` rectangle under ``band``; None if nothing is seen."""
-    return _trimmed(0, rows, 0, cols, *band)
+    return trimmed(0, rows, 0, cols, *band)
 
 
 @lru_cache(maxsize=4096)
@@ -125,7 +128,7 @@ def blocks(mask: MaskSpec, q_positions: range, k_positions: range) -> tuple[Bloc
     for document in _documents(mask, q_positions, k_positions):
         q0, q1 = _span(q_positions, step, document)
         k0, k1 = _span(k_positions, step, document)
-        block = _trimmed(q0, q1, k0, k1, *_shifted(left, right, k0 - q0))
+        block = trimmed(q0, q1, k0, k1, *_shifted(left, right, k0 - q0))
         if block is not None:
             found.append(block)
     return tuple(found)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dsp_plugin.kernels.kernel import BlockSpec
 from dsp_plugin.kernels.spec import AttentionSpec
-from dsp_plugin.kernels.windowed import Window, WindowedFlash
+from dsp_plugin.kernels.windowed import Packing, Window, WindowedFlash
 
 _FA2_MINIMUM = Version("2.7.0")
 # Wider ones have no deterministic instance (hopper/flash_bwd_launch_template.h).
@@ -65,12 +65,15 @@ class FlashAttention2(WindowedFlash):
         return True, "flash_attn is installed"
 
     def window_forward(
-        self, q: Tensor, k: Tensor, v: Tensor, window: Window, block: BlockSpec
+        self, q: Tensor, k: Tensor, v: Tensor, window: Window, block: BlockSpec, packing: Packing | None = None
     ) -> tuple[Tensor, Tensor]:
-        out, lse, _, _ = _flash_attn_2()._flash_attn_forward(
+        module = _flash_attn_2()
+        forward = module._flash_attn_forward if packing is None else module._flash_attn_varlen_forward
+        out, lse, _, _ = forward(
             q,
             k,
             v,
+            **_packing_arguments(packing),
             dropout_p=0.0,
             softmax_scale=block.scale,
             causal=window.causal,
@@ -92,9 +95,12 @@ class FlashAttention2(WindowedFlash):
         lse: Tensor,
         window: Window,
         block: BlockSpec,
+        packing: Packing | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
-        _flash_attn_2()._flash_attn_backward(
+        module = _flash_attn_2()
+        backward = module._flash_attn_backward if packing is None else module._flash_attn_varlen_backward
+        backward(
             dout,
             q,
             k,
@@ -104,6 +110,7 @@ class FlashAttention2(WindowedFlash):
             dq,
             dk,
             dv,
+            **_packing_arguments(packing),
             dropout_p=0.0,
             softmax_scale=block.scale,
             causal=window.causal,
@@ -160,10 +167,10 @@ class FlashAttention3(WindowedFlash):
         return None
 
     def window_forward(
-        self, q: Tensor, k: Tensor, v: Tensor, window: Window, block: BlockSpec
+        self, q: Tensor, k: Tensor, v: Tensor, window: Window, block: BlockSpec, packing: Packing | None = None
     ) -> tuple[Tensor, Tensor]:
         op = torch.ops.flash_attn_3.fwd.default
-        out, lse, *_ = op(**_filled(op, q=q, k=k, v=v, num_splits=1, **_window_arguments(window, block)))
+        out, lse, *_ = op(**_filled(op, q=q, k=k, v=v, num_splits=1, **_arguments(window, block, packing)))
         return out, lse
 
     def window_backward(
@@ -176,17 +183,24 @@ class FlashAttention3(WindowedFlash):
         lse: Tensor,
         window: Window,
         block: BlockSpec,
+        packing: Packing | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         op = torch.ops.flash_attn_3.bwd.default
         dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
         tensors = {"dout": dout, "q": q, "k": k, "v": v, "out": out, "softmax_lse": lse, "dq": dq, "dk": dk, "dv": dv}
         deterministic = torch.are_deterministic_algorithms_enabled()
-        op(**_filled(op, **tensors, deterministic=deterministic, **_window_arguments(window, block)))
+        op(**_filled(op, **tensors, deterministic=deterministic, **_arguments(window, block, packing)))
         return dq, dk, dv
 
 
-def _window_arguments(window: Window, block: BlockSpec) -> dict[str, object]:
+def _packing_arguments(packing: Packing | None) -> dict[str, object]:
+    """The names are the same in both packages; a call without a packing has none of them."""
+    return {} if packing is None else vars(packing)
+
+
+def _arguments(window: Window, block: BlockSpec, packing: Packing | None) -> dict[str, object]:
     return {
+        **_packing_arguments(packing),
         "softmax_scale": block.scale,
         "is_causal": window.causal,
         "window_size_left": window.left,

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dsp_plugin.kernels.dropout import Dropout
 from dsp_plugin.kernels.merge import accumulation_dtype
+from dsp_plugin.kernels.segments import Segments
 from dsp_plugin.kernels.spec import AttentionSpec
 from dsp_plugin.mask import Band
 
@@ -82,6 +83,30 @@ class Kernel(ABC):
         ``out`` and ``lse`` may belong to attention over more keys than this block's: the result is then this block's
         share of the gradients, which is what ring attention sums over blocks.
         """
+
+
+class VarlenKernel(Kernel):
+    """A kernel that does any number of segments in one call, with the shapes of a block's; without dropout."""
+
+    @abstractmethod
+    def varlen_forward(
+        self, q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        """Returns ``(out, lse)``, as `Kernel.forward` does."""
+
+    @abstractmethod
+    def varlen_backward(
+        self,
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        segments: Segments,
+        scale: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns ``(dq, dk, dv)``, as `Kernel.backward` does."""
 
 
 def padded(x: Tensor, head_dim: int) -> Tensor:

@@ -7,6 +7,7 @@ fp64 for fp64 inputs or the reference kernel; -inf with out 0 where a query sees
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal, overload
 
 import torch
@@ -17,7 +18,9 @@ from dsp_plugin.derivatives import once_differentiable, refuse_transforms
 from dsp_plugin.kernels.blocks import Block, blocks
 from dsp_plugin.kernels.call import AttentionCall, prepare
 from dsp_plugin.kernels.counter import record
+from dsp_plugin.kernels.kernel import BlockSpec, VarlenKernel
 from dsp_plugin.kernels.rows import row_by_row
+from dsp_plugin.kernels.segments import Segments, packed_segments
 from dsp_plugin.kernels.spec import AttentionSpec
 
 
@@ -37,28 +40,34 @@ def block_forward(
     """
     assert q.shape[1] == len(q_positions)
     assert k.shape[1] == len(k_positions)
-    if not call.is_even and q.shape[2]:
-        parts = [
-            block_forward(even, q[:, :, heads], k[:, :, kv], v[:, :, kv], q_positions, k_positions)
-            for even, heads, kv in call.evenly()
-        ]
-        return torch.cat([out for out, _ in parts], 2), torch.cat([lse for _, lse in parts], 1)
+    segments = _as_segments(call, q_positions, k_positions)
+    if segments is not None:
+        return segments_forward(call, q, k, v, segments)
+    return _forward(call, q, k, v, partial(_blocks, q_positions=q_positions, k_positions=k_positions))
 
-    def attend(block: Block) -> tuple[Tensor, Tensor]:
-        record(call.kernel.name, "forward")
-        spec = call.of_block(block, q_positions, k_positions)
-        return call.kernel.forward(q[:, block.q], k[:, block.k], v[:, block.k], spec)
 
-    found = _blocks(call, q, q_positions, k_positions)
-    with torch.autocast(q.device.type, enabled=False):
-        if _covers_all(found, q, k):
-            return attend(found[0])
-        out = torch.zeros(*q.shape[:3], v.shape[-1], dtype=call.kernel.result_dtype(q.dtype), device=q.device)
-        lse_shape = (q.shape[0], q.shape[2], q.shape[1])
-        lse = torch.full(lse_shape, -torch.inf, dtype=call.kernel.lse_dtype(q.dtype), device=q.device)
-        for block in found:
-            out[:, block.q], lse[:, :, block.q] = attend(block)
-    return out, lse
+def segments_forward(call: AttentionCall, q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> tuple[Tensor, Tensor]:
+    """The same of segments, in one kernel call where the kernel can; the mask of ``call`` is not asked.
+
+    Args:
+        call: what to compute.
+        q, k, v: the tensors that the segments cover; all batch rows have the same segments.
+        segments: which queries see which keys.
+
+    Returns:
+        ``(out, lse)``, as those of `block_forward`.
+    """
+    _check_lengths(q, k, segments)
+    kernel = call.kernel
+    if isinstance(kernel, VarlenKernel) and _at_once(call, q, segments):
+
+        def attend(call: AttentionCall, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+            record(kernel.name, "forward")
+            return kernel.varlen_forward(q, k, v, segments, call.scale)
+
+        with torch.autocast(q.device.type, enabled=False):
+            return _evenly_forward(attend, call, q, k, v)
+    return _forward(call, q, k, v, partial(_parts, segments=segments))
 
 
 def block_backward(
@@ -78,55 +87,153 @@ def block_backward(
         ``(dq, dk, dv)``, shaped like q, k and v, in the kernel's `result_dtype`. Summing dq over blocks of keys, and
         dk and dv over blocks of queries, gives the gradients of the whole.
     """
-    if not call.is_even and q.shape[2]:
+    segments = _as_segments(call, q_positions, k_positions)
+    if segments is not None:
+        return segments_backward(call, dout, q, k, v, out, lse, segments)
+    work = partial(_blocks, q_positions=q_positions, k_positions=k_positions)
+    return _backward(call, dout, q, k, v, out, lse, work)
+
+
+def segments_backward(
+    call: AttentionCall, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, segments: Segments
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same of `segments_forward`, in one kernel call where the kernel can."""
+    _check_lengths(q, k, segments)
+    kernel = call.kernel
+    if isinstance(kernel, VarlenKernel) and _at_once(call, q, segments):
+
+        def differentiate(
+            call: AttentionCall, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
+        ) -> tuple[Tensor, Tensor, Tensor]:
+            record(kernel.name, "backward")
+            return kernel.varlen_backward(dout, q, k, v, out, lse, segments, call.scale)
+
+        with torch.autocast(q.device.type, enabled=False):
+            return _evenly_backward(differentiate, call, dout, q, k, v, out, lse)
+    return _backward(call, dout, q, k, v, out, lse, partial(_parts, segments=segments))
+
+
+def _check_lengths(q: Tensor, k: Tensor, segments: Segments) -> None:
+    assert (q.shape[1], k.shape[1]) == (segments.q_borders[-1], segments.k_borders[-1])
+
+
+def _at_once(call: AttentionCall, q: Tensor, segments: Segments) -> bool:
+    """Whether a kernel with varlen calls takes these: some work, and none that depends on global positions."""
+    return bool(call.spec.dropout_p == 0.0 and q.shape[0] and q.shape[2] and len(segments.q_borders) > 1)
+
+
+def _as_segments(call: AttentionCall, q_positions: range, k_positions: range) -> Segments | None:
+    if q_positions != k_positions or not isinstance(call.kernel, VarlenKernel) or call.spec.dropout_p:
+        return None
+    return packed_segments(call.spec.mask, q_positions)
+
+
+Work = list[tuple[Block, BlockSpec]]
+WorkOf = Callable[[AttentionCall, Tensor], Work]
+
+
+def _blocks(call: AttentionCall, q: Tensor, q_positions: range, k_positions: range) -> Work:
+    found = blocks(call.spec.mask, q_positions, k_positions) if q.shape[0] and q.shape[2] else ()
+    return [(block, call.of_block(block, q_positions, k_positions)) for block in found]
+
+
+def _parts(call: AttentionCall, q: Tensor, segments: Segments) -> Work:
+    if not (q.shape[0] and q.shape[2]):
+        return []
+    if not call.spec.dropout_p:
+        return [(part, BlockSpec(part.band, call.scale)) for part in segments.parts]
+    assert segments.blocks is not None, "dropout depends on where tokens are"
+    positions = segments.blocks()
+    return [
+        (part, BlockSpec(part.band, call.scale, call.spec.dropout(*runs)))
+        for part, runs in zip(segments.parts, positions, strict=True)
+    ]
+
+
+def _forward(call: AttentionCall, q: Tensor, k: Tensor, v: Tensor, work_of: WorkOf) -> tuple[Tensor, Tensor]:
+    def attend(call: AttentionCall, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        def one(block: Block, spec: BlockSpec) -> tuple[Tensor, Tensor]:
+            record(call.kernel.name, "forward")
+            return call.kernel.forward(q[:, block.q], k[:, block.k], v[:, block.k], spec)
+
+        work = work_of(call, q)
+        if _covers_all(work, q, k):
+            return one(*work[0])
+        out = torch.zeros(*q.shape[:3], v.shape[-1], dtype=call.kernel.result_dtype(q.dtype), device=q.device)
+        lse_shape = (q.shape[0], q.shape[2], q.shape[1])
+        lse = torch.full(lse_shape, -torch.inf, dtype=call.kernel.lse_dtype(q.dtype), device=q.device)
+        for block, spec in work:
+            out[:, block.q], lse[:, :, block.q] = one(block, spec)
+        return out, lse
+
+    with torch.autocast(q.device.type, enabled=False):
+        return _evenly_forward(attend, call, q, k, v)
+
+
+def _backward(
+    call: AttentionCall, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, work_of: WorkOf
+) -> tuple[Tensor, Tensor, Tensor]:
+    def differentiate(
+        call: AttentionCall, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        def one(block: Block, spec: BlockSpec) -> tuple[Tensor, Tensor, Tensor]:
+            record(call.kernel.name, "backward")
+            rows, cols = block.q, block.k
+            tensors = dout[:, rows], q[:, rows], k[:, cols], v[:, cols], out[:, rows], lse[:, :, rows]
+            return call.kernel.backward(*tensors, spec)
+
+        work = work_of(call, q)
+        if _covers_all(work, q, k):
+            return one(*work[0])
         dq, dk, dv = _zeros(call, q, k, v)
-        for even, heads, kv in call.evenly():
-            dq[:, :, heads], dk[:, :, kv], dv[:, :, kv] = block_backward(
-                even,
-                dout[:, :, heads],
-                q[:, :, heads],
-                k[:, :, kv],
-                v[:, :, kv],
-                out[:, :, heads],
-                lse[:, heads],
-                q_positions,
-                k_positions,
-            )
+        for block, spec in work:
+            dq[:, block.q], dk[:, block.k], dv[:, block.k] = one(block, spec)
         return dq, dk, dv
 
-    def differentiate(block: Block) -> tuple[Tensor, Tensor, Tensor]:
-        record(call.kernel.name, "backward")
-        return call.kernel.backward(
-            dout[:, block.q],
-            q[:, block.q],
-            k[:, block.k],
-            v[:, block.k],
-            out[:, block.q],
-            lse[:, :, block.q],
-            call.of_block(block, q_positions, k_positions),
-        )
-
-    found = _blocks(call, q, q_positions, k_positions)
     with torch.autocast(q.device.type, enabled=False):
-        if _covers_all(found, q, k):
-            dq, dk, dv = differentiate(found[0])
-        else:
-            dq, dk, dv = _zeros(call, q, k, v)
-            for block in found:
-                dq[:, block.q], dk[:, block.k], dv[:, block.k] = differentiate(block)
-    return dq, dk, dv
+        return _evenly_backward(differentiate, call, dout, q, k, v, out, lse)
+
+
+def _covers_all(work: Work, q: Tensor, k: Tensor) -> bool:
+    return len(work) == 1 and (work[0][0].rows, work[0][0].cols) == (q.shape[1], k.shape[1])
 
 
 def _zeros(call: AttentionCall, *like: Tensor) -> list[Tensor]:
     return [torch.zeros(x.shape, dtype=call.kernel.result_dtype(x.dtype), device=x.device) for x in like]
 
 
-def _blocks(call: AttentionCall, q: Tensor, q_positions: range, k_positions: range) -> tuple[Block, ...]:
-    return blocks(call.spec.mask, q_positions, k_positions) if q.shape[0] and q.shape[2] else ()
+def _evenly_forward(
+    attend: Callable[[AttentionCall, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]],
+    call: AttentionCall,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """In turns where kv heads do not serve equally many query heads."""
+    if call.is_even or not q.shape[2]:
+        return attend(call, q, k, v)
+    parts = [attend(even, q[:, :, heads], k[:, :, kv], v[:, :, kv]) for even, heads, kv in call.evenly()]
+    return torch.cat([out for out, _ in parts], 2), torch.cat([lse for _, lse in parts], 1)
 
 
-def _covers_all(found: tuple[Block, ...], q: Tensor, k: Tensor) -> bool:
-    return len(found) == 1 and (found[0].rows, found[0].cols) == (q.shape[1], k.shape[1])
+def _evenly_backward(
+    differentiate: Callable[..., tuple[Tensor, Tensor, Tensor]],
+    call: AttentionCall,
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    if call.is_even or not q.shape[2]:
+        return differentiate(call, dout, q, k, v, out, lse)
+    dq, dk, dv = _zeros(call, q, k, v)
+    for even, heads, kv in call.evenly():
+        keys, of_queries = (k[:, :, kv], v[:, :, kv]), (out[:, :, heads], lse[:, heads])
+        shares = differentiate(even, dout[:, :, heads], q[:, :, heads], *keys, *of_queries)
+        dq[:, :, heads], dk[:, :, kv], dv[:, :, kv] = shares
+    return dq, dk, dv
 
 
 class _Attention(torch.autograd.Function):

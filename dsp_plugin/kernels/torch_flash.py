@@ -11,7 +11,7 @@ from dsp_plugin.kernels.blocks import Block, tiles, trim
 from dsp_plugin.kernels.kernel import BlockSpec, Kernel, padded
 from dsp_plugin.kernels.merge import accumulation_dtype, empty_state, merge_
 from dsp_plugin.kernels.spec import AttentionSpec
-from dsp_plugin.kernels.windowed import Window, WindowedFlash
+from dsp_plugin.kernels.windowed import Packing, Window, WindowedFlash
 from dsp_plugin.mask import Band
 
 
@@ -33,16 +33,13 @@ class CudaFlash(WindowedFlash):
         return True, "built into torch"
 
     def window_forward(
-        self, q: Tensor, k: Tensor, v: Tensor, window: Window, block: BlockSpec
+        self, q: Tensor, k: Tensor, v: Tensor, window: Window, block: BlockSpec, packing: Packing | None = None
     ) -> tuple[Tensor, Tensor]:
         out, lse, *_ = torch.ops.aten._flash_attention_forward.default(
             q,
             k,
             v,
-            None,
-            None,
-            q.shape[1],
-            k.shape[1],
+            *_lengths(q, k, packing),
             0.0,
             window.causal,
             False,
@@ -62,6 +59,7 @@ class CudaFlash(WindowedFlash):
         lse: Tensor,
         window: Window,
         block: BlockSpec,
+        packing: Packing | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         # Without dropout the generator state is not read, but the operator insists on tensors; filling them is two
         # launches.
@@ -74,10 +72,7 @@ class CudaFlash(WindowedFlash):
             v,
             out,
             lse,
-            None,
-            None,
-            q.shape[1],
-            k.shape[1],
+            *_lengths(q, k, packing),
             0.0,
             window.causal,
             rng_state,
@@ -87,6 +82,12 @@ class CudaFlash(WindowedFlash):
             window_size_right=window.right,
         )
         return dq, dk, dv
+
+
+def _lengths(q: Tensor, k: Tensor, packing: Packing | None) -> tuple[Tensor | None, Tensor | None, int, int]:
+    if packing is None:
+        return None, None, q.shape[1], k.shape[1]
+    return packing.cu_seqlens_q, packing.cu_seqlens_k, packing.max_seqlen_q, packing.max_seqlen_k
 
 
 # A banded block is cut into strips of rows, and each strip's band is written out as a float bias; both are bounded.

@@ -3,7 +3,8 @@
 Their window is aligned at the *last* query and key: query i of n sees keys ``i + m - n - left .. i + m - n + right``,
 -1 standing for unbounded. A trimmed block translates into non-negative windows. One trap: FlashAttention-2 replaces a
 bound of at least m by -1, which is only harmless while ``n <= m``; a banded block with more queries than keys is
-therefore cut into row ranges in each of which it is either unbounded or has ``n <= m``.
+therefore cut into row ranges in each of which it is either unbounded or has ``n <= m``. With segments m is that of
+the longest, and a bound that large hides nothing of the others either, as each has ``n <= m``.
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ import torch
 from torch import Tensor
 
 from dsp_plugin.kernels.blocks import Block, trim
-from dsp_plugin.kernels.kernel import BlockSpec, Kernel, padded
+from dsp_plugin.kernels.kernel import BlockSpec, VarlenKernel, padded
 from dsp_plugin.kernels.merge import accumulation_dtype
+from dsp_plugin.kernels.segments import Segments
 from dsp_plugin.kernels.spec import AttentionSpec
 from dsp_plugin.mask import Band
 
@@ -60,7 +62,17 @@ def expressible(block: Block) -> list[Block]:
     return [piece for piece in pieces if piece is not None]
 
 
-class WindowedFlash(Kernel):
+@dataclass(frozen=True)
+class Packing:
+    """Where segments lie in the tokens ``[B n]`` of a whole batch; both borders int32 ``[B S + 1]`` on the device."""
+
+    cu_seqlens_q: Tensor
+    cu_seqlens_k: Tensor
+    max_seqlen_q: int
+    max_seqlen_k: int
+
+
+class WindowedFlash(VarlenKernel):
     """A flash kernel on CUDA: fp16 and bf16, head dims up to 256, no dropout (its generator depends on sharding)."""
 
     min_capability = (8, 0)
@@ -88,9 +100,14 @@ class WindowedFlash(Kernel):
 
     @abstractmethod
     def window_forward(
-        self, q: Tensor, k: Tensor, v: Tensor, window: Window, block: BlockSpec
+        self, q: Tensor, k: Tensor, v: Tensor, window: Window, block: BlockSpec, packing: Packing | None = None
     ) -> tuple[Tensor, Tensor]:
-        """``(out, lse)`` for equal head dims that are a multiple of 8."""
+        """``(out, lse)`` for equal head dims that are a multiple of 8.
+
+        Args:
+            packing: with it the tensors are ``[B n, heads, D]``, the window is that of each segment, and lse is
+                ``[H, B n]``.
+        """
 
     @abstractmethod
     def window_backward(
@@ -103,8 +120,9 @@ class WindowedFlash(Kernel):
         lse: Tensor,
         window: Window,
         block: BlockSpec,
+        packing: Packing | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """``(dq, dk, dv)``; lse is contiguous fp32 ``[B, H, n]``."""
+        """``(dq, dk, dv)``; lse is contiguous fp32 ``[B, H, n]``, with a packing ``[H, B n]``."""
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, block: BlockSpec) -> tuple[Tensor, Tensor]:
         assert block.dropout is None
@@ -154,6 +172,47 @@ class WindowedFlash(Kernel):
                 sums[1][:, piece.k] += piece_dv
             dk, dv = sums[0].to(k.dtype), sums[1].to(v.dtype)
         return dq[..., :head_dim], dk[..., :head_dim], dv[..., :v_head_dim]
+
+    def varlen_forward(
+        self, q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        batch, v_head_dim = q.shape[0], v.shape[-1]
+        window, packing = _packing(q, segments)
+        q, k, v = _one_behind_the_other(*_equal_head_dims(q, k, v))
+        out, lse = self.window_forward(q, k, v, window, BlockSpec(_NO_BAND, scale), packing)
+        return out[..., :v_head_dim].unflatten(0, (batch, -1)), lse.unflatten(1, (batch, -1)).transpose(0, 1)
+
+    def varlen_backward(
+        self,
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        segments: Segments,
+        scale: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        batch, head_dim, v_head_dim = q.shape[0], q.shape[-1], v.shape[-1]
+        window, packing = _packing(q, segments)
+        dout, q, k, v, out = _one_behind_the_other(*_equal_head_dims(dout, q, k, v, out))
+        lse = lse.transpose(0, 1).flatten(1).contiguous()
+        gradients = self.window_backward(dout, q, k, v, out, lse, window, BlockSpec(_NO_BAND, scale), packing)
+        dq, dk, dv = (x.unflatten(0, (batch, -1)) for x in gradients)
+        return dq[..., :head_dim], dk[..., :head_dim], dv[..., :v_head_dim]
+
+
+_NO_BAND: Band = (None, None)
+
+
+def _packing(q: Tensor, segments: Segments) -> tuple[Window, Packing]:
+    window = Window(*(-1 if side is None else side for side in (segments.left, segments.right)))
+    return window, Packing(*segments.cu_seqlens(q.device, q.shape[0]), *segments.most)
+
+
+def _one_behind_the_other(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """``[B, n, ...]`` as ``[B n, ...]``, a view where strides allow."""
+    return tuple(x.flatten(0, 1) for x in tensors)
 
 
 def _equal_head_dims(*tensors: Tensor) -> tuple[Tensor, ...]:
