@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from dsp_plugin.comm.axis import Axis
-from dsp_plugin.comm.routes import Route, assembled, consecutive, pack
+from dsp_plugin.comm.plan import pack
+from dsp_plugin.comm.routes import Route, consecutive
 from dsp_plugin.comm.wire import Sender, Transfers, collect, exchange
 from dsp_plugin.derivatives import refuse_transforms
 from dsp_plugin.layout import Layout
@@ -29,13 +30,15 @@ def all_to_all(tensors: Sequence[Tensor], routes: Sequence[Route], *, axis: Axis
     Bytes leaving this rank: those of its entries for other ranks; its own chunk is free.
 
     Args:
-        tensors: of one dtype; each whole along its ``scatter_dim`` and local along its ``gather_dim``.
-        routes: one per tensor.
+        tensors: of one dtype; each whole along its ``scatter_dim`` and local along its ``gather_dim``; alike in all
+            dims in front of the later one of the two.
+        routes: one per tensor, between the same dims, with the same runs along one of them.
         axis: the ranks that exchange.
         method: the name for the ledger.
 
     Returns:
-        The tensors, local along ``scatter_dim`` and whole along ``gather_dim``.
+        The tensors, local along ``scatter_dim`` and whole along ``gather_dim``; in the order of memory that they
+        arrived in, where it is of use, which may be that of one buffer for all of them.
     """
     assert len(tensors) == len(routes)
     assert len({x.dtype for x in tensors}) == 1
@@ -63,8 +66,10 @@ class _AllToAll(torch.autograd.Function):
 
 def _route(tensors: Sequence[Tensor], routes: Sequence[Route], sender: Sender) -> tuple[Tensor, ...]:
     packed = pack(tensors, routes, sender.axis)
-    received = exchange(packed.buffer, packed.send_counts, packed.receive_counts, sender, packed.whole)
-    return tuple(assembled(received, packed.blocks(received), routes))
+    plan = packed.plan
+    received, room = plan.room(packed.buffer)
+    exchange(packed.buffer, plan.send_counts, plan.receive_counts, sender, plan.whole, into=received)
+    return tuple(plan.unpack(room))
 
 
 def _with(shape: Sequence[int], dim: int, length: int) -> list[int]:

@@ -6,7 +6,9 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from dsp_plugin.comm.routes import Packed, Route, assembled
+from dsp_plugin.comm.by_peer import ByPeer
+from dsp_plugin.comm.plan import Packed
+from dsp_plugin.comm.routes import Route
 from dsp_plugin.comm.wire import Exchange, Sender
 
 
@@ -16,31 +18,39 @@ class Flight:
     Between two ranks or more, which all start the same flights in the same order.
 
     Args:
-        packed: the tensors, as `routes.pack` makes it; its buffer must stay unwritten until `wait` returns, also where
+        packed: the tensors, as `plan.pack` makes it; its buffer must stay unwritten until `wait` returns, also where
             it is one of the tensors.
         routes: those that they were packed for.
     """
 
     def __init__(self, packed: Packed, routes: Sequence[Route], sender: Sender) -> None:
-        self._routes = routes
-        self._received = packed.buffer.new_empty(sum(packed.receive_counts))
-        self._blocks = packed.blocks(self._received)
+        plan = packed.plan
+        self.tensors = len(routes)
+        self._plan = plan
+        received, self._room = plan.room(packed.buffer)
         self._exchange: Exchange | None = Exchange(
-            packed.buffer[None],
-            self._received[None],
-            packed.send_counts,
-            packed.receive_counts,
-            sender,
-            packed.whole,
+            packed.buffer, received, plan.send_counts, plan.receive_counts, sender, plan.whole
         )
 
-    def wait(self) -> list[list[Tensor]]:
-        """By tensor, what came from each rank, to be put where `routes.lay` puts it. May be called again."""
+    def wait(self) -> Tensor:
+        """The buffer that has arrived, which only this object can read. May be called again."""
         exchange, self._exchange = self._exchange, None
         if exchange is not None:
             exchange.wait()
-        return self._blocks
+        return self._room
 
     def land(self) -> list[Tensor]:
         """The tensors, local along ``scatter_dim`` and whole along ``gather_dim``, as by `all_to_all`."""
-        return assembled(self._received, self.wait(), self._routes)
+        return self._plan.unpack(self.wait())
+
+    def lay(self, totals: Sequence[Tensor], add: Sequence[bool] = ()) -> None:
+        """Copy what came to its entries of the later dim, which was gathered, of whole tensors, or add it there.
+
+        Args:
+            totals: of the tensors; those that are added to in fp32 or wider.
+            add: for every one of them, whether.
+        """
+        arriving = self._plan.arriving
+        assert isinstance(arriving, ByPeer)
+        assert self._plan.swapped is None
+        arriving.lay(totals, self.wait(), add)

@@ -2,8 +2,8 @@
 
 Which of the two dims is first decides what is copied. If it is the gathered one, every rank packs its blocks, and what
 arrives, in rank order, is in place. If it is the scattered one, a contiguous tensor is sent as it is, and what arrives
-is unpacked. A dim in front of both would take a second copy, so each of its entries goes in a round of its own: an
-all-to-all of contiguous buffers. Where rounds would be too many, the gathered dim is put first in memory instead.
+is unpacked. A dim in front of both would take a second copy, or an exchange for each of its entries: where there is
+one, the gathered dim is put first in memory instead. The blocks of all ranks of one size are copied in one launch.
 
 All of this depends on shapes, never on strides, which may differ between ranks where a dim has one entry.
 """
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from math import prod
 from typing import Any
 
@@ -23,9 +24,6 @@ from dsp_plugin.comm.wire import Exchange, Sender
 from dsp_plugin.derivatives import refuse_transforms
 from dsp_plugin.errors import SequenceParallelConfigError
 from dsp_plugin.layout import shard_sizes
-
-MOST_ROUNDS = 8
-"""Of one switch. On gloo a round costs what copying 0.5 MB does."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +84,7 @@ class PendingSwitch:
 
 
 class _Flight:
-    """One tensor on its way. In its buffers every round has a row."""
+    """One tensor on its way."""
 
     def __init__(self, x: Tensor, turn: Turn, sender: Sender) -> None:
         self._source, self._version = x, _version(x)
@@ -95,23 +93,21 @@ class _Flight:
         whole = _with(x.shape, turn.gather_dim, sum(turn.gather_sizes))
         self._shape = _with(whole, turn.scatter_dim, turn.scatter_sizes[sender.axis.rank])
         self._sizes = turn.gather_sizes
-        rounds = prod(x.shape[dim] for dim in self._order[: min(scatter, self._gather)])
 
         x = x.permute(self._order)
-        send_counts = _counts(x.shape, scatter, turn.scatter_sizes, rounds)
-        arriving = [self._shape[dim] for dim in self._order]
-        self._counts = _counts(arriving, self._gather, turn.gather_sizes, rounds)
+        send_counts = _counts(x.shape, scatter, turn.scatter_sizes)
+        receive_counts = _counts([self._shape[dim] for dim in self._order], self._gather, turn.gather_sizes)
         self._result: Tensor | None = None
         if scatter < self._gather:
-            buffer = x.contiguous().view(rounds, sum(send_counts))
-            self._received = x.new_empty(rounds, sum(self._counts))
+            buffer = x.contiguous().view(-1)
+            self._received = x.new_empty(sum(receive_counts))
         else:
-            buffer = x.new_empty(rounds, sum(send_counts))
-            for slot, block in _pairs(buffer, send_counts, x, scatter, turn.scatter_sizes):
-                slot.copy_(block)
+            buffer = x.new_empty(sum(send_counts))
+            for slots, blocks in _stacks(buffer, x, scatter, turn.scatter_sizes):
+                slots.copy_(blocks)
             self._result = self._empty()
-            self._received = self._result.permute(self._order).view(rounds, sum(self._counts))
-        self._exchange = Exchange(buffer, self._received, send_counts, self._counts, sender, [whole])
+            self._received = self._result.permute(self._order).view(-1)
+        self._exchange = Exchange(buffer, self._received, send_counts, receive_counts, sender, [whole])
 
     def wait(self) -> Tensor:
         """What arrived; to be called once."""
@@ -126,8 +122,8 @@ class _Flight:
         if self._result is None:
             self._result = self._empty()
             ordered = self._result.permute(self._order)
-            for slot, block in _pairs(self._received, self._counts, ordered, self._gather, self._sizes):
-                block.copy_(slot)
+            for slots, blocks in _stacks(self._received, ordered, self._gather, self._sizes):
+                blocks.copy_(slots)
         return self._result
 
     def _empty(self) -> Tensor:
@@ -138,22 +134,25 @@ class _Flight:
 
 def _memory_order(shape: Sequence[int], turn: Turn) -> list[int]:
     order = list(range(len(shape)))
-    if prod(shape[: min(turn.scatter_dim, turn.gather_dim)]) > MOST_ROUNDS:
+    if prod(shape[: min(turn.scatter_dim, turn.gather_dim)]) > 1:
         order.insert(0, order.pop(turn.gather_dim))
     return order
 
 
-def _counts(shape: Sequence[int], dim: int, sizes: Sequence[int], rounds: int) -> list[int]:
-    """Elements in one round of each block that a tensor is cut into along ``dim``."""
-    return [prod(_with(shape, dim, size)) // max(rounds, 1) for size in sizes]
+def _counts(shape: Sequence[int], dim: int, sizes: Sequence[int]) -> list[int]:
+    """Elements of each block that a tensor is cut into along ``dim``."""
+    return [prod(_with(shape, dim, size)) for size in sizes]
 
 
-def _pairs(
-    buffer: Tensor, counts: Sequence[int], x: Tensor, dim: int, sizes: Sequence[int]
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """The blocks of ``x`` along ``dim``, each after its place in the buffer, in the block's shape."""
-    for slot, block in zip(buffer.split(list(counts), 1), x.split(list(sizes), dim), strict=True):
-        yield slot.view(block.shape), block
+def _stacks(buffer: Tensor, x: Tensor, dim: int, sizes: Sequence[int]) -> Iterator[tuple[Tensor, Tensor]]:
+    """The blocks of ``x`` along ``dim``, neighbours of one size stacked, each stack after its place in the buffer."""
+    filled = start = 0
+    for size, run in groupby(sizes):
+        count = len(list(run))
+        blocks = x.narrow(dim, start, count * size).unflatten(dim, (count, size)).movedim(dim, 0)
+        if blocks.numel():
+            yield buffer.narrow(0, filled, blocks.numel()).view(blocks.shape), blocks
+        start, filled = start + count * size, filled + blocks.numel()
 
 
 def _with(shape: Sequence[int], dim: int, length: int) -> list[int]:

@@ -49,6 +49,8 @@ def exchange(
     receive_counts: Sequence[int],
     sender: Sender,
     whole_shapes: Shapes = (),
+    *,
+    into: Tensor | None = None,
 ) -> Tensor:
     """All-to-all of a flat ``buffer`` whose parts for each rank lie in rank order.
 
@@ -57,6 +59,7 @@ def exchange(
         send_counts: elements for each rank of the axis.
         receive_counts: elements from each rank.
         whole_shapes: of the unsharded tensors in the buffer, on which ranks must agree; compared in debug mode.
+        into: where what arrives is put, 1-D and contiguous; a buffer of its own if None.
 
     Returns:
         1-D, ``sum(receive_counts)`` elements, in rank order.
@@ -65,24 +68,22 @@ def exchange(
     assert buffer.dim() == 1
     assert buffer.numel() == sum(send_counts)
     if axis.size == 1:
-        return buffer
+        return buffer if into is None else into.copy_(buffer)
     _enter("all_to_all", buffer.dtype, send_counts, receive_counts, sender, whole_shapes)
-    received = buffer.new_empty(sum(receive_counts))
+    received = buffer.new_empty(sum(receive_counts)) if into is None else into
     with _underway(buffer.is_cuda):
         _all_to_all(received, buffer, receive_counts, send_counts, axis, start_only=False).wait()
     return received
 
 
 class Exchange:
-    """An all-to-all in rounds, in flight from construction until `wait`. Between two ranks or more.
-
-    The ledger and debug mode take the rounds as one collective.
+    """An all-to-all in flight from construction until `wait`. Between two ranks or more.
 
     Args:
-        buffer: [rounds, ``sum(send_counts)``], contiguous; it must stay unwritten until `wait` returns.
-        received: [rounds, ``sum(receive_counts)``], contiguous: where what arrives is put, unread until then.
-        send_counts: elements for each rank of the axis in every round.
-        receive_counts: elements from each rank in every round.
+        buffer: 1-D, contiguous, ``sum(send_counts)`` elements; it must stay unwritten until `wait` returns.
+        received: 1-D, contiguous, ``sum(receive_counts)`` elements: where what arrives is put, unread until then.
+        send_counts: elements for each rank of the axis.
+        receive_counts: elements from each rank.
         whole_shapes: as for `exchange`.
     """
 
@@ -95,21 +96,16 @@ class Exchange:
         sender: Sender,
         whole_shapes: Shapes,
     ) -> None:
-        axis, rounds = sender.axis, buffer.shape[0]
-        assert axis.size > 1
-        assert buffer.shape == (rounds, sum(send_counts))
-        assert received.shape == (rounds, sum(receive_counts))
-        sends, receives = ([rounds * count for count in counts] for counts in (send_counts, receive_counts))
-        _enter("all_to_all", buffer.dtype, sends, receives, sender, whole_shapes)
+        assert sender.axis.size > 1
+        assert buffer.shape == (sum(send_counts),)
+        assert received.shape == (sum(receive_counts),)
+        _enter("all_to_all", buffer.dtype, send_counts, receive_counts, sender, whole_shapes)
         self._buffers = buffer, received
-        self._works = [
-            _all_to_all(received[index], buffer[index], receive_counts, send_counts, axis, start_only=True)
-            for index in range(rounds)
-        ]
+        self._works = _all_to_all(received, buffer, receive_counts, send_counts, sender.axis, start_only=True)
 
     def wait(self) -> None:
         """Returns once all that was sent and received is done; to be called once."""
-        _wait(self._works, self._buffers[0].is_cuda)
+        _wait([self._works], self._buffers[0].is_cuda)
         for buffer in self._buffers:
             if buffer.is_cuda:
                 # Its memory belongs to the stream that it was made on, which need not be the one that waits here.

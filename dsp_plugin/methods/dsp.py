@@ -31,8 +31,8 @@ def switch(x: Tensor, from_dim: int, to_dim: int, *, length: int, groups: Sequen
         groups: the dsp axis is used.
 
     Returns:
-        Whole along ``from_dim``, local along ``to_dim``. Contiguous where the dims in front of both have no more than
-        `comm.switching.MOST_ROUNDS` entries in all; else dense, with ``from_dim`` outermost in memory.
+        Whole along ``from_dim``, local along ``to_dim``. Contiguous where the dims in front of both have one entry
+        each; else dense, with ``from_dim`` outermost in memory.
 
     Raises:
         SequenceParallelConfigError: the dims are the same, or ``x`` is not this rank's shard of ``length``.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 from torch import Tensor
 
@@ -23,7 +24,8 @@ class HeadExchange:
         axis: the ranks that exchange.
         method: for the ledger.
         part: which heads each rank gets.
-        tokens: for every rank, where its local tokens stand among the gathered ones.
+        tokens: for every rank, where its local tokens stand among the gathered ones; who passes the same object again
+            shares what was worked out for it.
     """
 
     axis: Axis
@@ -54,5 +56,23 @@ class HeadExchange:
         return self.part.queries_per_key(self.axis.rank)
 
     def route(self, heads: tuple[range, ...]) -> Route:
-        """Of a tensor of which every rank gets these heads, or none where its run is empty."""
-        return Route(HEAD_DIM, SEQUENCE_DIM, tuple((run,) for run in heads), self.tokens)
+        """Of a tensor of which every rank gets these heads, or none where its run is empty; the same every time."""
+        return _route(heads, _Itself(self.tokens))
+
+
+class _Itself:
+    """What is looked up as the object that it is: borders of thousands of documents are too long to be read."""
+
+    def __init__(self, tokens: tuple[tuple[range, ...], ...]) -> None:
+        self.tokens = tokens
+
+    def __hash__(self) -> int:
+        return id(self.tokens)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Itself) and self.tokens is other.tokens
+
+
+@lru_cache(maxsize=256)
+def _route(heads: tuple[range, ...], tokens: _Itself) -> Route:
+    return Route(HEAD_DIM, SEQUENCE_DIM, tuple((run,) for run in heads), tokens.tokens)

@@ -32,12 +32,13 @@ import torch
 from torch import Tensor
 
 from dsp_plugin.comm.flight import Flight
-from dsp_plugin.comm.routes import Route, lay, pack
+from dsp_plugin.comm.plan import pack
+from dsp_plugin.comm.routes import Route
 from dsp_plugin.comm.wire import Sender
 from dsp_plugin.derivatives import once_differentiable, refuse_transforms
 from dsp_plugin.kernels.call import AttentionCall
 from dsp_plugin.kernels.merge import accumulation_dtype
-from dsp_plugin.methods.head_exchange import HEAD_DIM, HeadExchange
+from dsp_plugin.methods.head_exchange import HeadExchange
 from dsp_plugin.methods.head_rounds import HeadRounds
 
 
@@ -67,7 +68,7 @@ def attention_in_rounds(
         ``[B, n, H, Dv]``.
     """
     refuse_transforms("attention", q, k, v)
-    shared = _Pass(call, rounds, exchange, inside)
+    shared = _Pass((q.shape, k.shape, v.shape), call, rounds, exchange, inside)
     token: Tensor = _Enter.apply(shared, q, k, v)
     for index in range(rounds.count):
         token = _Round.apply(shared, index, token)
@@ -78,8 +79,16 @@ def attention_in_rounds(
 class _Pass:
     """What the nodes of one call share: what it computes, and what is on its way in the direction it is run."""
 
-    def __init__(self, call: AttentionCall, rounds: HeadRounds, exchange: HeadExchange, inside: Inside) -> None:
+    def __init__(
+        self,
+        shapes: tuple[torch.Size, ...],
+        call: AttentionCall,
+        rounds: HeadRounds,
+        exchange: HeadExchange,
+        inside: Inside,
+    ) -> None:
         rank = exchange.axis.rank
+        self.shapes = shapes
         self.inside, self.rounds = inside, rounds
         self.calls = [
             call.narrow(rounds.queries[index][rank], rounds.queries_per_key(index, rank))
@@ -128,11 +137,11 @@ class _Forward:
         assert flight is not None
         self._send_back(shared, index - 1)
         q, *kv = flight.land()
-        # Its buffers are free before those of the next are made, which needs no longer than this round computes.
-        del flight
-        self._next = self._gather(shared, index + 1)
         if shared.rounds.arriving[index][shared.sender.axis.rank]:
             self._kv = kv
+        # What is done with is free before the buffers of the next are made, which needs no longer than this computes.
+        del flight, kv
+        self._next = self._gather(shared, index + 1)
         k, v = self._kv
         self._computed, lse = shared.inside.forward(q, k, v, shared.calls[index])
         return q, k, v, self._computed, lse
@@ -143,23 +152,22 @@ class _Forward:
             return
         out, self._computed = self._computed, None
         assert out is not None
-        self._land(shared, index - 1)
+        self._land()
         self._back = shared.start((out,), (shared.routes[index][0].inverse(),))
 
-    def _land(self, shared: _Pass, index: int) -> None:
+    def _land(self) -> None:
         flight, self._back = self._back, None
         if flight is None:
             return
-        arrived = flight.wait()[0]
+        arrived = flight.wait()
         if self._out is None:
-            self._out = arrived[0].new_empty(self._shape)
-        lay(self._out, arrived, shared.routes[index][0].inverse(), add=False)
+            self._out = arrived.new_empty(self._shape)
+        flight.lay((self._out,))
 
     def finish(self, shared: _Pass) -> Tensor:
         """The output of all rounds."""
-        last = len(shared.routes) - 1
-        self._send_back(shared, last)
-        self._land(shared, last)
+        self._send_back(shared, len(shared.routes) - 1)
+        self._land()
         assert self._out is not None
         return self._out
 
@@ -169,6 +177,7 @@ class _Backward:
 
     def __init__(self, shared: _Pass, dout: Tensor) -> None:
         self._sender = shared.sender.backward()
+        self._dtype, self._device = dout.dtype, dout.device
         # Packed at once, for then its memory is free before the last round, and round by round after that.
         self._leaving = [pack((dout,), of_round[:1], self._sender.axis) for of_round in shared.routes]
         self._shared_kv: list[Tensor] = []
@@ -218,24 +227,22 @@ class _Backward:
 
     def finish(self, shared: _Pass) -> tuple[Tensor, ...]:
         """The gradients of q, k and v."""
-        arrived = [flight.wait() for flight in self._back]
-        self._back = []
-        routes = [[route.inverse() for route in of_round] for of_round in reversed(shared.routes)]
+        for flight in self._back:
+            flight.wait()
+        flights, self._back = self._back, []
         part = shared.rounds.part
-        totals = []
-        for which, heads in enumerate((part.heads, part.kv_heads, part.kv_heads)):
-            # Several ranks have a part of the gradient of a key/value head that all of them needed.
-            add = which > 0 and sum(map(len, part.keys)) > heads
-            blocks = [
-                (of_round[which], way[which]) for of_round, way in zip(arrived, routes, strict=True) if which < len(way)
-            ]
-            like = blocks[0][0][0]
-            shape = [*like.shape[:HEAD_DIM], heads, like.shape[-1]]
-            total = like.new_zeros(shape, dtype=accumulation_dtype(like.dtype)) if add else like.new_empty(shape)
-            for of_ranks, way in blocks:
-                lay(total, of_ranks, way, add=add)
-            totals.append(total.to(like.dtype))
-        return tuple(totals)
+        # Several ranks have a part of the gradient of a key/value head that all of them needed.
+        add = (False, *[sum(map(len, part.keys)) > part.kv_heads] * 2)
+        wide = accumulation_dtype(self._dtype)
+        totals = [
+            torch.zeros(shape, dtype=wide, device=self._device)
+            if adding
+            else torch.empty(shape, dtype=self._dtype, device=self._device)
+            for shape, adding in zip(shared.shapes, add, strict=True)
+        ]
+        for flight in flights:
+            flight.lay(totals[: flight.tensors], add[: flight.tensors])
+        return tuple(total.to(self._dtype) for total in totals)
 
 
 class _Enter(torch.autograd.Function):

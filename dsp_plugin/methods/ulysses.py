@@ -11,6 +11,7 @@ work down to one query head per rank; see `HeadPartition`. Heads may go in round
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 from torch import Tensor
 
@@ -18,6 +19,7 @@ from dsp_plugin.errors import SequenceParallelConfigError
 from dsp_plugin.kernels.call import AttentionCall
 from dsp_plugin.kernels.softmax import attend, block_backward, block_forward
 from dsp_plugin.kernels.spec import AttentionSpec
+from dsp_plugin.layout import Layout
 from dsp_plugin.methods.head_exchange import HEAD_DIM, HeadExchange
 from dsp_plugin.methods.head_partition import head_partition
 from dsp_plugin.methods.head_rounds import RoundBudget, choose
@@ -60,15 +62,20 @@ def attention(
         raise SequenceParallelConfigError("ulysses cannot serve this attention: " + " ".join(reasons))
     call = checked(q, k, v, what, layout)
 
-    tokens = tuple(layout.spans(rank) for rank in range(axis.size))
     part = head_partition(heads, kv_heads, axis.size)
     rounds = choose(attention_rounds, q, v, part, layout.length, whole_groups=False)
-    heads_to_ranks = HeadExchange(axis, "ulysses", part, tokens)
+    heads_to_ranks = HeadExchange(axis, "ulysses", part, _tokens(layout))
     if rounds.count > 1:
         return attention_in_rounds(q, k, v, call, rounds, heads_to_ranks, _Whole())
     q, k, v = heads_to_ranks.scatter(q, k, v)
     out, _ = attend(q, k, v, call.narrow(heads_to_ranks.heads, heads_to_ranks.q_per_kv))
     return heads_to_ranks.gather(out)
+
+
+@lru_cache(maxsize=64)
+def _tokens(layout: Layout) -> tuple[tuple[range, ...], ...]:
+    """Of every rank; the same object every time."""
+    return tuple(layout.spans(rank) for rank in range(layout.size))
 
 
 class _Whole:

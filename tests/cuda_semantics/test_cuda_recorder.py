@@ -174,13 +174,13 @@ def sender() -> Sender:
 
 
 def exchange() -> tuple[Exchange, torch.Tensor, torch.Tensor]:
-    buffer, received = torch.empty(1, 8, device="cuda"), torch.empty(1, 8, device="cuda")
+    buffer, received = torch.empty(8, device="cuda"), torch.empty(8, device="cuda")
     return Exchange(buffer, received, [4, 4], [4, 4], sender(), []), buffer, received
 
 
 def written_in_flight(recorder: Recorder) -> None:
     pending, buffer, _ = exchange()
-    buffer[0, 2:].zero_()
+    buffer[2:].zero_()
     pending.wait()
 
 
@@ -196,7 +196,7 @@ def never_waited_for(recorder: Recorder) -> None:
 
 def received_twice_in_one_place(recorder: Recorder) -> None:
     _, _, received = exchange()
-    Exchange(torch.empty(1, 8, device="cuda"), received, [4, 4], [4, 4], sender(), []).wait()
+    Exchange(torch.empty(8, device="cuda"), received, [4, 4], [4, 4], sender(), []).wait()
 
 
 def read_after_the_wait(recorder: Recorder) -> None:

@@ -12,7 +12,6 @@ from torch import Tensor
 from benchmarks.copies import WrittenBytes
 from dsp_plugin import Layout, SequenceParallelConfig, SequenceParallelGroups
 from dsp_plugin.comm import Route, all_to_all
-from dsp_plugin.comm.switching import MOST_ROUNDS
 from dsp_plugin.methods import dsp
 from dsp_plugin.spawn import spawn
 
@@ -39,7 +38,7 @@ def _written(size: int) -> None:
             grad = random(*out.shape, seed=2)
             with WrittenBytes() as backward:
                 (back,) = torch.autograd.grad(out, x, grad)
-            few = prod(shape[: min(from_dim, to_dim)]) <= MOST_ROUNDS
+            few = prod(shape[: min(from_dim, to_dim)]) <= 1
             packs = not few or from_dim < to_dim
             assert forward.written == (x if packs else out).nbytes, f"{case}: {forward.written} bytes"
             packs = not few or to_dim < from_dim
@@ -58,7 +57,7 @@ def _written_of_another_order(size: int) -> None:
             x = x.permute(reverse).contiguous().permute(reverse)
             with WrittenBytes() as forward:
                 out = dsp.switch(x, from_dim, to_dim, length=shape[from_dim], groups=groups)
-            packs = from_dim < to_dim or prod(shape[: min(from_dim, to_dim)]) > MOST_ROUNDS
+            packs = from_dim < to_dim or prod(shape[: min(from_dim, to_dim)]) > 1
             # A scattered dim in front is sent as it lies only if it lies in order.
             reordered = x.nbytes * (not x.is_contiguous())
             expected = x.nbytes if packs else out.nbytes + reordered
@@ -68,9 +67,9 @@ def _written_of_another_order(size: int) -> None:
 def _written_by_all_to_all(size: int) -> None:
     """The counter would see a switch that packs and unpacks."""
     groups = SequenceParallelGroups.build(SequenceParallelConfig(method="dsp", size=size))
-    x = sharded((3, 7, 5, 4), 1, groups)
+    x = sharded((3, 7, 5, 4), 2, groups)
     with WrittenBytes() as counter:
-        (out,) = all_to_all((x,), (Route.even(2, 1, 5, 7, size),), axis=groups.dsp, method="test")
+        (out,) = all_to_all((x,), (Route.even(1, 2, 7, 5, size),), axis=groups.dsp, method="test")
     assert counter.written == x.nbytes + out.nbytes
 
 
