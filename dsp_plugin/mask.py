@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
+from typing import Any, Self
 
 from torch import Tensor
 
@@ -16,7 +18,7 @@ _BORDERS = "pass (0, end of document 1, ..., sequence length)"
 Band = tuple[int | None, int | None]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class MaskSpec:
     """A structured attention mask over global positions.
 
@@ -57,6 +59,27 @@ class MaskSpec:
                     remedy=_BORDERS,
                 )
 
+    def __eq__(self, other: object) -> bool:
+        # Every layer asks with the same one, whose borders need not be compared.
+        if self is other:
+            return True
+        return self._fields == other._fields if isinstance(other, MaskSpec) else NotImplemented
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __reduce__(self) -> tuple[type[Self], tuple[Any, ...]]:
+        # What is worked out stays behind: the hash of None differs between processes.
+        return type(self), self._fields
+
+    @property
+    def _fields(self) -> tuple[Any, ...]:
+        return self.causal, self.window, self.cu_seqlens
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash(self._fields)
+
     def band(self) -> Band:
         """``(left, right)`` such that a key is in reach iff ``-left <= j - i <= right``; causal is ``right = 0``."""
         left, right = self.window if self.window is not None else (None, None)
@@ -79,7 +102,11 @@ class MaskSpec:
                 why=f"the last border is {self.cu_seqlens[-1]} but the sequence has {length} tokens",
                 remedy="give borders in global positions of the whole sequence, not of a shard",
             )
-        return tuple(range(a, b) for a, b in pairwise(self.cu_seqlens) if b > a)
+        return self._ranges
+
+    @cached_property
+    def _ranges(self) -> tuple[range, ...]:
+        return tuple(range(a, b) for a, b in pairwise(self.cu_seqlens or ()) if b > a)
 
     def pairs(self, length: int) -> int:
         """How many (query, key) pairs see each other in a sequence of ``length`` tokens."""

@@ -15,7 +15,7 @@ Node = TypeVar("Node", bound=Hashable)
 PACKAGES = {"dsp_plugin": "dsp_plugin", "patches": "dsp_plugin.patches", "launch": "dsp_plugin.launch"}
 
 # What lies in the library's root: a room each, for they may import each other downwards only.
-NOUNS = ("errors", "integers", "derivatives", "layout", "mask", "groups", "spawn")
+NOUNS = ("errors", "integers", "derivatives", "mask", "groups", "spawn")
 # The folders that are rooms of their own, the innermost first.
 FOLDERS = (
     "patches/megatron/models",
@@ -24,7 +24,19 @@ FOLDERS = (
     *(
         f"dsp_plugin/{room}"
         for room in (
-            *("comm", "kernels", "tiles", "methods", "config", "plans", "planner", "sharding", "training", "watch"),
+            *(
+                "layout",
+                "comm",
+                "kernels",
+                "tiles",
+                "methods",
+                "config",
+                "plans",
+                "planner",
+                "sharding",
+                "training",
+                "watch",
+            ),
             *("models", "rehearsal", "verification", "cli"),
         )
     ),
@@ -37,6 +49,7 @@ DOORS = tuple(f"patches/megatron/{name}" for name in ("linear_specs", "video_dit
 ALONE = ("patches/autoload", *DOORS)
 _LIBRARY = (
     *NOUNS,
+    "layout",
     "comm",
     "kernels",
     "tiles",

@@ -59,13 +59,18 @@ def relayout_bytes(source: Layout, target: Layout, rank: int, per_token_bytes: i
     """Bytes leaving ``rank`` when tokens of ``per_token_bytes`` bytes each go from ``source`` to ``target``."""
     if source.size == 1:
         return 0
-    staying = np.isin(_positions(source, rank), _positions(target, rank)).sum()
+    staying = np.isin(source.runs(rank).positions(), target.runs(rank).positions()).sum()
     return (source.sizes[rank] - int(staying)) * per_token_bytes
 
 
 def _same_places(source: Layout, target: Layout) -> bool:
     """Whether no token moves. Alone on its axis a rank holds all tokens in order, whatever the kind of layout."""
-    return source.size == 1 or all(source.spans(rank) == target.spans(rank) for rank in range(source.size))
+    if source.size == 1 or source == target:
+        return True
+    if source.sizes != target.sizes:
+        return False
+    places = ((source.runs(rank), target.runs(rank)) for rank in range(source.size))
+    return all(all(map(np.array_equal, mine, theirs)) for mine, theirs in places)
 
 
 class _Move(NamedTuple):
@@ -136,8 +141,8 @@ class _Indices(NamedTuple):
 @lru_cache(maxsize=16)
 def _indices(source: Layout, target: Layout, rank: int) -> _Indices:
     # Every layout lists a rank's tokens by position, so what goes from one rank to another has one order on both.
-    to = _holders(target)[_positions(source, rank)]
-    origin = _holders(source)[_positions(target, rank)]
+    to = _holders(target)[source.runs(rank).positions()]
+    origin = _holders(source)[target.runs(rank).positions()]
     arriving = np.argsort(origin, kind="stable")
     place = np.empty_like(arriving)
     place[arriving] = np.arange(len(arriving))
@@ -155,16 +160,9 @@ def _order_and_place(source: Layout, target: Layout, rank: int) -> tuple[NDArray
     return found.order, found.place
 
 
-def _positions(layout: Layout, rank: int) -> NDArray[np.int64]:
-    """Of the tokens of a rank, in local order."""
-    runs = [np.arange(run.start, run.stop, run.step) for run in layout.spans(rank)]
-    return np.concatenate([np.empty(0, dtype=np.int64), *runs])
-
-
 def _holders(layout: Layout) -> NDArray[np.int64]:
     """The rank that holds each token: ``[L]``."""
     ranks = np.empty(layout.length, dtype=np.int64)
     for rank in range(layout.size):
-        for run in layout.spans(rank):
-            ranks[run.start : run.stop : run.step] = rank
+        ranks[layout.runs(rank).positions()] = rank
     return ranks

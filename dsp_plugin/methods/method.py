@@ -24,6 +24,7 @@ class Workload:
         element_size: e, bytes.
         ulysses_size: for USP, U of P = U * R.
         documents: borders of the documents that zigzag cuts one by one, see `Layout`.
+        whole_below: of how many tokens a document is cut at least, see `Layout`.
         ring_gradient_dtype: in which gradients of keys and values travel on a ring, ``fp32`` or ``input``.
         grid: for DSP, the sizes of the two dims that it switches between; their product is ``length``.
         decay: for linear attention, one of `kernels.linear.DECAYS`; delta rules with a fixed decay per head count as
@@ -51,6 +52,7 @@ class Workload:
     exchange: str = "auto"
     gate_size: int = 4
     sizes: tuple[int, ...] | None = None
+    whole_below: int = 0
 
     @property
     def gradient_size(self) -> int:
@@ -64,7 +66,7 @@ class Workload:
 
     def tokens(self) -> Layout:
         """The placement of the sequence on the ranks."""
-        return Layout(self.layout, self.length, self.size, self.sizes, self.documents)
+        return Layout(self.layout, self.length, self.size, self.sizes, self.documents, self.whole_below)
 
 
 @dataclass(frozen=True)

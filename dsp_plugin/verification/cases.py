@@ -59,6 +59,7 @@ class Case:
         seed: of inputs, weights and dropout.
         ulysses_size: for methods that factor P, U of P = U * R.
         by_document: whether a zigzag layout cuts every document of ``mask`` by itself.
+        whole_below: with ``by_document``, of how many tokens a document is cut at least; see `Layout`.
         ring_gradient_dtype: in which gradients of keys and values travel, for methods that have the choice.
         attention_rounds: of heads, for methods that gather tokens.
         sizes: of contiguous shards, where they are not even.
@@ -86,6 +87,7 @@ class Case:
     seed: int = 0
     ulysses_size: int | None = None
     by_document: bool = False
+    whole_below: int = 0
     ring_gradient_dtype: Literal["fp32", "input"] = "fp32"
     attention_rounds: int = 1
     sizes: tuple[int, ...] | None = None
@@ -124,6 +126,7 @@ class Case:
             grid=(self.grid[0], self.grid[1]) if self.grid is not None and len(self.grid) == 2 else None,
             ulysses_size=self.ulysses_size,
             documents=self.mask.cu_seqlens if self.by_document else None,
+            whole_below=self.whole_below if self.by_document else 0,
             ring_gradient_dtype=self.ring_gradient_dtype,
             decay=self.decay,
             exchange=self.exchange,
@@ -137,6 +140,7 @@ class Case:
     def describe(self) -> str:
         """A name for tables, without method and size."""
         layout = f"{self.layout} by document" if self.by_document else self.layout
+        layout += f", whole below {self.whole_below}" if self.by_document and self.whole_below else ""
         where = f"L={self.length} {layout}" if self.grid is None else f"grid={'x'.join(map(str, self.grid))}"
         dims = f"{self.head_dim}" if self.value_dim is None else f"{self.head_dim}/{self.value_dim}"
         parts = [self.mask.describe(), where, f"H={self.heads} K={self.kv_heads} B={self.batch} D={dims}"]

@@ -120,11 +120,11 @@ def _layouts(batch: Mapping[str, Any], groups: SequenceParallelGroups) -> list[L
     kinds: tuple[Any, ...] = ("zigzag", "contiguous", "striped")
     layouts = [Layout(kind, length, groups.sp.size) for length in lengths for kind in kinds]
     for value in tensors:
-        # Positions that start again: documents, which zigzag cuts one by one.
+        # Positions that start again: documents, which zigzag cuts one by one, or leaves whole.
         starts = (value[0] == 0).nonzero().flatten().tolist() if value.dim() == 2 else []
         if starts and starts[0] == 0:
             borders = (*starts, value.shape[1])
-            layouts.append(Layout("zigzag", value.shape[1], groups.sp.size, documents=borders))
+            layouts.append(Layout.of_documents("zigzag", value.shape[1], groups.sp.size, borders))
     return layouts
 
 

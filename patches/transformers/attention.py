@@ -89,7 +89,7 @@ class SequenceAttention:
         out = self._attention(
             *(x.transpose(1, 2) for x in (query, key, value)),
             what=AttentionSpec(
-                attention_mask.spec(rows.documents),
+                running.mask(attention_mask.causal, attention_mask.window),
                 scaling,
                 dropout,
                 _dropout_seed(running.seed, module) if dropout else None,

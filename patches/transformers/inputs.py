@@ -106,8 +106,8 @@ class InputSharder:
         if positions is None:
             positions = own_positions(model, values, mask)
         kind = self._config.layout_for()
-        # Zigzag inside each document, so that ranks have alike much to attend to in every one.
-        layout = Layout(kind, length, self._sp.size, documents=rows.documents if kind == "zigzag" else None)
+        # Documents in zigzag by themselves, short ones whole: ranks have alike much to attend to.
+        layout = Layout.of_documents(kind, length, self._sp.size, rows.documents)
         _refuse_idle_ranks(layout)
 
         if positions is None and rows.order is not None:

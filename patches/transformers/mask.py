@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from dsp_plugin.errors import UnsupportedError
-from dsp_plugin.mask import MaskSpec
 from dsp_plugin.patches.transformers.passes import ModelPass
 from dsp_plugin.training.extents import Running
 
@@ -35,17 +34,6 @@ class SequenceMask:
 
     window: int | None
     causal: bool = True
-
-    def spec(self, documents: tuple[int, ...] | None) -> MaskSpec:
-        """As methods take it.
-
-        Args:
-            documents: the borders of documents in a row.
-        """
-        band = self.window
-        if band is None:
-            return MaskSpec(causal=self.causal, cu_seqlens=documents)
-        return MaskSpec(self.causal, (band - 1, 0) if self.causal else (band, band), documents)
 
     @classmethod
     def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> NoReturn:

@@ -1,16 +1,19 @@
 """What a batch says of its rows: where documents start, and which tokens are padding.
 
 Collators say it in several ways, often in more than one at a time: positions that start again, a mask of ones and zeros
-or of the numbers of documents, and what Transformers' flash attention takes, `cu_seq_lens_q` and its like. All of it is
-read in one copy from the device, after a flag that says whether there is anything to read.
+or of the numbers of documents, and what Transformers' flash attention takes, `cu_seq_lens_q` and its like. The device
+works out where neighbours jump, a byte a token, and the host waits for it once a batch, for one copy; rows with padding
+are read once more, whole.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,6 +22,8 @@ from dsp_plugin.errors import SequenceParallelConfigError, UnsupportedError
 Borders = tuple[int, ...]
 MASK, POSITIONS, NUMBERS = "attention_mask", "position_ids", "seq_idx"
 BORDERS, LENGTHS = ("cu_seq_lens_q", "cu_seq_lens_k"), ("max_length_q", "max_length_k")
+FALLS, PADDED = "attention_mask goes down", "attention_mask has zeros"
+_SIGNED = (torch.int16, torch.int32, torch.int64)
 TAKEN = (MASK, NUMBERS, *BORDERS, *LENGTHS)
 """Arguments of forward that say nothing beyond where documents and padding are."""
 
@@ -69,24 +74,43 @@ def take_rows(values: dict[str, Any], counted: Tensor | None, batch: int, length
     for name in (POSITIONS, MASK, NUMBERS):
         if name in given:
             check_shape(name, given[name], (batch,) if name == MASK else (1, batch), length)
-    if not given or _plain(given):
+    if not given:
         return Rows()
-    device = next((value.device for value in given.values() if value.dim()), torch.device("cpu"))
-    if MASK in given and counted is not None:
-        given["counted"] = counted
-    told = _on_host(given)
-    real = told[MASK] != 0 if MASK in told else torch.ones(batch, length, dtype=torch.bool)
+    large = {name: given.pop(name) for name in (MASK, POSITIONS, NUMBERS) if name in given}
+    told = _on_host(given | _said(large, _Pairs()) | ({PADDED: (large[MASK] == 0).any()} if MASK in large else {}))
+    small = {name: told[name].long() for name in given}
+    if told.get(PADDED):
+        return _padded(large, small, counted, batch, length)
+    jumps = _jumps(told | small, _Pairs(), batch, length)
+    documents, by_row = _borders(jumps)
+    longest = max(stop - start for row in by_row or (documents or (0, length),) for start, stop in pairwise(row))
+    _check_lengths(small, longest)
+    return Rows(documents=documents, documents_by_row=by_row)
+
+
+def _padded(
+    large: Mapping[str, Tensor], small: dict[str, Tensor], counted: Tensor | None, batch: int, length: int
+) -> Rows:
+    """Of a mask that says that some tokens are padding.
+
+    Args:
+        large: what there is for every token.
+        small: on the host, what else there is.
+    """
+    device = large[MASK].device
+    told = _on_host(large if counted is None else large | {"counted": counted})
+    real = told[MASK] != 0
     order = None
     if (real[:, 1:] & ~real[:, :-1]).any():
         order = real.logical_not().argsort(dim=1, stable=True)
     counted_alone = _counted_alone(told, real)
 
-    numbered = given[MASK].dtype != torch.bool if MASK in given else False
     pairs = _Pairs(order, real)
-    jumps = _jumps(told, numbered, pairs, batch, length)
+    jumps = _jumps(small | _said(told, pairs), pairs, batch, length)
+    assert pairs.both is not None
     documents, by_row = _borders(jumps, pairs.both)
-    _check_lengths(told, jumps, pairs.both)
-    interrupted = order is not None and bool((pairs.both & ~jumps & (pairs.gap > 1)).any())
+    _check_lengths(small, _longest(jumps, pairs.both))
+    interrupted = pairs.gap is not None and bool((pairs.both & ~jumps & (pairs.gap > 1)).any())
     found = Rows(
         None if order is None else order.to(device),
         documents,
@@ -106,17 +130,23 @@ class _Pairs:
     """Neighbours among the tokens of each row, padding left out, which may have stood between them.
 
     Attributes:
-        both: ``[B, L - 1]``: whether the two are tokens.
-        gap: how far apart they were given, ``[]`` or ``[B, L - 1]``.
+        both: ``[B, L - 1]``: whether the two are tokens; None where all are.
+        gap: how far apart they were given, ``[B, L - 1]``; None where all are neighbours.
     """
 
-    def __init__(self, order: Tensor | None, real: Tensor) -> None:
+    def __init__(self, order: Tensor | None = None, real: Tensor | None = None) -> None:
         self._order = order
-        self.both = (real if order is None else _taken(real, order))[:, 1:]
-        self.gap = torch.ones((), dtype=torch.int64) if order is None else order.diff(dim=1)
+        self.both = None if real is None else (real if order is None else _taken(real, order))[:, 1:]
+        self.gap = None if order is None else order.diff(dim=1)
+
+    def among_tokens(self, jumps: Tensor) -> Tensor:
+        """``jumps``, ``[1 or B, L - 1]``, where both are tokens."""
+        return jumps if self.both is None else jumps & self.both
 
     def steps(self, x: Tensor) -> Tensor:
         """By how much ``x``, ``[1 or B, L]`` as given, grows from one to the next: ``[1 or B, L - 1]``."""
+        if x.dtype not in _SIGNED:
+            x = x.long()
         return (x if self._order is None else _taken(x.expand_as(self._order), self._order)).diff(dim=1)
 
 
@@ -154,21 +184,38 @@ def _known(name: str, value: Any) -> bool:
     return True
 
 
-def _plain(given: Mapping[str, Tensor]) -> bool:
-    """Whether there is nothing but a mask of ones and positions that go on, as in most batches: one flag is copied."""
-    if set(given) - {MASK, POSITIONS}:
-        return False
-    flags = [given[MASK] == 1] if MASK in given else []
-    flags += [given[POSITIONS].diff(dim=1) == 1] if POSITIONS in given else []
-    return bool(torch.stack([flag.all() for flag in flags]).all())
+def _said(values: Mapping[str, Tensor], pairs: _Pairs) -> dict[str, Tensor]:
+    """By name, where one of two neighbours says otherwise than the other: bool ``[1 or B, L - 1]``, on their device.
+
+    A mask of truth values says nothing of documents; of another, whether it goes down, too.
+    """
+    said: dict[str, Tensor] = {}
+    if NUMBERS in values:
+        said[NUMBERS] = pairs.among_tokens(pairs.steps(values[NUMBERS]) != 0)
+    if MASK in values and values[MASK].dtype != torch.bool:
+        steps = pairs.steps(values[MASK])
+        said[MASK], said[FALLS] = pairs.among_tokens(steps != 0), pairs.among_tokens(steps < 0).any()
+    if POSITIONS in values:
+        steps = pairs.steps(values[POSITIONS])
+        # They may count padding or not.
+        jumps = steps != 1 if pairs.gap is None else (steps != 1) & (steps != pairs.gap)
+        said[POSITIONS] = pairs.among_tokens(jumps)
+    return said
 
 
 def _on_host(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """All of them as int64, in one copy."""
-    device = next((value.device for value in tensors.values() if value.device.type != "cpu"), torch.device("cpu"))
-    flat = torch.cat([value.reshape(-1).to(device, torch.int64, non_blocking=True) for value in tensors.values()]).cpu()
-    parts = flat.split([value.numel() for value in tensors.values()])
-    return {name: part.view(value.shape) for (name, value), part in zip(tensors.items(), parts, strict=True)}
+    """All of them, those on a device in one copy."""
+    away = {name: value for name, value in tensors.items() if value.device.type != "cpu"}
+    found = {name: value for name, value in tensors.items() if name not in away}
+    if not away:
+        return found
+    # Wide ones first: their bytes are to lie where such numbers can.
+    ordered = sorted(away.items(), key=lambda item: -item[1].element_size())
+    parts = [value.contiguous().view(-1).view(torch.uint8) for _, value in ordered]
+    flat = torch.cat(parts).cpu()
+    for (name, value), part in zip(ordered, flat.split([part.numel() for part in parts]), strict=True):
+        found[name] = part.view(value.dtype).view(value.shape)
+    return found
 
 
 def _counted_alone(told: Mapping[str, Tensor], real: Tensor) -> Tensor | None:
@@ -191,41 +238,42 @@ def _counted_alone(told: Mapping[str, Tensor], real: Tensor) -> Tensor | None:
     return counted if counted.any() else None
 
 
-def _jumps(told: Mapping[str, Tensor], numbered: bool, pairs: _Pairs, batch: int, length: int) -> Tensor:
-    """``[B, L - 1]``: whether the second of two neighbouring tokens starts a document.
+def _jumps(said: Mapping[str, Tensor], pairs: _Pairs, batch: int, length: int) -> Tensor:
+    """``[1 or B, L - 1]``: whether the second of two neighbouring tokens starts a document.
 
     A mask of ones says nothing of documents, and positions that go on say nothing against them: positions do so as
     always in Transformers' flash attention, and in its eager and sdpa attention where they are told to keep no cache
     and get no mask.
+
+    Args:
+        said: on the host.
     """
     found: dict[str, Tensor] = {}
-    if borders := [name for name in BORDERS if name in told]:
-        found[borders[0]] = (pairs.steps(_numbers(told, borders, batch, length)) != 0) & pairs.both
-    if NUMBERS in told:
-        found[NUMBERS] = (pairs.steps(told[NUMBERS]) != 0) & pairs.both
-    if numbered:
-        steps = pairs.steps(told[MASK])
-        if ((steps < 0) & pairs.both).any():
+    if borders := [name for name in BORDERS if name in said]:
+        starts = _starts(said, borders, batch, length)
+        jumps = starts[:, 1:] if pairs.gap is None else pairs.steps(starts.cumsum(1)) != 0
+        found[borders[0]] = pairs.among_tokens(jumps)
+    if NUMBERS in said:
+        found[NUMBERS] = said[NUMBERS]
+    if MASK in said:
+        if said[FALLS]:
             raise SequenceParallelConfigError(
                 setting="attention_mask",
-                value=tuple(told[MASK].shape),
+                value=(batch, length),
                 why="the numbers of documents in it go down, so one document would lie in several parts",
                 remedy="number the documents of a row in their order, as in 1 1 1 2 2, with 0 for padding",
             )
-        if (by_mask := (steps != 0) & pairs.both).any():
-            found[MASK] = by_mask
-    by_positions = torch.zeros_like(pairs.both)
-    if POSITIONS in told:
-        steps = pairs.steps(told[POSITIONS])
-        # They may count padding or not.
-        by_positions = (steps != 1) & (steps != pairs.gap) & pairs.both
+        if said[MASK].any():
+            found[MASK] = said[MASK]
+    by_positions = said.get(POSITIONS)
     for name, jumps in found.items():
         first = next(iter(found))
         if (jumps != found[first]).any():
             _contradict(f"{first} and {name}", "documents start at other places by one than by the other")
-        if (by_positions & ~jumps).any():
+        if by_positions is not None and (by_positions & ~jumps).any():
             _contradict(f"position_ids and {name}", f"positions start again in the middle of a document of {name}")
-    return next(iter(found.values()), by_positions)
+    nothing = torch.zeros(1, max(length - 1, 0), dtype=torch.bool) if by_positions is None else by_positions
+    return next(iter(found.values()), nothing)
 
 
 def _contradict(setting: str, why: str) -> None:
@@ -234,9 +282,9 @@ def _contradict(setting: str, why: str) -> None:
     )
 
 
-def _numbers(told: Mapping[str, Tensor], given: list[str], batch: int, length: int) -> Tensor:
-    """The document of each token, ``[B, L]``, by the borders of all rows laid end to end."""
-    first, last = told[given[0]], told[given[-1]]
+def _starts(said: Mapping[str, Tensor], given: list[str], batch: int, length: int) -> Tensor:
+    """Whether a token is the first of its document, bool ``[B, L]``, by the borders of all rows laid end to end."""
+    first, last = said[given[0]], said[given[-1]]
     if not torch.equal(first, last):
         _contradict(" and ".join(BORDERS), "queries and keys of a sequence are the same tokens, and these differ")
     total = batch * length
@@ -248,36 +296,47 @@ def _numbers(told: Mapping[str, Tensor], given: list[str], batch: int, length: i
             why=f"document borders start at 0, never decrease, and end at {total}, the tokens of {batch} * {length}",
             remedy="pass (0, end of document 1, ..., all tokens), in positions of the whole batch laid end to end",
         )
-    numbers = torch.searchsorted(first[1:].contiguous(), torch.arange(total), right=True).view(batch, length)
-    crossed = numbers[1:, 0] == numbers[:-1, -1]
-    if crossed.any():
+    starts = torch.zeros(total, dtype=torch.bool)
+    starts[first[first < total].long()] = True
+    starts = starts.view(batch, length)
+    if not starts[:, :1].all():
         raise SequenceParallelConfigError(
             setting=given[0],
             value=first[:16].tolist(),
-            why=f"a document goes on from row {int(crossed.nonzero()[0, 0])} of the batch to the next",
+            why=f"a document goes on from row {int((~starts[1:, 0]).nonzero()[0, 0])} of the batch to the next",
             remedy=f"let a document start with every row, at multiples of {length}",
         )
-    return numbers
+    return starts
 
 
-def _borders(jumps: Tensor, both: Tensor) -> tuple[Borders | None, tuple[Borders, ...] | None]:
+def _borders(jumps: Tensor, both: Tensor | None = None) -> tuple[Borders | None, tuple[Borders, ...] | None]:
     """Those that all rows share, or those of each row; a row may have further ones in its padding."""
     if not jumps.any():
         return None, None
-    length, shared = jumps.shape[1] + 1, jumps.any(0)
-    if ((jumps == shared) | ~both).all():
-        return (0, *(shared.nonzero().flatten() + 1).tolist(), length), None
-    return None, tuple((0, *(row.nonzero().flatten() + 1).tolist(), length) for row in jumps)
+    shared = jumps.any(0)
+    alike = jumps == shared
+    if len(jumps) == 1 or (alike if both is None else alike | ~both).all():
+        return _borders_of(shared), None
+    return None, tuple(map(_borders_of, jumps))
 
 
-def _check_lengths(told: Mapping[str, Tensor], jumps: Tensor, both: Tensor) -> None:
-    given = {name: int(told[name].max()) for name in LENGTHS if name in told}
-    if len(set(given.values())) > 1:
-        _contradict(" and ".join(LENGTHS), f"queries and keys of a sequence are the same tokens, and these are {given}")
-    if not given:
-        return
+def _borders_of(jumps: Tensor) -> Borders:
+    return (0, *(np.flatnonzero(jumps.numpy()) + 1).tolist(), len(jumps) + 1)
+
+
+def _longest(jumps: Tensor, both: Tensor) -> int:
+    """Of the documents, without padding."""
+    if not jumps.numel():
+        return 1
     places = torch.arange(jumps.shape[1] + 1)
     starts = torch.where(jumps, places[1:], 0).cummax(1).values
-    longest = 1 + int(torch.where(both, places[1:] - starts, 0).max()) if jumps.numel() else 1
-    if longest > min(given.values()):
+    return 1 + int(torch.where(both, places[1:] - starts, 0).max())
+
+
+def _check_lengths(said: Mapping[str, Tensor], longest: int) -> None:
+    """Refuse lengths that contradict each other, or that the longest document exceeds."""
+    given = {name: int(said[name].max()) for name in LENGTHS if name in said}
+    if len(set(given.values())) > 1:
+        _contradict(" and ".join(LENGTHS), f"queries and keys of a sequence are the same tokens, and these are {given}")
+    if given and longest > min(given.values()):
         _contradict(next(iter(given)), f"it is {min(given.values())}, and a document has {longest} tokens")

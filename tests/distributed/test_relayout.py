@@ -38,6 +38,7 @@ def layouts(length: int, size: int) -> list[Layout]:
         Layout.of_sizes(sizes),
         Layout("zigzag", length, size),
         Layout("zigzag", length, size, documents=(0, length // 3, length // 3, length - length // 4, length)),
+        Layout("zigzag", length, size, documents=tuple(range(length + 1)), whole_below=2),
         Layout("striped", length, size),
     ]
 

@@ -52,6 +52,7 @@ def cases(draw: st.DrawFn, size: int) -> Case:
         mask=mask,
         layout=layout,
         by_document=layout == "zigzag" and mask.cu_seqlens is not None and draw(st.booleans()),
+        whole_below=draw(st.sampled_from([0, 20])),
         dropout=draw(st.sampled_from([0.0, 0.0, 0.4])),
         seed=draw(st.integers(0, 3)),
         ulysses_size=draw(st.sampled_from(factors)),

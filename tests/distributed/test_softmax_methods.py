@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import accumulate
 from typing import Any
 
 import pytest
@@ -125,6 +126,32 @@ def test_unusual_attention(method: str) -> None:
         # Without a mask of its own an unusual case goes with every mask; two are enough.
         cases += [case for case in found if case.mask in (found[0].mask, found[-1].mask)]
     assert all(result.refused is None for result in verify(4, cases))
+
+
+@pytest.mark.parametrize("size", [2, 3, 4])
+@pytest.mark.parametrize("method", [name for name in METHODS_HERE if "zigzag" in METHODS[name].layouts])
+def test_short_documents_that_lie_whole_on_a_rank(method: str, size: int) -> None:
+    cases = [
+        case
+        for causal, window in ((True, None), (False, None), (True, (5, 0)))
+        for case in default_cases(
+            method,
+            size,
+            {
+                "mask": MaskSpec(
+                    causal, window, (0, *accumulate([7, 41, 5, 6, 0, 7, 6, 8, 7, 5, 1, 6, 7, 8, 7, 1, 5]))
+                ),
+                **{"length": 127, "layout": "zigzag", "by_document": True, "dtype": torch.float64},
+                **{"heads": 6, "kv_heads": 2},
+            },
+        )
+    ]
+    cases = [replace(case, whole_below=9) for case in cases]
+    held = [cases[0].tokens().spans(rank) for rank in range(size)]
+    # Of a document of 7 tokens that were cut in 2P runs no two neighbours would lie on one rank at P = 4.
+    assert max(len(run) for runs in held for run in runs if run.start >= 48) >= 5
+    assert sum(map(len, held)) < 18 + 4 * size
+    assert all(result.refused is None for result in verify(size, cases))
 
 
 @pytest.mark.parametrize("method", METHODS_HERE)

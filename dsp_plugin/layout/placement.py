@@ -1,57 +1,31 @@
-"""Which rank holds which tokens, and in what order: contiguous, zigzag and striped, for any length and size."""
+"""The placement of one sequence on ranks: contiguous, zigzag and striped, for any length and size."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
-from itertools import accumulate, pairwise
-from typing import Literal, get_args
+from itertools import accumulate
+from typing import Any, Literal, Self, get_args
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from dsp_plugin.errors import SequenceParallelConfigError
-from dsp_plugin.integers import MOST, integer, integers
+from dsp_plugin.integers import MOST, integer, integers, kept_on_device
+from dsp_plugin.layout.runs import Column, Runs, folded, shard_sizes
+from dsp_plugin.layout.whole import Dealt, deal
 
 LayoutKind = Literal["contiguous", "zigzag", "striped"]
 LAYOUTS: tuple[LayoutKind, ...] = get_args(LayoutKind)
 MOST_RANKS = 2**20
 """More than any machine has: a larger count is a mistake, and what lists the ranks would never end."""
+TILE = 128
+"""Queries that attention kernels compute at once; of a shorter run they compute as many."""
 
 
-def shard_sizes(length: int, parts: int) -> tuple[int, ...]:
-    """``length`` split into ``parts`` sizes that differ by at most one, larger ones first."""
-    whole, extra = divmod(length, parts)
-    return tuple(whole + (part < extra) for part in range(parts))
-
-
-def shard_ranges(length: int, parts: int) -> tuple[range, ...]:
-    """The ranges that `shard_sizes` cuts ``range(length)`` into."""
-    return _consecutive(shard_sizes(length, parts))
-
-
-def _consecutive(sizes: Sequence[int]) -> tuple[range, ...]:
-    return tuple(range(stop - size, stop) for size, stop in zip(sizes, accumulate(sizes), strict=True))
-
-
-def _zigzag(borders: Sequence[int], size: int) -> list[tuple[range, ...]]:
-    """Runs r and 2P-1-r of every document, by rank r."""
-    runs_by_rank: list[list[range]] = [[] for _ in range(size)]
-    longer = 0
-    for start, stop in pairwise(borders):
-        whole, extra = divmod(stop - start, 2 * size)
-        at = start
-        for index in range(2 * size):
-            # The first of the longer runs is where the document before left off dealing.
-            end = at + whole + ((index - longer) % (2 * size) < extra)
-            runs_by_rank[min(index, 2 * size - 1 - index)].append(range(at, end))
-            at = end
-        longer = (longer + extra) % (2 * size)
-    return [tuple(runs) for runs in runs_by_rank]
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Layout:
     """The placement of one sequence of ``length`` tokens on ``size`` ranks.
 
@@ -67,6 +41,11 @@ class Layout:
     longer rotates from document to document, so that tokens in all still differ by at most one between ranks; the
     pairs of a causal document of l tokens differ by less than 2l. With one document it is plain zigzag.
 
+    ``whole_below`` leaves documents of fewer tokens whole on one rank, where balance allows: their keys stay there.
+    Tokens in all still differ by at most one between ranks, for which at most P - 1 times a document is cut in two.
+    What queries see, in causal and in full attention, is on no rank more than a twentieth above the mean; where it
+    would be, only those of half as many tokens, and so on, stay whole, and in the end none.
+
     Raises:
         SequenceParallelConfigError: unknown kind, a count that is no integer, a size below 1 or beyond
             `MOST_RANKS`, or sizes or documents that do not add up.
@@ -77,6 +56,7 @@ class Layout:
     size: int
     explicit_sizes: tuple[int, ...] | None = None
     documents: tuple[int, ...] | None = None
+    whole_below: int = 0
 
     def __post_init__(self) -> None:
         if not isinstance(self.kind, str) or self.kind not in LAYOUTS:
@@ -108,6 +88,8 @@ class Layout:
         self._check_documents()
 
     def _check_documents(self) -> None:
+        below = integer(self.whole_below, "whole_below", remedy="give a number of tokens, 0 to cut every document")
+        object.__setattr__(self, "whole_below", below)
         if self.documents is None:
             return
         borders = integers(self.documents, "documents", remedy="pass (0, end of document 1, ..., sequence length)")
@@ -119,7 +101,7 @@ class Layout:
                 why=f"only zigzag cuts every document by itself, and the layout is {self.kind}",
                 remedy="choose layout zigzag, or leave documents to the mask",
             )
-        if borders[:1] != (0,) or borders[-1] != self.length or any(b < a for a, b in pairwise(borders)):
+        if borders[:1] != (0,) or borders[-1] != self.length or (np.diff(self._borders) < 0).any():
             raise SequenceParallelConfigError(
                 setting="documents",
                 value=borders,
@@ -132,30 +114,105 @@ class Layout:
         """Contiguous runs of the given sizes."""
         return cls("contiguous", sum(sizes), len(sizes), tuple(sizes))
 
-    def spans(self, rank: int) -> tuple[range, ...]:
-        """Global positions of the tokens of ``rank``, in local order; empty runs left out."""
-        return self._spans[rank]
+    @classmethod
+    def of_documents(cls, kind: LayoutKind, length: int, size: int, documents: tuple[int, ...] | None) -> Layout:
+        """The placement of a packed sequence; without documents, or in another order than zigzag, of a plain one.
+
+        Documents live whole on one rank where they have fewer than ``2 P TILE`` tokens: runs of such a document would
+        be shorter than a tile, which costs a kernel as much as a whole one.
+        """
+        if kind != "zigzag" or documents is None:
+            return cls(kind, length, size)
+        return cls(kind, length, size, documents=documents, whole_below=2 * size * TILE)
+
+    def __eq__(self, other: object) -> bool:
+        # Every layer asks with the same one, whose borders need not be compared.
+        if self is other:
+            return True
+        return self._fields == other._fields if isinstance(other, Layout) else NotImplemented
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __reduce__(self) -> tuple[type[Self], tuple[Any, ...]]:
+        # What is worked out stays behind, hashes above all: those of text differ between processes.
+        return type(self), self._fields
 
     @cached_property
-    def _spans(self) -> tuple[tuple[range, ...], ...]:
-        runs_by_rank: list[tuple[range, ...]]
+    def _fields(self) -> tuple[Any, ...]:
+        return tuple(getattr(self, field.name) for field in fields(self))
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash(self._fields)
+
+    @cached_property
+    def _borders(self) -> Column:
+        return np.array((0, self.length) if self.documents is None else self.documents, dtype=np.int64)
+
+    @cached_property
+    def _dealt(self) -> Dealt:
+        """Of zigzag, who holds what of which document."""
+        lengths = np.diff(self._borders)
+        starts, lengths = self._borders[:-1][lengths > 0], lengths[lengths > 0]
+        return deal(starts, lengths, self.size, self.whole_below)
+
+    @cached_property
+    def _runs(self) -> dict[int, Runs]:
+        return {}
+
+    @cached_property
+    def _spans(self) -> dict[int, tuple[range, ...]]:
+        return {}
+
+    def spans(self, rank: int) -> tuple[range, ...]:
+        """Global positions of the tokens of ``rank``, in local order; empty runs left out."""
+        if rank not in self._spans:
+            self._spans[rank] = self.runs(rank).ranges()
+        return self._spans[rank]
+
+    def runs(self, rank: int) -> Runs:
+        """The same as columns, of which thousands cost no more than a few. Not to be written to."""
+        if rank not in self._runs:
+            self._runs[rank] = self._runs_of(range(self.size)[rank])
+        return self._runs[rank]
+
+    def _runs_of(self, rank: int) -> Runs:
         if self.kind == "striped":
-            runs_by_rank = [(range(rank, self.length, self.size),) for rank in range(self.size)]
-        elif self.kind == "zigzag":
-            runs_by_rank = _zigzag((0, self.length) if self.documents is None else self.documents, self.size)
-        elif self.explicit_sizes is not None:
-            runs_by_rank = [(run,) for run in _consecutive(self.explicit_sizes)]
-        else:
-            runs_by_rank = [(run,) for run in shard_ranges(self.length, self.size)]
-        return tuple(tuple(run for run in runs if len(run)) for runs in runs_by_rank)
+            start = np.array([rank] if rank < self.length else [], dtype=np.int64)
+            return Runs(start, np.full_like(start, self.size), np.full_like(start, self.sizes[rank]))
+        if self.kind == "contiguous":
+            stop = np.array([self._stops[rank]], dtype=np.int64)
+            return Runs.of(stop - self.sizes[rank], stop)
+        cut, pieces = self._dealt
+        both, mine = [rank, 2 * self.size - 1 - rank], pieces.rank == rank
+        starts = np.concatenate([cut[:, both].ravel(), pieces.starts[mine]])
+        stops = np.concatenate([cut[:, [run + 1 for run in both]].ravel(), pieces.stops[mine]])
+        order = np.argsort(starts, kind="stable")
+        return Runs.of(starts[order], stops[order])
+
+    @cached_property
+    def _stops(self) -> tuple[int, ...]:
+        return tuple(accumulate(self.sizes))
 
     @cached_property
     def sizes(self) -> tuple[int, ...]:
         """Local token counts by rank; they sum to ``length``."""
-        return tuple(sum(len(run) for run in self._spans[rank]) for rank in range(self.size))
+        if self.explicit_sizes is not None:
+            return self.explicit_sizes
+        if self.kind != "zigzag":
+            return shard_sizes(self.length, self.size)
+        cut, pieces = self._dealt
+        tokens = folded(np.diff(cut, axis=1).sum(0))
+        np.add.at(tokens, pieces.rank, pieces.stops - pieces.starts)
+        return tuple(tokens.tolist())
 
     def position_ids(self, rank: int, device: torch.device | str | None = None) -> Tensor:
         """Global positions of the tokens of ``rank``: int64 ``[n]``."""
+        if self.documents is not None:
+            device = torch.get_default_device() if device is None else torch.device(device)
+            # A copy, which the caller may write to.
+            return _positions(self, rank, device=device)[0].clone()
         runs = [torch.arange(run.start, run.stop, run.step, device=device) for run in self.spans(rank)]
         return torch.cat(runs) if runs else torch.empty(0, dtype=torch.int64, device=device)
 
@@ -172,6 +229,8 @@ class Layout:
                 why=f"dim {dim} of a tensor {tuple(x.shape)} should hold the whole sequence of {self.length} tokens",
                 remedy="pass unsharded tensors, and name the sequence dim correctly",
             )
+        if self.documents is not None:
+            return x.index_select(dim, _positions(self, rank, device=x.device)[0])
         runs = [run_of(x, dim, run) for run in self.spans(rank)]
         if not runs:
             return x.narrow(dim, 0, 0)
@@ -179,6 +238,10 @@ class Layout:
 
     def unshard(self, shards: Sequence[Tensor], dim: int) -> Tensor:
         """The global tensor from the shards of all ranks, in rank order."""
+        if self.kind == "contiguous":
+            return torch.cat(list(shards), dim)
+        if self.documents is not None:
+            return torch.cat(list(shards), dim).index_select(dim, _places(self, device=shards[0].device)[0])
         shape = list(shards[0].shape)
         shape[dim] = self.length
         out = shards[0].new_empty(shape)
@@ -188,6 +251,20 @@ class Layout:
                 run_of(out, dim, run).copy_(shard.narrow(dim, offset, len(run)))
                 offset += len(run)
         return out
+
+
+@kept_on_device
+def _positions(layout: Layout, rank: int) -> tuple[Column]:
+    """Of the tokens of a rank, in local order."""
+    return (layout.runs(rank).positions(),)
+
+
+@kept_on_device
+def _places(layout: Layout) -> tuple[Column]:
+    """Of every token, where it lies in the shards put one after the other."""
+    places = np.empty(layout.length, dtype=np.int64)
+    places[np.concatenate([layout.runs(rank).positions() for rank in range(layout.size)])] = np.arange(layout.length)
+    return (places,)
 
 
 def run_of(x: Tensor, dim: int, run: range) -> Tensor:
