@@ -23,7 +23,7 @@ from dsp_plugin.comm.axis import Axis
 from dsp_plugin.comm.consent import answers, of_all
 from dsp_plugin.errors import SequenceParallelConfigError, UnsupportedError
 from dsp_plugin.groups import SequenceParallelGroups
-from dsp_plugin.sharding.wrappers import uncompiled
+from dsp_plugin.sharding.compiling import uncompiled
 
 CHECKED_PASSES = CHECKED_STEPS = 2
 # Of a gradient's norm. Ranks may have summed in another order; gradients of other tokens are farther apart.

@@ -27,12 +27,13 @@ from dsp_plugin.sharding import loss
 from dsp_plugin.sharding.averaging import AveragedGradients
 from dsp_plugin.sharding.batch import BatchSharder
 from dsp_plugin.sharding.checkpoints import kept
+from dsp_plugin.sharding.compiling import forget_compiled, uncompiled
 from dsp_plugin.sharding.integrations import Sharded, integration_of
 from dsp_plugin.sharding.outputs import all_tensors, first_tensor
 from dsp_plugin.sharding.peers import EqualPeers
 from dsp_plugin.sharding.region import ShardedRegion
 from dsp_plugin.sharding.routing import AttentionRoute
-from dsp_plugin.sharding.wrappers import ended_with, forget_compiled, uncompiled, unwrapped
+from dsp_plugin.sharding.wrappers import ended_with, unwrapped
 from dsp_plugin.training.extents import Running
 from dsp_plugin.training.host_budget import offload_for
 from dsp_plugin.training.randomness import RegionSeed, RegionVisit

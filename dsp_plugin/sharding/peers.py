@@ -20,7 +20,7 @@ from dsp_plugin.derivatives import refuse_transforms
 from dsp_plugin.errors import SequenceParallelConfigError
 from dsp_plugin.groups import SequenceParallelGroups
 from dsp_plugin.sharding.averaging import mesh_of
-from dsp_plugin.sharding.wrappers import uncompiled
+from dsp_plugin.sharding.compiling import uncompiled
 from dsp_plugin.training.randomness import share_generators
 from dsp_plugin.training.same_sample import CHECKED_FORWARDS, SameSampleCheck, digest
 

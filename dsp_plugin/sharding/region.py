@@ -24,6 +24,7 @@ from dsp_plugin.plans.pattern import Pattern, parse
 from dsp_plugin.plans.plan import Plan, matching_modules, outermost
 from dsp_plugin.sharding.arguments import Arguments
 from dsp_plugin.sharding.attributes import RegionAttributes
+from dsp_plugin.sharding.compiling import uncompiled
 from dsp_plugin.sharding.outputs import all_tensors, first_tensor, only_tensor
 from dsp_plugin.sharding.passes import (
     Entered,
@@ -43,7 +44,7 @@ from dsp_plugin.sharding.random_layers import check_random_layers, random_layers
 from dsp_plugin.sharding.routing import AttentionRoute
 from dsp_plugin.sharding.stages_alone import StagesAlone
 from dsp_plugin.sharding.token_moves import Place, TokenMoves
-from dsp_plugin.sharding.wrappers import ended_with, uncompiled, unwrapped
+from dsp_plugin.sharding.wrappers import ended_with, unwrapped
 from dsp_plugin.training.extents import Running
 from dsp_plugin.training.randomness import RegionVisit
 

@@ -28,7 +28,7 @@ from dsp_plugin.layout import Layout
 from dsp_plugin.mask import MaskSpec
 from dsp_plugin.methods import Where, halo
 from dsp_plugin.methods.inputs import check_length, check_shards
-from dsp_plugin.sharding.wrappers import uncompiled
+from dsp_plugin.sharding.compiling import uncompiled
 from dsp_plugin.training.extents import extent, in_first_run
 from dsp_plugin.training.randomness import RegionSeed
 

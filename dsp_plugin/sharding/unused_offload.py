@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from dsp_plugin.errors import UnsupportedError
-from dsp_plugin.sharding.wrappers import uncompiled
+from dsp_plugin.sharding.compiling import uncompiled
 from dsp_plugin.training.host_blocks import SETTING
 from dsp_plugin.training.offload import Offload
 

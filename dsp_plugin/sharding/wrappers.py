@@ -1,29 +1,17 @@
-"""Modules that only pass their arguments on to another: what they wrap is what is sharded.
-
-And compiled modules: `torch.compile` must neither trace our hooks, which talk to other ranks, nor go on with what it
-compiled before they were there.
-"""
+"""Modules that only pass their arguments on to another: what they wrap is what is sharded."""
 
 from __future__ import annotations
 
-import importlib
-import sys
 from collections.abc import Callable
-from functools import wraps
-from types import CodeType, MethodType
-from typing import Any, ParamSpec, TypeVar
+from types import MethodType
+from typing import Any
 
-import torch
 from torch import nn
-from torch._compile import _disable_dynamo
 from torch.nn.parallel import DistributedDataParallel
 
 from dsp_plugin.errors import UnsupportedError
-from dsp_plugin.patches.post_import import after_import
+from dsp_plugin.sharding.compiling import pass_over
 from dsp_plugin.training.extents import Running
-
-Given = ParamSpec("Given")
-Result = TypeVar("Result")
 
 # Wrappers in which hooks would run too early, too late or several times, by the names of their classes.
 _REFUSED = {
@@ -59,18 +47,6 @@ def unwrapped(module: nn.Module) -> nn.Module:
             return module
 
 
-def uncompiled(function: Callable[Given, Result]) -> Callable[Given, Result]:
-    """``function``, which `torch.compile` never traces, nor anything that it calls."""
-    shielded = _disable_dynamo(function)
-
-    def call(*args: Given.args, **kwargs: Given.kwargs) -> Result:
-        # Where nothing is compiled, the compiler need not be imported: that takes seconds.
-        return (shielded if "torch._dynamo" in sys.modules else function)(*args, **kwargs)
-
-    _pass_over(call)
-    return wraps(function)(call)
-
-
 def ended_with(module: nn.Module, passes: Running[Any], leave: Callable[[], object]) -> Callable[[], None]:
     """End, with a call of ``module``, the passes that began in it, if it is left by anything raised.
 
@@ -102,36 +78,7 @@ def ended_with(module: nn.Module, passes: Running[Any], leave: Callable[[], obje
         else:
             vars(module)["_call_impl"] = own
 
-    _pass_over(call)
+    pass_over(call)
     # Bound, so that a copy of the module calls itself.
     vars(module)["_call_impl"] = MethodType(call, module)
     return undo
-
-
-_passed_over: set[CodeType] = set()
-
-
-def _pass_over(function: Callable[..., object]) -> None:
-    """Let the compiler leave the frames of a function alone, though not what it calls.
-
-    Both ways are needed: what calls it is compiled up to the call, and then its own frame comes to the compiler, which
-    would compile one code anew for each closure, up to its limit.
-    """
-    marks = {"_torchdynamo_disable": True, "_torchdynamo_disable_recursive": False}
-    vars(function).update(marks)
-    _passed_over.add(function.__code__)
-    after_import("torch._dynamo", _skip)
-    if "torch._dynamo" in sys.modules:
-        _skip()
-
-
-def _skip() -> None:
-    skip_code = importlib.import_module("torch._dynamo.eval_frame").skip_code
-    for code in _passed_over:
-        skip_code(code)
-
-
-def forget_compiled() -> None:
-    """What has been compiled does not look at hooks again: all of it is compiled anew."""
-    if "torch._dynamo" in sys.modules:
-        torch.compiler.reset()

@@ -18,6 +18,7 @@ from torch import nn
 
 from dsp_plugin.patches.transformers.attention import SequenceAttention
 from dsp_plugin.patches.transformers.mask import MaskReader
+from dsp_plugin.sharding.compiling import leave_alone
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -72,6 +73,8 @@ def select(
     from transformers.masking_utils import AttentionMaskInterface
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
+    # The functions that make masks call ours, which reads what they were given in their frames.
+    leave_alone(("transformers.masking_utils",))
     name = next(free for number in count() if (free := f"{prefix}_{number}") not in ALL_ATTENTION_FUNCTIONS)
     shared, own = model.config, deepcopy(model.config)
     for module in outer.modules():
