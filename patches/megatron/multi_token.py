@@ -51,8 +51,8 @@ def patches(state: MegatronState) -> tuple[Patch, ...]:
     found.append(_patch(_MODULE, f"MTPLossLoggingHelper.{name}", _logged, ("loss",)))
     for module in (_MODULE, _GPT, _HYBRID):
         if hasattr(_imported(module), _PROCESS):
-            parameters = ("labels", "loss_mask", "config", "cp_group")
-            found.append(_patch(module, _PROCESS, functools.partial(_counted, state), parameters))
+            relied_on = ("labels", "loss_mask", "config", "cp_group")
+            found.append(_patch(module, _PROCESS, functools.partial(_counted, state), relied_on))
     return tuple(found)
 
 

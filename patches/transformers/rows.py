@@ -98,7 +98,7 @@ def _padded(
         small: on the host, what else there is.
     """
     device = large[MASK].device
-    told = _on_host(large if counted is None else large | {"counted": counted})
+    told = _on_host(large if counted is None else {**large, "counted": counted})
     real = told[MASK] != 0
     order = None
     if (real[:, 1:] & ~real[:, :-1]).any():

@@ -1,4 +1,4 @@
-"""Multi-token prediction of a sharded sequence: gradients and log are those of one process, whoever has which tokens."""
+"""Multi-token prediction of a sharded sequence: gradients and log are those of one process, whoever has which."""
 
 from __future__ import annotations
 
