@@ -25,17 +25,18 @@ def empty_state(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     return out, lse
 
 
-def merge_(out: Tensor, lse: Tensor, block_out: Tensor, block_lse: Tensor) -> None:
+def merge_(out: Tensor, lse: Tensor, block_out: Tensor, block_lse: Tensor, *, may_be_empty: bool = True) -> None:
     """Merges a block's result into an accumulated one, in place; both may be views.
 
     Args:
         out, lse: the accumulated result, ``[B, n, H, Dv]`` and ``[B, H, n]`` in the accumulation dtype.
-        block_out, block_lse: the result for other keys, same shapes; ``block_out`` may have a lower precision.
+        block_out, block_lse: the result for other keys, same shapes; either may have a lower precision.
+        may_be_empty: whether a query may have seen no key on either side, which leaves ``out`` 0 and ``lse`` -inf.
+            Where the block is known to have a key for every query, it costs a launch less to say so.
     """
-    total = torch.logaddexp(lse, block_lse)
-    # Rows that have seen no key on either side keep lse = -inf; 0 stands in so that their weights are exp(-inf) = 0.
-    finite = total.masked_fill(total == -torch.inf, 0.0)
-    weight = (lse - finite).exp().transpose(1, 2)[..., None]
-    block_weight = (block_lse - finite).exp().transpose(1, 2)[..., None]
-    out.mul_(weight).add_(block_out * block_weight)
-    lse.copy_(total)
+    block_lse = block_lse.to(lse.dtype)
+    # For -inf on both sides their difference would be no number. Against any finite lse, 0 is what the block weighs.
+    so_far = lse.clamp(min=torch.finfo(lse.dtype).min) if may_be_empty else lse
+    weight = torch.sub(block_lse, so_far).sigmoid_()
+    out.lerp_(block_out.to(out.dtype), weight.transpose(1, 2)[..., None])
+    torch.logaddexp(lse, block_lse, out=lse)

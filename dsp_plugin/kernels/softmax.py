@@ -118,8 +118,11 @@ def _check_lengths(q: Tensor, k: Tensor, segments: Segments) -> None:
 
 
 def _at_once(call: AttentionCall, q: Tensor, segments: Segments) -> bool:
-    """Whether a kernel with varlen calls takes these: some work, and none that depends on global positions."""
-    return bool(call.spec.dropout_p == 0.0 and q.shape[0] and q.shape[2] and len(segments.q_borders) > 1)
+    """Whether a kernel with varlen calls takes these: some work, and none that depends on global positions.
+
+    A single segment is a block, of which kernels take batch rows that do not lie one behind the other.
+    """
+    return bool(call.spec.dropout_p == 0.0 and q.shape[0] and q.shape[2] and len(segments.q_borders) > 2)
 
 
 def _as_segments(call: AttentionCall, q_positions: range, k_positions: range) -> Segments | None:

@@ -1,7 +1,7 @@
 """Ring attention: keys and values go round, partial results are merged by their log-sum-exp (arXiv 2310.01889).
 
     for every hop:  post the transfer of what is held to the next rank
-                    attend from the local queries to the keys held, merge (out, lse) in fp32
+                    attend from the local queries to the keys held, in a call or two, merge (out, lse) in fp32
                     wait for the keys of the rank before
 
 The backward pass sends keys and values round again, and gathers their gradients along the way. A rank's own share of
@@ -21,15 +21,19 @@ from torch import Tensor
 from dsp_plugin.comm.wire import Sender, Transfers
 from dsp_plugin.derivatives import once_differentiable
 from dsp_plugin.kernels.call import AttentionCall
-from dsp_plugin.kernels.merge import accumulation_dtype, empty_state, merge_
-from dsp_plugin.kernels.softmax import block_backward, block_forward
+from dsp_plugin.kernels.merge import accumulation_dtype
 from dsp_plugin.kernels.spec import AttentionSpec
 from dsp_plugin.layout import Layout
 from dsp_plugin.mask import MaskSpec
+from dsp_plugin.methods.block_sums import Gradients, Outputs, Picked
 from dsp_plugin.methods.inputs import GradientDtype, check_shards, checked, gradient_dtype, illegal_heads
 from dsp_plugin.methods.method import Method, Where, WireBytes, Workload
+from dsp_plugin.methods.places import Places
+from dsp_plugin.methods.ring_calls import Call
 from dsp_plugin.methods.ring_schedule import Hop, RingSchedule
-from dsp_plugin.methods.token_buffer import Tokens, add_, joined, numel, packed, zeros
+from dsp_plugin.methods.token_buffer import Tokens, add_, empty, joined, numel, packed, views
+
+Share = tuple[Places, Tokens]
 
 
 def attention(
@@ -61,7 +65,7 @@ def attention(
 @lru_cache(maxsize=64)
 def schedule_of(layout: Layout, mask: MaskSpec) -> RingSchedule:
     """The schedule of a ring over all ranks of the layout, computed once per layout and mask."""
-    return RingSchedule(tuple(layout.spans(rank) for rank in range(layout.size)), mask)
+    return RingSchedule(tuple(layout.runs(rank) for rank in range(layout.size)), mask)
 
 
 def ring_attention(
@@ -100,20 +104,20 @@ class _Ring(torch.autograd.Function):
         q, k, v, out, lse = ctx.saved_tensors
         saved = q, k, v, out, lse
         dq, dk, dv = ring_backward(dout, *saved, ctx.call, ctx.schedule, ctx.sender, ctx.gradient_dtype)
-        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None, None, None
+        return dq, dk, dv, None, None, None, None
 
 
 def ring_forward(
     q: Tensor, k: Tensor, v: Tensor, call: AttentionCall, schedule: RingSchedule, sender: Sender
 ) -> tuple[Tensor, Tensor]:
     """``(out, lse)`` without autograd, of a call whose blocks are cut at document borders already."""
-    out, lse = empty_state(q, v)
+    outputs, queries = Outputs(q, v), Picked(q)
     for hop, held in _rotation(Tokens(k, v), schedule, sender):
-        for work in hop.work:
-            keys, values = held.k[:, work.k], held.v[:, work.k]
-            partial = block_forward(call, q[:, work.q], keys, values, work.q_positions, work.k_positions)
-            merge_(out[:, work.q], lse[:, :, work.q], *partial)
-    return out.to(q.dtype), lse
+        for part in _calls(hop, call):
+            (of_q,) = queries.of(part.q, again=part.again)
+            found = part.forward(call, of_q, part.k.pick(held.k), part.k.pick(held.v))
+            outputs.add(part.q, *found, again=part.again, may_be_empty=not part.every_query_sees)
+    return outputs.total()
 
 
 def ring_backward(
@@ -128,30 +132,25 @@ def ring_backward(
     sender: Sender,
     gradient_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``(dq, dk, dv)`` of what `ring_forward` returned, in fp32 or wider."""
-    wide = accumulation_dtype(q.dtype)
-    dq, dk, dv = (torch.zeros(x.shape, dtype=wide, device=x.device) for x in (q, k, v))
-    collection = _Collection(Tokens(dk, dv), schedule, sender, gradient_dtype)
+    """``(dq, dk, dv)`` of what `ring_forward` returned, in the dtype of q."""
+    dq, queries = Gradients(q), Picked(dout, q, out, lse=lse)
+    collection = _Collection(Tokens(k, v), schedule, sender, gradient_dtype)
     for hop, held in _rotation(Tokens(k, v), schedule, sender):
-        shares = collection.shares(hop)
-        for work in hop.work:
-            gradients = block_backward(
-                call,
-                dout[:, work.q],
-                q[:, work.q],
-                held.k[:, work.k],
-                held.v[:, work.k],
-                out[:, work.q],
-                lse[:, :, work.q],
-                work.q_positions,
-                work.k_positions,
-            )
-            totals = dq[:, work.q], shares.k[:, work.k], shares.v[:, work.k]
-            for total, gradient in zip(totals, gradients, strict=True):
-                total.add_(gradient)
+        shares = []
+        parts = _calls(hop, call)
+        for part in parts:
+            of_dout, of_q, of_out, of_lse = queries.of(part.q, again=part.again)
+            saved = of_q, part.k.pick(held.k), part.k.pick(held.v), of_out, of_lse
+            of_queries, *of_keys = part.backward(call, of_dout, *saved)
+            last = part is parts[-1] and hop.distance + 1 == schedule.size
+            dq.add(part.q, of_queries, again=part.again, last=last)
+            shares.append((part.k, Tokens(*of_keys)))
         collection.pass_on(hop, shares)
-    collection.finish()
-    return dq, dk, dv
+    return dq.total(), *collection.finish()
+
+
+def _calls(hop: Hop, call: AttentionCall) -> tuple[Call, ...]:
+    return hop.calls_by_run if call.spec.dropout_p else hop.calls
 
 
 def _rotation(own: Tokens, schedule: RingSchedule, sender: Sender) -> Iterator[tuple[Hop, Tokens]]:
@@ -160,17 +159,17 @@ def _rotation(own: Tokens, schedule: RingSchedule, sender: Sender) -> Iterator[t
     hops = schedule.hops(rank)
     for hop, upcoming in pairwise(hops):
         leaving = ((schedule.next(rank), held, hop.on), (hop.reader, own, hop.jumps))
-        sends = {peer: packed(tokens, slices, dtype) for peer, tokens, slices in leaving if slices}
+        sends = {peer: packed(tokens, places, dtype) for peer, tokens, places in leaving if places}
         arriving = {
-            peer: slices
-            for peer, slices in ((schedule.before(rank), hop.passed), (upcoming.source, hop.jumped))
-            if slices
+            peer: places
+            for peer, places in ((schedule.before(rank), hop.passed), (upcoming.source, hop.jumped))
+            if places
         }
-        receives = {peer: numel(own, slices) for peer, slices in arriving.items()}
+        receives = {peer: numel(own, places) for peer, places in arriving.items()}
         transfer = Transfers(sends, receives, own.k, "ring_hop", sender)
         yield hop, held
         arrived = transfer.wait()
-        held = joined(own, upcoming.tokens, [(arrived[peer], slices) for peer, slices in arriving.items()])
+        held = joined(own, upcoming.tokens, [(arrived[peer], places) for peer, places in arriving.items()])
     yield hops[-1], held
 
 
@@ -178,44 +177,80 @@ class _Collection:
     """Gradients of keys and values on their way: added up from reader to reader, then home to their owner.
 
     Args:
-        own: this rank's own gradients, where its own share is added, and what others send home.
-        dtype: in which they travel. They are added up in the dtype of ``own``.
+        own: this rank's keys and values, whose gradients are collected: its own share, and what others send home.
+        dtype: in which they travel. They are added up in fp32 or wider.
     """
 
     def __init__(self, own: Tokens, schedule: RingSchedule, sender: Sender, dtype: torch.dtype) -> None:
         self._own, self._schedule, self._sender, self._dtype = own, schedule, sender, dtype
+        self._wide = accumulation_dtype(own.k.dtype)
+        self._home = Gradients(own.k), Gradients(own.v)
         self._under_way: tuple[Hop, Transfers] | None = None
 
-    def shares(self, hop: Hop) -> Tokens:
-        """Where to add this rank's share of the gradients of what it holds."""
-        return zeros(self._own, hop.tokens) if hop.distance else self._own
-
-    def pass_on(self, hop: Hop, shares: Tokens) -> None:
-        """Add what the rank before has gathered, and send everything on its way."""
+    def pass_on(self, hop: Hop, shares: list[Share]) -> None:
+        """Add this rank's shares to what the rank before has gathered, and send everything on its way."""
         if hop.distance == 0:
+            for places, share in shares:
+                self._bring_home(places, share)
             return
-        self._receive(shares)
+        gathered = self._gathered(hop, shares)
         rank, schedule = self._sender.axis.rank, self._schedule
         leaving = ((schedule.next(rank), hop.on), (hop.source, hop.done))
         arriving = ((schedule.before(rank), hop.passed), (hop.visitor, hop.returned))
-        sends = {peer: packed(shares, slices, self._dtype) for peer, slices in leaving if slices}
-        receives = {peer: numel(self._own, slices) for peer, slices in arriving if slices}
+        sends = {peer: packed(gathered, places, self._dtype) for peer, places in leaving if places}
+        receives = {peer: numel(self._own, places) for peer, places in arriving if places}
         like = self._own.k.new_empty(0, dtype=self._dtype)
         self._under_way = hop, Transfers(sends, receives, like, "ring_gradient", self._sender)
 
-    def finish(self) -> None:
-        """Wait for the last gradients to come home."""
-        self._receive(self._own)
+    def finish(self) -> tuple[Tensor, Tensor]:
+        """The gradients of this rank's keys and values, once the last of them have come home."""
+        self._receive()
+        of_k, of_v = self._home
+        return of_k.total(), of_v.total()
 
-    def _receive(self, shares: Tokens) -> None:
+    def _gathered(self, hop: Hop, shares: list[Share]) -> Tokens:
+        """The gradients of what is held, of this rank and those before it."""
+        arrived, places = self._receive(), self._passed
+        if places.covers(hop.tokens) and arrived is not None:
+            # What has arrived has served its purpose as a buffer.
+            total = views(arrived.to(self._wide), self._own, hop.tokens)
+        else:
+            total = self._of_shares(hop.tokens, shares)
+            shares = []
+            if arrived is not None:
+                add_(total, places, views(arrived, self._own, places.count))
+        for places, share in shares:
+            add_(total, places, share)
+        return total
+
+    def _of_shares(self, tokens: int, shares: list[Share]) -> Tokens:
+        total = empty(self._own, tokens, self._wide)
+        assert total.flat is not None
+        if len(shares) == 1 and shares[0][0].covers(tokens):
+            total.k.copy_(shares[0][1].k)
+            total.v.copy_(shares[0][1].v)
+            return total
+        total.flat.zero_()
+        for places, share in shares:
+            add_(total, places, share)
+        return total
+
+    def _receive(self) -> Tensor | None:
+        """What the rank before has gathered of what is held now; what has come home is put there."""
         if self._under_way is None:
-            return
+            self._passed = Places.whole(0)
+            return None
         hop, transfers = self._under_way
         arrived = transfers.wait()
-        if hop.passed:
-            add_(shares, hop.passed, arrived[self._schedule.before(self._sender.axis.rank)])
+        self._passed = hop.passed
         if hop.returned:
-            add_(self._own, hop.returned, arrived[hop.visitor])
+            self._bring_home(hop.returned, views(arrived[hop.visitor], self._own, hop.returned.count))
+        return arrived[self._schedule.before(self._sender.axis.rank)] if hop.passed else None
+
+    def _bring_home(self, places: Places, share: Tokens) -> None:
+        of_k, of_v = self._home
+        of_k.add(places, share.k)
+        of_v.add(places, share.v)
 
 
 def illegal(workload: Workload) -> list[str]:

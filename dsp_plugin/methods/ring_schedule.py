@@ -9,19 +9,19 @@ back to front: on with their keys while the next rank reads them too, otherwise 
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from dsp_plugin.layout import Runs
 from dsp_plugin.mask import MaskSpec
-
-Runs = tuple[range, ...]
-Slices = tuple[slice, ...]
+from dsp_plugin.methods.places import Places
+from dsp_plugin.methods.ring_calls import Call, blocks_of, calls_of
+from dsp_plugin.methods.ring_pieces import Pairs, Pieces, Sight
 
 
 class Work(NamedTuple):
@@ -39,36 +39,106 @@ class Work(NamedTuple):
     k_positions: range
 
 
-@dataclass(frozen=True)
 class Hop:
-    """What a rank holds after ``distance`` hops, and what moves then. Tokens are named by where they lie in a tensor.
+    """What a rank holds after ``distance`` hops, and what moves then, worked out when it is first asked for.
 
     Attributes:
         source: whose keys are held.
-        tokens: how many are held; at home, all.
-        work: what to compute with them.
-        on: held, and read by the next rank too; for ``distance`` > 0 their gradients go there with them.
-        done: held, and not read by the next rank: their gradients go home now. Empty at home.
         reader: the rank ``distance`` + 1 places ahead.
-        jumps: this rank's own tokens that ``reader`` reads, though the one before it does not.
-        passed: of what will be held after the next hop, what the rank before passes on.
-        jumped: of what will be held after the next hop, what its owner sends.
         visitor: the rank that holds this rank's keys now.
-        returned: this rank's own tokens whose gradients ``visitor`` sends home now. Empty at home.
     """
 
-    distance: int
-    source: int
-    tokens: int
-    work: tuple[Work, ...]
-    on: Slices
-    done: Slices
-    reader: int
-    jumps: Slices
-    passed: Slices
-    jumped: Slices
-    visitor: int
-    returned: Slices
+    def __init__(self, schedule: RingSchedule, rank: int, distance: int) -> None:
+        self._schedule, self.rank, self.distance = schedule, rank, distance
+        self.source, self.visitor = schedule.source(rank, distance), schedule.source(rank, -distance)
+        self.reader = schedule.source(rank, -distance - 1)
+        self._last = distance + 1 == schedule.size
+
+    @cached_property
+    def tokens(self) -> int:
+        """How many tokens are held; at home, all."""
+        return int(self._lengths.sum())
+
+    @cached_property
+    def work(self) -> tuple[Work, ...]:
+        """What to compute with them, run by run."""
+        return self._schedule.work(self)
+
+    @property
+    def calls(self) -> tuple[Call, ...]:
+        """The same in few calls."""
+        return self._schedule.calls(self.rank)[self.distance]
+
+    @cached_property
+    def calls_by_run(self) -> tuple[Call, ...]:
+        """The same in a call for each of `work`, for results that depend on global positions, as those of dropout."""
+        return tuple(Call(_one(work.q), _one(work.k), (work.q_positions, work.k_positions)) for work in self.work)
+
+    @cached_property
+    def on(self) -> Places:
+        """Held, and read by the next rank too; for ``distance`` > 0 their gradients go there with them."""
+        return self._held(self._goes_on)
+
+    @cached_property
+    def done(self) -> Places:
+        """Held, and not read by the next rank: their gradients go home now. None at home."""
+        return self._held(~self._goes_on & (self.distance > 0))
+
+    @cached_property
+    def jumps(self) -> Places:
+        """This rank's own tokens that ``reader`` reads, though the one before it does not."""
+        return self._own(self._reads(self.rank, self.reader) & ~self._reads(self.rank, self.visitor) & (not self._last))
+
+    @cached_property
+    def passed(self) -> Places:
+        """Of what will be held after the next hop, what the rank before passes on."""
+        return self._upcoming(self._had)
+
+    @cached_property
+    def jumped(self) -> Places:
+        """Of what will be held after the next hop, what its owner sends."""
+        return self._upcoming(~self._had)
+
+    @cached_property
+    def returned(self) -> Places:
+        """This rank's own tokens whose gradients ``visitor`` sends home now. None at home."""
+        home = self._reads(self.rank, self.visitor) & (self.distance > 0)
+        return self._own(home if self._last else home & ~self._reads(self.rank, self.reader))
+
+    @cached_property
+    def places(self) -> NDArray[np.int64]:
+        """Where each piece of ``source`` lies in the tensors held, if it is there."""
+        ends: NDArray[np.int64] = np.cumsum(self._lengths)
+        return ends - self._lengths
+
+    @cached_property
+    def _lengths(self) -> NDArray[np.int64]:
+        lengths = self._schedule.pieces_of(self.source).length
+        return np.where(self._reads(self.source, self.rank), lengths, 0) if self.distance else lengths
+
+    @cached_property
+    def _goes_on(self) -> NDArray[np.bool_]:
+        return self._reads(self.source, self._schedule.next(self.rank)) & (not self._last)
+
+    @cached_property
+    def _had(self) -> NDArray[np.bool_]:
+        return self._reads(self._schedule.source(self.rank, self.distance + 1), self._schedule.before(self.rank))
+
+    def _reads(self, owner: int, reader: int) -> NDArray[np.bool_]:
+        """Of every piece of a rank, whether another one, or itself, reads it."""
+        return self._schedule.reads(owner, reader)
+
+    def _held(self, chosen: NDArray[np.bool_]) -> Places:
+        return Places.of(self._lengths, chosen)
+
+    def _own(self, chosen: NDArray[np.bool_]) -> Places:
+        return Places.of(self._schedule.pieces_of(self.rank).length, chosen)
+
+    def _upcoming(self, chosen: NDArray[np.bool_]) -> Places:
+        if self._last:
+            return Places.whole(0)
+        then = self._schedule.hops(self.rank)[self.distance + 1]
+        return Places.of(then._lengths, chosen)
 
 
 class RingSchedule:
@@ -81,19 +151,27 @@ class RingSchedule:
             more of them go to the neighbour, downwards where that is the same.
     """
 
-    def __init__(self, runs: Sequence[Runs], mask: MaskSpec, shift: int | None = None) -> None:
+    def __init__(
+        self, runs: Sequence[Runs] | Sequence[tuple[range, ...]], mask: MaskSpec, shift: int | None = None
+    ) -> None:
         self.size = len(runs)
-        self._pieces = _Pieces.of(runs, mask)
-        self._queries, self._keys = _visible(self._pieces, mask)
+        self._sight = Sight.of(mask)
+        self._pieces = Pieces.of([_columns(of_rank) for of_rank in runs], self._sight.borders)
+        self._borders = np.searchsorted(self._pieces.rank, np.arange(self.size + 1)).tolist()
+        self._of_rank = [self._pieces[self.of_rank(rank)] for rank in range(self.size)]
+        ascends = np.diff(self._pieces.start) > 0
+        self._in_order = bool((self._pieces.step == 1).all() and (ascends | (np.diff(self._pieces.rank) > 0)).all())
+        self._read_by = self._sight.readers(self._pieces, self.size)
         if shift is None:
             shift = min((-1, 1), key=self._tokens_that_jump)
         self.shift = shift
         self._hops: dict[int, tuple[Hop, ...]] = {}
+        self._calls: dict[int, tuple[tuple[Call, ...], ...]] = {}
 
     def hops(self, rank: int) -> tuple[Hop, ...]:
         """What happens on ``rank``: at home, and after each of R-1 hops."""
         if rank not in self._hops:
-            self._hops[rank] = tuple(self._hop(rank, distance) for distance in range(self.size))
+            self._hops[rank] = tuple(Hop(self, rank, distance) for distance in range(self.size))
         return self._hops[rank]
 
     def next(self, rank: int) -> int:
@@ -108,205 +186,92 @@ class RingSchedule:
         """The rank whose keys are at ``rank`` after ``distance`` hops."""
         return (rank - self.shift * distance) % self.size
 
+    def of_rank(self, rank: int) -> slice:
+        """Which pieces are those of a rank."""
+        return slice(self._borders[rank], self._borders[rank + 1])
+
+    def pieces_of(self, rank: int) -> Pieces:
+        """The pieces of a rank."""
+        return self._of_rank[rank]
+
+    def reads(self, owner: int, reader: int) -> NDArray[np.bool_]:
+        """Of every piece of ``owner``, whether ``reader`` sees it. Every rank sees its own: tokens see themselves."""
+        found: NDArray[np.bool_] = self._read_by[reader, self.of_rank(owner)]
+        return found
+
     def readers(self, rank: int) -> list[tuple[range, int, frozenset[int]]]:
         """Positions, document and readers, itself included if it is one, of every piece of ``rank``."""
-        mine = self._pieces.of_rank(rank)
+        mine = self._of_rank[rank]
+        who = self._read_by[:, self.of_rank(rank)].T
         return [
-            (
-                self._pieces.positions(piece),
-                int(self._pieces.document[piece]),
-                frozenset(np.flatnonzero(self._read_by[piece]).tolist()),
-            )
-            for piece in range(mine.start, mine.stop)
+            (mine.positions(piece), int(mine.document[piece]), frozenset(np.flatnonzero(who[piece]).tolist()))
+            for piece in range(len(mine))
         ]
 
     def key_tokens_sent(self, rank: int) -> int:
         """Tokens whose keys and values leave ``rank`` in one pass."""
-        here = self._reads(self.shift)
-        total = 0
-        for distance in range(1, self.size):
-            passed_on = self._pieces.of_rank(self.source(rank, distance - 1))
-            total += self._tokens(passed_on, here[passed_on, distance - 1] & here[passed_on, distance])
-            own = self._pieces.of_rank(rank)
-            total += self._tokens(own, here[own, distance] & ~here[own, distance - 1])
-        return total
+        return sum(hop.on.count + hop.jumps.count for hop in self.hops(rank))
 
     def gradient_tokens_sent(self, rank: int) -> int:
         """Tokens whose key and value gradients leave ``rank``: those that it reads and does not own."""
-        here = self._reads(self.shift)
-        total = 0
-        for distance in range(1, self.size):
-            source = self._pieces.of_rank(self.source(rank, distance))
-            total += self._tokens(source, here[source, distance])
-        return total
+        return sum(hop.tokens for hop in self.hops(rank)[1:])
 
-    @cached_property
-    def _read_by(self) -> NDArray[np.bool_]:
-        """``[pieces, ranks]``: whether a rank sees a piece."""
-        found = np.zeros((len(self._pieces), self.size), dtype=bool)
-        found[self._keys, self._pieces.rank[self._queries]] = True
-        return found
-
-    def _reads(self, shift: int) -> NDArray[np.bool_]:
-        """``[pieces, distances]``: whether the rank at a distance reads a piece. Home does: tokens see themselves."""
-        ranks = (self._pieces.rank[:, None] + shift * np.arange(self.size)[None, :]) % self.size
-        return np.take_along_axis(self._read_by, ranks, axis=1)
-
-    def _tokens_that_jump(self, shift: int) -> int:
-        reads = self._reads(shift)
-        return int(((reads[:, 1:] & ~reads[:, :-1]).sum(1) * self._pieces.length).sum())
-
-    def _tokens(self, pieces: slice, chosen: NDArray[np.bool_]) -> int:
-        return int(self._pieces.length[pieces][chosen].sum())
-
-    def _hop(self, rank: int, distance: int) -> Hop:
-        pieces, reads = self._pieces, self._reads(self.shift)
-        last = distance + 1 == self.size
-        source = self.source(rank, distance)
-        own, held = pieces.of_rank(rank), pieces.of_rank(source)
-        holds = reads[held, distance]
-        nothing = np.zeros(holds.shape, dtype=bool)
-        goes_on = nothing if last else holds & reads[held, distance + 1]
-        lengths = pieces.length[held]
-        jumps: Slices = ()
-        passed: Slices = ()
-        jumped: Slices = ()
-        returned: Slices = ()
-        if not last:
-            jumps = _slices(pieces.length[own], True, reads[own, distance + 1] & ~reads[own, distance])
-            upcoming = pieces.of_rank(self.source(rank, distance + 1))
-            will, had = reads[upcoming, distance + 1], reads[upcoming, distance]
-            passed = _slices(pieces.length[upcoming], will, had)
-            jumped = _slices(pieces.length[upcoming], will, ~had)
-        if distance:
-            home = reads[own, distance] & ~(reads[own, distance + 1] if not last else np.False_)
-            returned = _slices(pieces.length[own], True, home)
-        return Hop(
-            distance=distance,
-            source=source,
-            tokens=int(lengths[holds].sum()),
-            work=self._work(rank, held, holds),
-            on=_slices(lengths, holds, goes_on),
-            done=_slices(lengths, holds, ~goes_on) if distance else (),
-            reader=(rank + self.shift * (distance + 1)) % self.size,
-            jumps=jumps,
-            passed=passed,
-            jumped=jumped,
-            visitor=(rank + self.shift * distance) % self.size,
-            returned=returned,
-        )
-
-    def _work(self, rank: int, held: slice, holds: NDArray[np.bool_]) -> tuple[Work, ...]:
-        pieces = self._pieces
-        mine = pieces.of_rank(rank)
-        chosen = (self._queries >= mine.start) & (self._queries < mine.stop)
-        chosen &= (self._keys >= held.start) & (self._keys < held.stop)
-        ends = np.cumsum(np.where(holds, pieces.length[held], 0))
-        queries = {index: pieces.run(index) for index in np.unique(self._queries[chosen]).tolist()}
-        keys = {
-            index: (pieces.positions(index), slice(int(end) - int(pieces.length[index]), int(end)))
-            for index in np.unique(self._keys[chosen]).tolist()
-            for end in [ends[index - held.start]]
-        }
+    def work(self, hop: Hop) -> tuple[Work, ...]:
+        """See `Hop.work`."""
+        mine, theirs, sight = self._of_rank[hop.rank], self._of_rank[hop.source], self._sight
+        pairs = Pairs.of(mine, theirs, sight.mask)
+        order = np.lexsort((pairs.q, pairs.k))
         found = []
-        for q, k in zip(self._queries[chosen].tolist(), self._keys[chosen].tolist(), strict=True):
-            (q_positions, q_slice), (k_positions, k_slice) = queries[q], keys[k]
-            found.append(Work(q_slice, k_slice, q_positions, k_positions))
+        for q, k in zip(pairs.q[order].tolist(), pairs.k[order].tolist(), strict=True):
+            q_positions, k_positions = mine.positions(q), theirs.positions(k)
+            q_at, k_at = int(mine.offset[q]), int(hop.places[k])
+            slices = slice(q_at, q_at + len(q_positions)), slice(k_at, k_at + len(k_positions))
+            found.append(Work(*slices, q_positions, k_positions))
         return tuple(found)
 
+    def calls(self, rank: int) -> tuple[tuple[Call, ...], ...]:
+        """Of every hop, see `Hop.calls`."""
+        if rank not in self._calls:
+            found: dict[tuple[bytes, bytes], Places] = {}
 
-@dataclass(frozen=True)
-class _Pieces:
-    """All ranks' pieces as columns, in the order of ranks and of their local tokens."""
+            def kept(places: Places) -> Places:
+                return found.setdefault((places.starts.tobytes(), places.stops.tobytes()), places)
 
-    rank: NDArray[np.int64]
-    start: NDArray[np.int64]
-    step: NDArray[np.int64]
-    length: NDArray[np.int64]
-    offset: NDArray[np.int64]
-    document: NDArray[np.int64]
-    borders: tuple[int, ...]
+            mine = self._of_rank[rank]
+            calls = []
+            for hop in self.hops(rank):
+                blocks = blocks_of(mine, self._of_rank[hop.source], hop.places, self._sight, self._in_order)
+                calls.append(calls_of(blocks, kept))
+            self._calls[rank] = _with_again(calls)
+        return self._calls[rank]
 
-    @classmethod
-    def of(cls, runs_by_rank: Sequence[Runs], mask: MaskSpec) -> _Pieces:
-        rows: list[tuple[int, int, int, int, int, int]] = []
-        borders = [0]
-        for rank, runs in enumerate(runs_by_rank):
-            offset = 0
-            for run in runs:
-                for document, piece in _cut(run, mask.cu_seqlens):
-                    rows.append((rank, piece.start, piece.step, len(piece), offset, document))
-                    offset += len(piece)
-            borders.append(len(rows))
-        rank_, start, step, length, offset_, document_ = np.array(rows, dtype=np.int64).reshape(-1, 6).T
-        return cls(rank_, start, step, length, offset_, document_, tuple(borders))
-
-    def __len__(self) -> int:
-        return len(self.rank)
-
-    def of_rank(self, rank: int) -> slice:
-        return slice(self.borders[rank], self.borders[rank + 1])
-
-    def positions(self, index: int) -> range:
-        start, step = int(self.start[index]), int(self.step[index])
-        return range(start, start + step * int(self.length[index]), step)
-
-    def run(self, index: int) -> tuple[range, slice]:
-        """Its positions, and where it lies in its owner's tensors."""
-        offset = int(self.offset[index])
-        return self.positions(index), slice(offset, offset + int(self.length[index]))
+    def _tokens_that_jump(self, shift: int) -> int:
+        jump = self._read_by & ~np.roll(self._read_by, shift, axis=0)
+        if not jump.any():
+            return 0
+        at_home = jump[self._pieces.rank, np.arange(len(self._pieces))]
+        return int((jump.sum(0) - at_home) @ self._pieces.length)
 
 
-def _cut(run: range, borders: tuple[int, ...] | None) -> list[tuple[int, range]]:
-    """The non-empty parts of a run by document."""
-    if not len(run):
-        return []
-    if borders is None:
-        return [(0, run)]
+def _with_again(calls: Sequence[tuple[Call, ...]]) -> tuple[tuple[Call, ...], ...]:
+    """The calls of all hops, which are told whether later ones have the same queries."""
+    later: set[Places] = set()
     found = []
-    index = 0
-    while index < len(run):
-        document = bisect_right(borders, run[index]) - 1
-        end = min(-((run.start - borders[document + 1]) // run.step), len(run))
-        found.append((document, run[index:end]))
-        index = end
-    return found
+    for of_hop in reversed(calls):
+        told = []
+        for call in reversed(of_hop):
+            told.append(replace(call, again=call.q in later))
+            later.add(call.q)
+        found.append(tuple(reversed(told)))
+    return tuple(reversed(found))
 
 
-def _visible(pieces: _Pieces, mask: MaskSpec) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Indices of the pairs of pieces whose queries and keys see each other, ordered by keys, then queries."""
-    by_document = np.argsort(pieces.document, kind="stable")
-    counts = np.bincount(pieces.document) if len(pieces) else np.zeros(0, dtype=np.int64)
-    mates = np.repeat(counts, counts)
-    firsts = np.repeat(np.cumsum(counts) - counts, counts)
-    k = np.repeat(np.arange(len(pieces)), mates)
-    q = np.arange(len(k)) - np.repeat(np.cumsum(mates) - mates, mates) + np.repeat(firsts, mates)
-    q, k = by_document[q], by_document[k]
-    step = np.where(pieces.length[q] > 1, pieces.step[q], pieces.step[k])
-    offset = pieces.start[k] - pieces.start[q]
-    # Keys and queries of a pair are offset + step * i apart; which i occur, and which the band allows:
-    low, high = 1 - pieces.length[q], pieces.length[k] - 1
-    left, right = mask.band()
-    if left is not None:
-        low = np.maximum(low, -((left + offset) // step))
-    if right is not None:
-        high = np.minimum(high, (right - offset) // step)
-    seen = low <= high
-    q, k = q[seen], k[seen]
-    order = np.lexsort((q, k))
-    return q[order], k[order]
+def _one(stretch: slice) -> Places:
+    return Places(np.array([stretch.start]), np.array([stretch.stop]))
 
 
-def _slices(lengths: NDArray[np.int64], there: NDArray[np.bool_] | bool, chosen: NDArray[np.bool_]) -> Slices:
-    """Where the chosen pieces lie in a tensor of those that are ``there``, neighbours joined."""
-    present = np.where(there, lengths, 0)
-    ends = np.cumsum(present)
-    pick = chosen & (present > 0)
-    starts, stops = (ends - present)[pick].tolist(), ends[pick].tolist()
-    joined: list[slice] = []
-    for start, stop in zip(starts, stops, strict=True):
-        if joined and joined[-1].stop == start:
-            joined[-1] = slice(joined[-1].start, stop)
-        else:
-            joined.append(slice(start, stop))
-    return tuple(joined)
+def _columns(runs: Runs | tuple[range, ...]) -> Runs:
+    if isinstance(runs, Runs):
+        return runs
+    columns = np.array([(run.start, run.step, len(run)) for run in runs if len(run)], dtype=np.int64)
+    return Runs(*columns.reshape(-1, 3).T)

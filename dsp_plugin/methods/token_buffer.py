@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import prod
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from dsp_plugin.methods.places import Places
 
 
 class Tokens(NamedTuple):
@@ -16,69 +17,91 @@ class Tokens(NamedTuple):
     Attributes:
         k: ``[B, tokens, K, D]``.
         v: ``[B, tokens, K, Dv]``.
-        flat: the 1-D buffer that both are views of, k first; None where they do not share one.
+        flat: the 1-D buffer that both are views of, row by row of the batch the keys, then the values; None where they
+            do not share one.
     """
 
     k: Tensor
     v: Tensor
     flat: Tensor | None = None
 
+    @property
+    def number(self) -> int:
+        """How many tokens there are."""
+        return self.k.shape[1]
 
-def numel(like: Tokens, slices: Sequence[slice]) -> int:
-    """Elements of the keys and values of the tokens in the slices, shaped like those of ``like``."""
-    return sum(map(prod, _shapes(like, count(slices))))
 
-
-def count(slices: Sequence[slice]) -> int:
-    """Tokens in the slices."""
-    return sum(run.stop - run.start for run in slices)
+def numel(like: Tokens, places: Places) -> int:
+    """Elements of the keys and values of some tokens, shaped like those of ``like``."""
+    return like.k.shape[0] * sum(_widths(like, places.count))
 
 
 def views(flat: Tensor, like: Tokens, tokens: int) -> Tokens:
     """A flat buffer as the keys and values of that many tokens, shaped like ``like``."""
-    shapes = _shapes(like, tokens)
-    k, v = (part.view(shape) for part, shape in zip(flat.split([prod(s) for s in shapes]), shapes, strict=True))
-    return Tokens(k, v, flat)
+    batch, widths = like.k.shape[0], _widths(like, tokens)
+    k, v = flat.view(batch, sum(widths)).split(widths, 1)
+    return Tokens(k.view(batch, tokens, *like.k.shape[2:]), v.view(batch, tokens, *like.v.shape[2:]), flat)
 
 
-def zeros(like: Tokens, tokens: int) -> Tokens:
-    """Zeros for that many tokens, shaped like ``like`` and of its dtype."""
-    return views(like.k.new_zeros(sum(map(prod, _shapes(like, tokens)))), like, tokens)
+def empty(like: Tokens, tokens: int, dtype: torch.dtype) -> Tokens:
+    """Room for that many tokens, shaped like ``like``."""
+    return views(like.k.new_empty(like.k.shape[0] * sum(_widths(like, tokens)), dtype=dtype), like, tokens)
 
 
-def packed(tokens: Tokens, slices: Sequence[slice], dtype: torch.dtype) -> Tensor:
-    """The tokens in the slices as a flat buffer of ``dtype``; the one they lie in, if that is it."""
-    everything = slices == (slice(0, tokens.k.shape[1]),)
-    if everything and tokens.flat is not None and tokens.flat.dtype == dtype:
-        return tokens.flat
-    out = views(tokens.k.new_empty(numel(tokens, slices), dtype=dtype), tokens, count(slices))
+def packed(tokens: Tokens, places: Places, dtype: torch.dtype) -> Tensor:
+    """Some of the tokens as a flat buffer of ``dtype``; the one they lie in, if that is it."""
+    if places.covers(tokens.number) and tokens.flat is not None:
+        return tokens.flat.to(dtype)
+    out = empty(tokens, places.count, dtype)
     assert out.flat is not None
-    for x, into in ((tokens.k, out.k), (tokens.v, out.v)):
-        torch.cat([x[:, run] for run in slices], 1, out=into)
+    k, v = places.views(tokens.k), places.views(tokens.v)
+    if not k or not v:
+        for x, into in ((tokens.k, out.k), (tokens.v, out.v)):
+            into.copy_(places.pick(x))
+    elif dtype == tokens.k.dtype:
+        _in_one(k, v, out.flat)
+    else:
+        for parts, into in ((k, out.k), (v, out.v)):
+            for part, room in zip(parts, into.split([part.shape[1] for part in parts], 1), strict=True):
+                room.copy_(part)
     return out.flat
 
 
-def joined(like: Tokens, tokens: int, parts: Sequence[tuple[Tensor, Sequence[slice]]]) -> Tokens:
-    """Flat buffers put together: of each its slices among ``tokens`` tokens, which they cover. One part stays as it is.
+def joined(like: Tokens, tokens: int, parts: Sequence[tuple[Tensor, Places]]) -> Tokens:
+    """Flat buffers put together: of each its places among ``tokens`` tokens, which they cover. One part stays as it is.
 
     Args:
         like: in whose shapes.
     """
     if len(parts) == 1:
         return views(parts[0][0], like, tokens)
-    whole = zeros(like, tokens)
-    for flat, slices in parts:
-        add_(whole, slices, flat)
+    whole = empty(like, tokens, like.k.dtype)
+    for flat, places in parts:
+        part = views(flat, like, places.count)
+        places.put_(whole.k, part.k)
+        places.put_(whole.v, part.v)
     return whole
 
 
-def add_(total: Tokens, slices: Sequence[slice], flat: Tensor) -> None:
-    """Add the tokens of a flat buffer to those of ``total`` in the slices."""
-    part = views(flat, total, count(slices))
-    for x, of_x in ((part.k, total.k), (part.v, total.v)):
-        for run, piece in zip(slices, x.split([run.stop - run.start for run in slices], 1), strict=True):
-            of_x[:, run].add_(piece)
+def add_(total: Tokens, places: Places, part: Tokens) -> None:
+    """Add the tokens of ``part`` to those of ``total`` at their places."""
+    if total.flat is not None and part.flat is not None and places.covers(total.number):
+        total.flat.add_(part.flat)
+        return
+    places.add_(total.k, part.k)
+    places.add_(total.v, part.v)
 
 
-def _shapes(like: Tokens, tokens: int) -> list[torch.Size]:
-    return [torch.Size((x.shape[0], tokens, *x.shape[2:])) for x in (like.k, like.v)]
+def _in_one(k: Sequence[Tensor], v: Sequence[Tensor], flat: Tensor) -> None:
+    """Keys and values, given in stretches, one behind the other in each row of the batch."""
+    batch, _, heads, dim = k[0].shape
+    if dim == v[0].shape[3]:
+        torch.cat([*k, *v], 1, out=flat.view(batch, sum(part.shape[1] for part in (*k, *v)), heads, dim))
+    else:
+        parts = [part.flatten(1) for part in (*k, *v)]
+        torch.cat(parts, 1, out=flat.view(batch, sum(part.shape[1] for part in parts)))
+
+
+def _widths(like: Tokens, tokens: int) -> list[int]:
+    """Elements of the keys and of the values in a row of the batch."""
+    return [tokens * x.shape[2] * x.shape[3] for x in (like.k, like.v)]

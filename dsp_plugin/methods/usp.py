@@ -31,9 +31,10 @@ from dsp_plugin.methods.head_rounds import RoundBudget, choose
 from dsp_plugin.methods.in_rounds import attention_in_rounds
 from dsp_plugin.methods.inputs import GradientDtype, check_shards, checked, gradient_dtype
 from dsp_plugin.methods.method import Method, Where, WireBytes, Workload
-from dsp_plugin.methods.ring_schedule import RingSchedule, Runs
+from dsp_plugin.methods.ring_schedule import RingSchedule
 
 Members = tuple[tuple[int, ...], ...]
+Runs = tuple[range, ...]
 
 
 def attention(

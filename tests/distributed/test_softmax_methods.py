@@ -18,7 +18,7 @@ from torch import Tensor
 from dsp_plugin import Layout, MaskSpec, SequenceParallelConfig, SequenceParallelConfigError, SequenceParallelGroups
 from dsp_plugin.config.attention import attention_of
 from dsp_plugin.kernels.spec import AttentionSpec
-from dsp_plugin.methods import METHODS, lightseq, ring
+from dsp_plugin.methods import METHODS, lightseq, ring, ring_calls
 from dsp_plugin.methods.method import Where
 from dsp_plugin.spawn import RankFailure, spawn
 from dsp_plugin.verification import Case, CaseResult, default_cases, refusal, run_cases
@@ -240,7 +240,9 @@ def _events(method: str, layout: str) -> list[str]:
         return run
 
     module.Transfers = Logged
-    module.block_forward, module.block_backward = logged(module.block_forward), logged(module.block_backward)
+    computing, kind = {"ring": (ring_calls, "segments"), "lightseq": (lightseq, "block")}[method]
+    for name in (f"{kind}_forward", f"{kind}_backward"):
+        setattr(computing, name, logged(getattr(computing, name)))
     groups = SequenceParallelGroups.build(SequenceParallelConfig(method=method, size=4))
     tokens = Layout(layout, 32, 4)
     q, k, v = (torch.randn(1, 8, 2, 4, requires_grad=True) for _ in range(3))
