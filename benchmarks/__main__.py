@@ -29,6 +29,7 @@ from benchmarks import (
     linear_length,
     memory_slopes,
     overlap,
+    packed_schedule,
     planner,
     recompute,
     space_time,
@@ -55,6 +56,7 @@ BENCHMARKS: dict[str, ModuleType] = {
         length,
         memory_slopes,
         planner,
+        packed_schedule,
     )
 }
 _QUIET = 0.5

@@ -60,8 +60,8 @@ def integers(values: object, setting: str, *, remedy: str) -> tuple[int, ...]:
             remedy=remedy,
         )
     given = tuple(values)
-    # The borders of thousands of documents come by here with every layer.
-    if given and all(type(value) is int for value in given) and min(given) >= 0 and max(given) <= MOST:
+    # The borders of thousands of documents come by here with every batch.
+    if set(map(type, given)) == {int} and min(given) >= 0 and max(given) <= MOST:
         return given
     return tuple(integer(value, setting, remedy=remedy) for value in given)
 

@@ -51,7 +51,7 @@ class MaskSpec:
         if self.cu_seqlens is not None:
             borders = integers(self.cu_seqlens, "cu_seqlens", remedy=_BORDERS)
             object.__setattr__(self, "cu_seqlens", borders)
-            if len(borders) < 2 or borders[0] != 0 or any(b < a for a, b in pairwise(borders)):
+            if len(borders) < 2 or borders[0] != 0 or list(borders) != sorted(borders):
                 raise SequenceParallelConfigError(
                     setting="cu_seqlens",
                     value=borders,

@@ -101,7 +101,7 @@ class Layout:
                 why=f"only zigzag cuts every document by itself, and the layout is {self.kind}",
                 remedy="choose layout zigzag, or leave documents to the mask",
             )
-        if borders[:1] != (0,) or borders[-1] != self.length or (np.diff(self._borders) < 0).any():
+        if borders[:1] != (0,) or borders[-1] != self.length or list(borders) != sorted(borders):
             raise SequenceParallelConfigError(
                 setting="documents",
                 value=borders,

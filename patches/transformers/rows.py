@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -83,8 +82,7 @@ def take_rows(values: dict[str, Any], counted: Tensor | None, batch: int, length
         return _padded(large, small, counted, batch, length)
     jumps = _jumps(told | small, _Pairs(), batch, length)
     documents, by_row = _borders(jumps)
-    longest = max(stop - start for row in by_row or (documents or (0, length),) for start, stop in pairwise(row))
-    _check_lengths(small, longest)
+    _check_lengths(small, max(int(np.diff(row).max()) for row in by_row or (documents or (0, length),)))
     return Rows(documents=documents, documents_by_row=by_row)
 
 
@@ -311,11 +309,14 @@ def _starts(said: Mapping[str, Tensor], given: list[str], batch: int, length: in
 
 def _borders(jumps: Tensor, both: Tensor | None = None) -> tuple[Borders | None, tuple[Borders, ...] | None]:
     """Those that all rows share, or those of each row; a row may have further ones in its padding."""
+    if len(jumps) == 1:
+        borders = _borders_of(jumps[0])
+        return (borders if len(borders) > 2 else None), None
     if not jumps.any():
         return None, None
     shared = jumps.any(0)
     alike = jumps == shared
-    if len(jumps) == 1 or (alike if both is None else alike | ~both).all():
+    if (alike if both is None else alike | ~both).all():
         return _borders_of(shared), None
     return None, tuple(map(_borders_of, jumps))
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from collections import Counter
 from itertools import accumulate, pairwise
 
 import pytest
 import torch
+from counted_lines import lines as _lines
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -272,24 +272,6 @@ def test_places_of_a_two_level_ring_hold_maximal_runs():
     assert runs == (range(0, 12), range(36, 48))
     assert places == ((range(0, 6), range(18, 24)), (range(6, 12), range(12, 18)))
     assert gathered_tokens(layout, (2, 3))[0] == (range(12, 36),)
-
-
-def _lines(run):
-    """How many lines of Python `run()` executes: the same count on every machine."""
-    count = 0
-
-    def trace(frame, event, argument):
-        nonlocal count
-        count += event == "line"
-        return trace
-
-    before = sys.gettrace()
-    sys.settrace(trace)
-    try:
-        run()
-    finally:
-        sys.settrace(before)
-    return count
 
 
 def test_the_schedule_of_hundreds_of_documents_costs_as_much_for_each_as_that_of_tens():

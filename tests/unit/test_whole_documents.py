@@ -8,8 +8,11 @@ from itertools import accumulate, pairwise
 
 import numpy as np
 import pytest
+import torch
+from counted_lines import lines
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dsp_plugin import Layout, MaskSpec
 from dsp_plugin.layout.placement import TILE
@@ -133,3 +136,57 @@ def test_layouts_and_masks_are_values_that_hash_once():
             assert "_hash" not in vars(again)
     assert Layout("zigzag", 64, 2, documents=borders) != Layout("zigzag", 64, 2, documents=borders, whole_below=9)
     assert MaskSpec(cu_seqlens=borders) != MaskSpec(causal=True, cu_seqlens=borders)
+
+
+def borders_of(documents: int) -> tuple[int, ...]:
+    lengths = np.random.default_rng(documents).lognormal(0, 1, documents)
+    return (0, *accumulate((1 + 200 * lengths).astype(int).tolist()))
+
+
+def test_what_a_new_batch_costs_the_host_does_not_grow_with_its_documents():
+    """Of the documents that are dealt by load, 64 rounds of P, the count is the same from there on."""
+
+    def once(documents, below):
+        borders = borders_of(documents)
+
+        def work():
+            layout = Layout("zigzag", borders[-1], 8, documents=borders, whole_below=below)
+            assert len(layout.sizes) == 8
+            for rank in range(8):
+                layout.runs(rank)
+            hash((layout, MaskSpec(causal=True, cu_seqlens=borders)))
+
+        return lines(work)
+
+    for below in (0, 2048):
+        once(600, below)  # What the first use of a module costs is not counted.
+        few, many = once(600, below), once(2400, below)
+        assert 50 < few < 4000, (below, few)
+        # How many hand documents on to make tokens equal differs a little.
+        assert many < 1.2 * few, (below, few, many)
+
+
+class Launches(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(function.overloadpacket.__name__)
+        return function(*args, **(kwargs or {}))
+
+
+def test_thousands_of_runs_are_copied_in_one_launch_by_an_index_that_stays():
+    borders = borders_of(600)
+    layout = Layout.of_documents("zigzag", borders[-1], 4, borders)
+    x = torch.randn(2, layout.length, 3)
+    shards = [layout.shard(x, 1, rank) for rank in range(4)]
+    assert torch.equal(layout.unshard(shards, 1), x)
+    assert layout.position_ids(1).tolist() == [position for run in layout.spans(1) for position in run]
+    with Launches() as seen:
+        again = layout.shard(x, 1, 2), layout.position_ids(2), layout.unshard(shards, -2)
+    assert seen.names == ["index_select", "clone", "cat", "index_select"]
+    assert torch.equal(again[0], shards[2])
+    # What a caller does with its positions is its own affair.
+    again[1].zero_()
+    assert layout.position_ids(2).any()

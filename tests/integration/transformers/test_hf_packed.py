@@ -14,7 +14,9 @@ from torch import Tensor
 from transformers import DataCollatorWithFlattening
 
 from dsp_plugin import SequenceParallelConfig, SequenceParallelConfigError, SequenceParallelGroups, UnsupportedError
+from dsp_plugin.layout import Layout
 from dsp_plugin.patches.transformers import ShardedCausalLM, checked_section
+from dsp_plugin.patches.transformers import rows as rows_of_batches
 from dsp_plugin.spawn import spawn
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(180)]
@@ -131,6 +133,23 @@ def _apart(padding: int) -> tuple[float, list[Tensor]]:
     return loss.item(), [parameter.grad for parameter in model.parameters()]
 
 
+def test_the_host_waits_once_for_rows_without_padding(monkeypatch: pytest.MonkeyPatch) -> None:
+    waits: list[int] = []
+
+    def counted(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        waits.append(sum(tensor.nbytes for tensor in tensors.values()))
+        return on_host(tensors)
+
+    on_host = rows_of_batches._on_host
+    monkeypatch.setattr(rows_of_batches, "_on_host", counted)
+    for name, (told, padding) in TOLD.items():
+        waits.clear()
+        rows_of_batches.take_rows(dict(told), None, ROWS, LENGTH)
+        assert len(waits) == (2 if padding else 1), name
+        # A byte for two neighbours, by positions and by the mask.
+        assert waits[0] <= 2 * ROWS * LENGTH, name
+
+
 def _every_method() -> dict[str, dict[str, float]]:
     return {method: _errors(method) for method in ("ulysses", "ring", "lightseq")}
 
@@ -140,6 +159,32 @@ def test_documents_are_read_from_what_says_more() -> None:
         for method, errors in found.items():
             # Transformers takes the loss of fp64 logits in fp32.
             assert max(errors.values()) < 1e-6, (method, errors)
+
+
+def _of_many(documents: tuple[int, ...], method: str) -> float:
+    """The worst gradient, and the loss, of a batch of many short documents, against Transformers' own."""
+    generator = torch.Generator().manual_seed(7)
+    tokens = torch.randint(VOCABULARY, (1, sum(documents)), generator=generator)
+    told = {"input_ids": tokens, "labels": tokens, "position_ids": restarting(documents)[:1]}
+    expected, wanted = _gradients(_model(), **told, use_cache=False)
+    loss, gradients = _gradients(_mine(method), **told)
+    for gradient in gradients:
+        dist.all_reduce(gradient)
+        gradient /= dist.get_world_size()
+    scale = max(gradient.abs().max().item() for gradient in wanted)
+    worst = max((a - b).abs().max().item() for a, b in zip(gradients, wanted, strict=True)) / scale
+    return max(worst, abs(loss - expected))
+
+
+@pytest.mark.parametrize(("method", "size"), [("ring", 2), ("usp", 2), ("ring", 3)])
+def test_short_documents_lie_whole_on_a_rank(method: str, size: int) -> None:
+    documents = (5, 3, 9, 5, 3, 4, 4, 9, 5, 3, 3, 4, 5, 4, 3, 9, 3, 2)
+    ends = (0, *accumulate(documents))
+    cut = Layout("zigzag", ends[-1], size, documents=ends)
+    assert [Layout.of_documents("zigzag", ends[-1], size, ends).spans(r) for r in range(size)] != [
+        cut.spans(r) for r in range(size)
+    ]
+    assert max(spawn(_of_many, size, documents, method, timeout=150)) < 1e-6
 
 
 def borders(*documents: int) -> dict[str, Any]:
