@@ -64,9 +64,7 @@ class SequenceMixing:
         where = Where(self.groups, self.layout)
 
         def attend(documents: Borders | None, *tensors: Tensor | None) -> Tensor:
-            found: Tensor = attention(
-                *tensors, where=where, scale=scale, cu_seqlens=documents, exchange=self.exchange
-            )
+            found: Tensor = attention(*tensors, where=where, scale=scale, cu_seqlens=documents, exchange=self.exchange)
             return found
 
         return self._by_rows(attend, (*(autocast(x) for x in (q, k, v)), g, beta))
@@ -82,9 +80,7 @@ class SequenceMixing:
         self.calls += 1
 
         def convolve(documents: Borders | None, rows: Tensor) -> Tensor:
-            return halo.convolve(
-                rows, weight, bias, groups=self.groups, layout=self.layout, cu_seqlens=documents
-            )
+            return halo.convolve(rows, weight, bias, groups=self.groups, layout=self.layout, cu_seqlens=documents)
 
         return self._by_rows(convolve, (x,))
 
@@ -94,8 +90,6 @@ class SequenceMixing:
             return mix(None if self.documents is None else self.documents[0][1], *tensors)
         counts = [count for count, _ in self.documents]
         # A decay of each head has no rows.
-        parts: list[Any] = [
-            [x] * len(counts) if x is None or x.dim() == 1 else x.split(counts) for x in tensors
-        ]
+        parts: list[Any] = [[x] * len(counts) if x is None or x.dim() == 1 else x.split(counts) for x in tensors]
         found = [mix(borders, *rows) for (_, borders), *rows in zip(self.documents, *parts, strict=True)]
         return torch.cat(found)
