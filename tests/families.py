@@ -41,6 +41,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "lfm2": {"layer_types": ["conv", "full_attention"], "num_hidden_layers": 2},
     "mamba2": {"head_dim": 16},
+    "zamba2": {"mamba_headdim": 16, "attention_hidden_size": 64, "attention_head_dim": 16, "num_key_value_heads": 4},
     "dots1": {"n_shared_experts": 1},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "xmod": {"default_language": "en_XX"},

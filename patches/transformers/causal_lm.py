@@ -147,6 +147,7 @@ class ShardedCausalLM:
                 return upstream(*args, **kwargs)
             self._attention.calls = self._loss.calls = self._mixers.calls = 0
             values, placement = self._inputs.shard(model, args, kwargs)
+            self._mixers.check(placement)
             try:
                 with self._selection.selected():
                     self._begin(model, placement)

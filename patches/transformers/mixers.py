@@ -8,6 +8,7 @@ parameters, and takes the result.
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -18,6 +19,7 @@ from torch import nn
 from dsp_plugin.config.schema import SequenceParallelConfig
 from dsp_plugin.errors import UnsupportedError
 from dsp_plugin.groups import SequenceParallelGroups
+from dsp_plugin.patches.transformers.inputs import Placement
 from dsp_plugin.patches.transformers.mixer_functions import CONVOLUTIONS, LINEAR, SHORTCUTS, WHOLE_LAYERS, named_by
 from dsp_plugin.patches.transformers.mixing import SequenceMixing
 from dsp_plugin.patches.transformers.overlay import Overlay
@@ -86,9 +88,46 @@ class Mixers:
     ) -> None:
         self.parts = mixers_of(model)
         self._config, self._groups, self._passes = config, groups, passes
-        self.calls = 0
+        self.calls, self._warned = 0, False
         for part in self.parts:
             Overlay(part, undo).replace("forward", self._sharded(part, part.forward))
+
+    def check(self, placement: Placement) -> None:
+        """Refuse rows of which mixers would make something else than unsharded, and warn where documents share states.
+
+        Raises:
+            UnsupportedError: padding that unsharded layers carry something through.
+        """
+        rows = placement.rows
+        if not self.parts:
+            return
+        biased = [part for part in self.parts if getattr(getattr(part, "in_proj", None), "bias", None) is not None]
+        for found, what, why in (
+            (rows.interrupted, "padding in the midst of a document", "states decay, and convolutions reach, over it"),
+            (rows.blind is not None, "a loss at padding in front of a row", "states are zero there, and it is moved"),
+            (
+                rows.order is not None and biased,
+                f"padding in front of tokens, before {type(biased[0]).__name__}" if biased else "",
+                "its convolution gets a bias at padding, which is moved",
+            ),
+        ):
+            if found:
+                raise UnsupportedError(
+                    setting="attention_mask with sequence_parallel",
+                    value=what,
+                    why=f"{why}, in the linear layers of this model",
+                    remedy="pad behind the tokens of a row, with labels of -100",
+                )
+        documents = rows.documents or rows.documents_by_row
+        if documents is not None and not rows.told and not self._warned:
+            self._warned = True
+            warnings.warn(
+                "position_ids start again within a row, and Transformers' linear layers do not look at positions: as "
+                "unsharded, their states go on from one document to the next. To keep documents apart pass seq_idx or "
+                "cu_seq_lens_q and cu_seq_lens_k, too (DataCollatorWithFlattening: return_seq_idx, "
+                "return_flash_attn_kwargs).",
+                stacklevel=2,
+            )
 
     def _sharded(self, part: nn.Module, upstream: Callable[..., Any]) -> Callable[..., Any]:
         whole = next((WHOLE_LAYERS[name] for name in named_by(part) if name in WHOLE_LAYERS), None)
