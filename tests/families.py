@@ -36,9 +36,12 @@ TIMEOUT = 3600.0
 EMPTY: Mapping[str, Any] = {}
 # What the tiny config of a family needs beyond what its names tell.
 SETTINGS: dict[str, dict[str, Any]] = {
-    "bamba": {"mamba_d_head": 16},
-    "granitemoehybrid": {"mamba_d_head": 16},
+    "bamba": {"mamba_d_head": 16, "attn_layer_indices": [1]},
+    "granitemoehybrid": {"mamba_d_head": 16, "layer_types": ["linear_attention", "full_attention"]},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
+    "lfm2": {"layer_types": ["conv", "full_attention"], "num_hidden_layers": 2},
     "mamba2": {"head_dim": 16},
+    "zamba2": {"mamba_headdim": 16, "attention_hidden_size": 64, "attention_head_dim": 16, "num_key_value_heads": 4},
     "dots1": {"n_shared_experts": 1},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "xmod": {"default_language": "en_XX"},

@@ -28,7 +28,7 @@ __all__ = ["ShardedCausalLM", "check_described", "checked_section", "serves"]
 
 def serves(module: nn.Module, config: SequenceParallelConfig) -> bool:
     """Whether the section leaves it to us how to shard ``module``, or the model of Transformers that it wraps."""
-    described = config.batch or config.plan is not None or METHODS[config.method].kind != "softmax"
+    described = config.batch or config.plan is not None or METHODS[config.method].kind == "switch"
     return not described and model_in(module) is not None
 
 

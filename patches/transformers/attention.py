@@ -39,7 +39,8 @@ class SequenceAttention:
     def __init__(
         self, config: SequenceParallelConfig, groups: SequenceParallelGroups, passes: Running[ModelPass]
     ) -> None:
-        self._attention, self._groups, self._passes = attention_of(config), groups, passes
+        self._attention = attention_of(config, config.for_softmax)
+        self._groups, self._passes = groups, passes
         self.calls = 0
 
     def __call__(

@@ -22,6 +22,7 @@ from dsp_plugin.patches.transformers.attention import SequenceAttention
 from dsp_plugin.patches.transformers.inputs import SEQUENCE_DIM, InputSharder, Placement
 from dsp_plugin.patches.transformers.loss import SequenceLoss
 from dsp_plugin.patches.transformers.mask import MaskReader
+from dsp_plugin.patches.transformers.mixers import Mixers, attention_calls
 from dsp_plugin.patches.transformers.noise import scale_noise
 from dsp_plugin.patches.transformers.overlay import Overlay, unsharded_generate
 from dsp_plugin.patches.transformers.passes import ModelPass
@@ -64,7 +65,7 @@ class ShardedCausalLM:
         vars(model).get(_REMOVE, _nothing)()
         self._config, self._groups = config, groups
         declared = model.config.get_text_config()
-        self._layers, self._name = declared.num_hidden_layers, type(found).__name__
+        self._layers, self._name = attention_calls(model), type(found).__name__
         self.may_drop = getattr(declared, "attention_dropout", None) != 0
         self._inputs = InputSharder(config, groups.sp)
         self._passes: Running[ModelPass] = Running(again=lambda _: selection.selected())
@@ -76,7 +77,8 @@ class ShardedCausalLM:
         with ExitStack() as undo:
             name, mask = f"sequence_parallel_{config.method}", MaskReader(self._passes)
             self._selection = selection = select(model, module, name, self._attention, mask, undo)
-            for part in parts_of(model):
+            self._mixers = Mixers(model, config, groups, self._passes, undo)
+            for part in dict.fromkeys((*parts_of(model), *self._mixers.parts)):
                 undo.callback(part.register_forward_pre_hook(LeftBehind(self._refuse_astray)).remove)
             undo.callback(enter_again())
             undo.callback(self._passes.close)
@@ -143,8 +145,9 @@ class ShardedCausalLM:
         def forward(*args: Any, **kwargs: Any) -> Any:
             if self._overlay.aside:
                 return upstream(*args, **kwargs)
-            self._attention.calls = self._loss.calls = 0
+            self._attention.calls = self._loss.calls = self._mixers.calls = 0
             values, placement = self._inputs.shard(model, args, kwargs)
+            self._mixers.check(placement)
             try:
                 with self._selection.selected():
                     self._begin(model, placement)
@@ -189,6 +192,7 @@ class ShardedCausalLM:
         placement = running.placement
         for what, calls, expected in (
             ("attention interface", self._attention.calls, self._layers),
+            ("linear layers", self._mixers.calls, len(self._mixers.parts)),
             ("loss function", self._loss.calls, int(placement.takes_loss)),
         ):
             if calls != expected:

@@ -11,8 +11,10 @@ from torch import nn
 
 from dsp_plugin.config.schema import DEEPSPEED_SECTION, SequenceParallelConfig
 from dsp_plugin.errors import SequenceParallelConfigError, UnsupportedError
+from dsp_plugin.methods import METHODS
 from dsp_plugin.patches.transformers import adapters
 from dsp_plugin.patches.transformers.labels import shifting_part
+from dsp_plugin.patches.transformers.mixers import ATTENTION, SERVED, attention_calls, mixers_of, unserved
 from dsp_plugin.patches.transformers.seams import SEAMS
 from dsp_plugin.patches.transformers.tiled_head import check_head
 from dsp_plugin.patches.transformers.tiled_mlp import check_mlps
@@ -24,8 +26,6 @@ from dsp_plugin.planner.model_files import from_transformers
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# Layers that mix tokens by attention only, as `config.layer_types` names them.
-ATTENTION_LAYERS = ("full_attention", "sliding_attention")
 # Rotary embeddings whose frequencies follow from the largest position that a rank happens to see.
 LENGTH_DEPENDENT = ("dynamic", "longrope")
 # Not by its loss: a model that shifts labels itself would shift them within the shard.
@@ -82,6 +82,10 @@ def checked_section(
             why=unknown,
             remedy=f'{compared}, and if it is exact say "{SETTING}": true in the section',
         )
+    part = sharded_part(model)
+    section = _with_order(part, _with_method(model, section, tensor_parallel_size))
+    if not attention_calls(part):
+        return _of_states_alone(section, tensor_parallel_size)
     heads = heads_of(model)
     if heads.kv % tensor_parallel_size:
         raise SequenceParallelConfigError(
@@ -92,13 +96,47 @@ def checked_section(
             remedy="choose a divisor",
         )
     local = max(heads.query // tensor_parallel_size, 1)
-    section = _with_method(model, section, tensor_parallel_size)
     config = SequenceParallelConfig.from_deepspeed({DEEPSPEED_SECTION: {"heads": local, **section}})
     assert config is not None
-    check_mlps(sharded_part(model), config)
+    check_mlps(part, config)
     if isinstance(config.tile_tokens, int):
         check_head(model)
     config.check_model(heads=heads.query, kv_heads=heads.kv, tensor_parallel_size=tensor_parallel_size)
+    return config
+
+
+def _with_order(part: PreTrainedModel, section: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The section with the order of tokens in which states need not be moved, where the model has some.
+
+    Raises:
+        SequenceParallelConfigError: the method is for layers of which the model has none.
+    """
+    config = SequenceParallelConfig.from_deepspeed({DEEPSPEED_SECTION: section})
+    assert config is not None
+    if mixers_of(part):
+        return section if config.layout != "auto" else {**section, "layout": "contiguous"}
+    if config.kind == "linear":
+        softmax = [name for name, method in METHODS.items() if method.kind == "softmax"]
+        raise SequenceParallelConfigError(
+            setting="method",
+            value=config.method,
+            why=f"it is for linear attention, and {type(part).__name__} has none",
+            remedy=f"set it to one of {', '.join(softmax)}",
+        )
+    return section
+
+
+def _of_states_alone(section: Mapping[str, Any], tensor_parallel_size: int) -> SequenceParallelConfig:
+    """Of a model without softmax attention, whose heads are no concern of any method."""
+    if tensor_parallel_size > 1:
+        raise UnsupportedError(
+            setting="tensor_parallel.autotp_size with sequence_parallel",
+            value=tensor_parallel_size,
+            why="tensor-parallel ranks would hold parts of layers that carry states, which nobody has compared",
+            remedy="drop tensor_parallel",
+        )
+    config = SequenceParallelConfig.from_deepspeed({DEEPSPEED_SECTION: {"heads": section.get("size"), **section}})
+    assert config is not None
     return config
 
 
@@ -143,22 +181,24 @@ def _obstacles(model: PreTrainedModel) -> Iterator[tuple[str, Any, str, str]]:
             DESCRIBE,
         )
     declared = model.config.get_text_config()
-    other = sorted(set(getattr(declared, "layer_types", None) or ()) - set(ATTENTION_LAYERS))
-    if other or model._is_stateful:
+    other, mixers = unserved(part), mixers_of(part)
+    if other:
         yield (
             "config.layer_types",
-            other or "recurrent",
-            f"such layers carry something along the sequence that is not attention; known are {ATTENTION_LAYERS}",
-            "use a model with attention layers only, or remove the section",
+            other,
+            "such layers carry something along the sequence otherwise than we know how to: known are "
+            f"{', '.join(ATTENTION)} by Transformers' attention interface, and what calls {', '.join(SERVED)}",
+            "use a model whose layers are of these kinds, or remove the section",
         )
-    if not part._supports_attention_backend:
+    if not part._supports_attention_backend and not mixers:
         yield (
             "_supports_attention_backend",
             False,
             "it computes attention itself, not through the attention interface, so it would attend within a shard",
             DESCRIBE,
         )
-    if "position_ids" not in inspect.signature(part.forward).parameters:
+    attends = attention_calls(part) > 0
+    if attends and "position_ids" not in inspect.signature(part.forward).parameters:
         yield (
             "forward",
             "no position_ids",

@@ -125,6 +125,9 @@ class InputSharder:
         if "attention_mask" in signature.parameters:
             # Where there is none, Transformers takes the gaps between a shard's positions for borders of documents.
             values["attention_mask"] = _whole_shard(values)
+        if "position_ids" not in signature.parameters:
+            # States need no numbers of tokens.
+            del values["position_ids"]
         values["use_cache"] = False
         blind = None if rows.blind is None else self._cut(rows.blind, layout)
         return values, Placement(layout, rows, blind, labels is not None, fused)

@@ -39,6 +39,8 @@ class Rows:
         interrupted: a document goes on behind padding that stood in its midst.
         apart: where there is padding, the borders of each row between its tokens and their padding; None without. For
             attention that is not causal, which would see it.
+        told: something beyond positions says where documents start. Transformers' linear layers do not look at
+            positions: by these alone, states and convolutions go on from one document to the next.
     """
 
     order: Tensor | None = None
@@ -47,6 +49,7 @@ class Rows:
     blind: Tensor | None = None
     interrupted: bool = False
     apart: tuple[Borders, ...] | None = None
+    told: bool = False
 
     def arranged(self, x: Tensor) -> Tensor:
         """``x``, ``[1 or B, L, ...]`` as given, in the order of the rows."""
@@ -115,6 +118,7 @@ def _padded(
         by_row,
         interrupted=interrupted,
         apart=_apart(real),
+        told=not {*BORDERS, NUMBERS}.isdisjoint(given) or (numbered and bool((told[MASK] > 1).any())),
     )
     return found if counted_alone is None else replace(found, blind=found.arranged(counted_alone.to(device)))
 

@@ -108,7 +108,13 @@ def random_model(kind: Any, config: PretrainedConfig, seed: int = 0) -> Any:
     import torch
 
     torch.manual_seed(seed)
-    model = kind(config)
+    before = torch.get_default_dtype()
+    # Decays that a model computes when it is built are as wide as what it is compared by.
+    torch.set_default_dtype(torch.float64)
+    try:
+        model = kind(config)
+    finally:
+        torch.set_default_dtype(before)
     if hasattr(model, "set_experts_implementation"):
         model.set_experts_implementation("eager")
     return model.double()
