@@ -24,7 +24,7 @@ from dsp_plugin.patches.transformers.mixer_functions import CONVOLUTIONS, LINEAR
 from dsp_plugin.patches.transformers.mixing import SequenceMixing
 from dsp_plugin.patches.transformers.overlay import Overlay
 from dsp_plugin.patches.transformers.passes import ModelPass
-from dsp_plugin.sharding.wrappers import uncompiled
+from dsp_plugin.sharding.compiling import uncompiled
 from dsp_plugin.training.extents import Running
 
 if TYPE_CHECKING:

@@ -83,10 +83,11 @@ def take_rows(values: dict[str, Any], counted: Tensor | None, batch: int, length
     small = {name: told[name].long() for name in given}
     if told.get(PADDED):
         return _padded(large, small, counted, batch, length)
-    jumps = _jumps(told | small, _Pairs(), batch, length)
+    said = told | small
+    jumps = _jumps(said, _Pairs(), batch, length)
     documents, by_row = _borders(jumps)
     _check_lengths(small, max(int(np.diff(row).max()) for row in by_row or (documents or (0, length),)))
-    return Rows(documents=documents, documents_by_row=by_row)
+    return Rows(documents=documents, documents_by_row=by_row, told=_beyond_positions(said))
 
 
 def _padded(
@@ -107,7 +108,8 @@ def _padded(
     counted_alone = _counted_alone(told, real)
 
     pairs = _Pairs(order, real)
-    jumps = _jumps(small | _said(told, pairs), pairs, batch, length)
+    said = small | _said(told, pairs)
+    jumps = _jumps(said, pairs, batch, length)
     assert pairs.both is not None
     documents, by_row = _borders(jumps, pairs.both)
     _check_lengths(small, _longest(jumps, pairs.both))
@@ -118,7 +120,7 @@ def _padded(
         by_row,
         interrupted=interrupted,
         apart=_apart(real),
-        told=not {*BORDERS, NUMBERS}.isdisjoint(given) or (numbered and bool((told[MASK] > 1).any())),
+        told=_beyond_positions(said),
     )
     return found if counted_alone is None else replace(found, blind=found.arranged(counted_alone.to(device)))
 
@@ -276,6 +278,10 @@ def _jumps(said: Mapping[str, Tensor], pairs: _Pairs, batch: int, length: int) -
             _contradict(f"position_ids and {name}", f"positions start again in the middle of a document of {name}")
     nothing = torch.zeros(1, max(length - 1, 0), dtype=torch.bool) if by_positions is None else by_positions
     return next(iter(found.values()), nothing)
+
+
+def _beyond_positions(said: Mapping[str, Tensor]) -> bool:
+    return not {*BORDERS, NUMBERS}.isdisjoint(said) or (MASK in said and bool(said[MASK].any()))
 
 
 def _contradict(setting: str, why: str) -> None:
