@@ -118,7 +118,12 @@ def where(path: Path, word: str) -> str:
 
 
 def test_names_are_told_from_those_that_are_not_there():
-    there = ("dsp_plugin.kernels.merge", "dsp_plugin.layout.placement.Layout.length", "dsp_plugin.Plan", "dsp_plugin.configs")
+    there = (
+        "dsp_plugin.kernels.merge",
+        "dsp_plugin.layout.placement.Layout.length",
+        "dsp_plugin.Plan",
+        "dsp_plugin.configs",
+    )
     assert [name for name in there if not resolves(name)] == []
     assert not resolves("dsp_plugin.region")
     assert not resolves("dsp_plugin.layout.placement.Layout.colour")
