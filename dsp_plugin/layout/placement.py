@@ -202,6 +202,9 @@ class Layout:
             return self.explicit_sizes
         if self.kind != "zigzag":
             return shard_sizes(self.length, self.size)
+        if self.documents is None:
+            runs = shard_sizes(self.length, 2 * self.size)
+            return tuple(runs[rank] + runs[-1 - rank] for rank in range(self.size))
         cut, pieces = self._dealt
         tokens = folded(np.diff(cut, axis=1).sum(0))
         np.add.at(tokens, pieces.rank, pieces.stops - pieces.starts)

@@ -246,20 +246,22 @@ class PackedDocuments(Dataset[dict[str, Tensor]]):
         """A row."""
         if not 0 <= index < len(self):
             raise IndexError(f"row {index} of {len(self)}")
-        tokens, labels, positions = [], [], []
+        parts = []
         begin, end = index * self._length, (index + 1) * self._length
         number = bisect_right(self._ends, begin)
         while begin < end:
             document = _tokens(self._documents[number], number)
             first = begin - (self._ends[number] - len(document))
-            part = document[first : first + end - begin]
-            after = document[first + 1 : first + 1 + len(part)]
-            tokens.append(part)
-            labels.append(torch.cat([after, after.new_full((len(part) - len(after),), IGNORED)]))
-            positions.append(torch.arange(len(part)))
-            begin += len(part)
+            parts.append(document[first : first + end - begin])
+            after = document[first + len(parts[-1]) : first + len(parts[-1]) + 1]
+            begin += len(parts[-1])
             number += 1
-        return {"input_ids": torch.cat(tokens), "labels": torch.cat(labels), "position_ids": torch.cat(positions)}
+        tokens, lengths = torch.cat(parts), torch.tensor([len(part) for part in parts])
+        ends = lengths.cumsum(0)
+        labels = torch.cat([tokens[1:], after if len(after) else after.new_full((1,), IGNORED)])
+        labels[ends[:-1] - 1] = IGNORED
+        positions = torch.arange(self._length) - torch.repeat_interleave(ends - lengths, lengths)
+        return {"input_ids": tokens, "labels": labels, "position_ids": positions}
 
 
 def _tokens(document: Sequence[int] | Tensor, number: int) -> Tensor:

@@ -21,7 +21,7 @@ from dsp_plugin.config.attention import attention_of
 from dsp_plugin.errors import SequenceParallelConfigError, UnsupportedError
 from dsp_plugin.kernels.spec import AttentionSpec
 from dsp_plugin.layout import Layout
-from dsp_plugin.mask import MaskSpec
+from dsp_plugin.mask import Band, MaskSpec
 from dsp_plugin.methods import Where
 from dsp_plugin.patches.megatron.mask import document_borders
 from dsp_plugin.patches.megatron.state import MegatronState, attending, order_of
@@ -230,7 +230,7 @@ class CoreAttention(nn.Module):
         borders = None
         if attention_mask is not None:
             borders = document_borders(attention_mask, causal, layout, self.state)
-        return MaskSpec(causal=causal, window=self.window, cu_seqlens=borders)
+        return _mask(causal, self.window, borders)
 
     def _draw_seed(self, device: torch.device) -> int:
         """A seed from Megatron's generator for model-parallel regions: new on each call and replayed by recomputation.
@@ -248,6 +248,12 @@ class CoreAttention(nn.Module):
             return draw()
         with get_cuda_rng_tracker().fork():
             return draw()
+
+
+@functools.lru_cache(maxsize=16)
+def _mask(causal: bool, window: Band | None, borders: tuple[int, ...] | None) -> MaskSpec:
+    """One for all layers that ask for the same, which looks at its borders once."""
+    return MaskSpec(causal=causal, window=window, cu_seqlens=borders)
 
 
 def _window(size: tuple[int, int]) -> tuple[int | None, int | None]:
