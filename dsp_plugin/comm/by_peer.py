@@ -3,6 +3,9 @@
 Where the peers' columns are runs of one length and an even pace, the blocks are one strided view of each tensor. Else
 what is picked is told by an index of units, each as many elements as one column has, kept on the device: four bytes for
 every unit.
+
+CUDA's ``cat`` takes up to 64 strided tensors of up to 4 dims in one launch: beyond 21 peers q, k and v are unpacked in
+more, and with a batch and a key/value head for several ranks, which make 5 dims, packed in one each.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ passes are made of the same collectives, so they have gradients by the same cont
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from math import prod
 from typing import Any
 
@@ -17,8 +18,10 @@ import torch
 from torch import Tensor
 
 from dsp_plugin.comm.axis import Axis
+from dsp_plugin.comm.by_row import ByRow
 from dsp_plugin.comm.plan import pack
 from dsp_plugin.comm.routes import Route, consecutive
+from dsp_plugin.comm.strides import added_up
 from dsp_plugin.comm.wire import Sender, Transfers, collect, exchange
 from dsp_plugin.derivatives import refuse_transforms
 from dsp_plugin.layout import Layout
@@ -166,12 +169,19 @@ def _gathered(x: Tensor, dim: int, layout: Layout, sender: Sender) -> Tensor:
 def _reduced(x: Tensor, dim: int, layout: Layout, sender: Sender) -> Tensor:
     """Every rank's part of ``x`` goes straight to its owner, who adds up what arrives."""
     axis = sender.axis
-    shards = [layout.shard(x, dim, peer).contiguous() for peer in range(axis.size)]
-    mine = shards[axis.rank]
-    packed = torch.cat([shard.view(-1) for shard in shards])
-    received = exchange(packed, [shard.numel() for shard in shards], [mine.numel()] * axis.size, sender, [x.shape])
-    wide = torch.promote_types(x.dtype, torch.float32)
-    return received.view(axis.size, *mine.shape).sum(0, dtype=wide).to(x.dtype)
+    owned = _by_owner(x.shape, dim, layout)
+    mine = _with(x.shape, dim, layout.sizes[axis.rank])
+    packed = owned.pack((x[..., None],))
+    received = exchange(packed, owned.counts, [prod(mine)] * axis.size, sender, [x.shape])
+    rest = mine[:dim] + mine[dim + 1 :]
+    total = added_up(received.view(axis.size, mine[dim], *rest), x.dtype)
+    return total.movedim(0, dim).contiguous()
+
+
+@lru_cache(maxsize=64)
+def _by_owner(shape: torch.Size, dim: int, layout: Layout) -> ByRow:
+    """A tensor of one column, whose rows go to the ranks that hold them."""
+    return ByRow(dim, tuple(shape), ((),), (1,), tuple(layout.spans(rank) for rank in range(layout.size)))
 
 
 class _AllGather(torch.autograd.Function):
@@ -200,8 +210,9 @@ class _Split(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, dim: int, layout: Layout, sender: Sender) -> Tensor:
         ctx.args = dim, layout, sender.backward()
-        # A copy, so that the whole tensor can be freed while its shard lives on.
-        return layout.shard(x, dim, sender.axis.rank).clone()
+        shard = layout.shard(x, dim, sender.axis.rank)
+        # Not a view: the whole tensor can be freed while its shard lives on.
+        return shard.clone() if shard.untyped_storage()._cdata == x.untyped_storage()._cdata else shard
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dsp_plugin.comm.axis import Axis
+from dsp_plugin.comm.strides import side_by_side
 from dsp_plugin.comm.wire import Sender, exchange
 from dsp_plugin.derivatives import refuse_transforms
 from dsp_plugin.integers import kept_on_device
@@ -109,14 +110,17 @@ def _moved(tensors: Sequence[Tensor], move: _Move) -> tuple[Tensor, ...]:
     by_token = [x.movedim(dim, 0) for x in tensors]
     rests = [x.shape[1:] for x in by_token]
     widths = [prod(rest) for rest in rests]
-    rows = [x.index_select(0, order).view(len(order), w) for x, w in zip(by_token, widths, strict=True)]
-    packed = rows[0] if len(rows) == 1 else torch.cat(rows, 1)
     width = sum(widths)
+    # Several tensors are brought together first: their tokens are then picked by one launch.
+    rows = by_token[0] if len(by_token) == 1 else side_by_side(by_token, 1)
+    packed = rows.index_select(0, order).view(-1)
     received = exchange(
-        packed.view(-1), [n * width for n in send_counts], [n * width for n in receive_counts], move.sender, whole
+        packed, [n * width for n in send_counts], [n * width for n in receive_counts], move.sender, whole
     ).view(len(place), width)
     return tuple(
-        part.index_select(0, place).view(len(place), *rest).movedim(0, dim).contiguous()
+        part.unflatten(1, rest).movedim(0, dim).index_select(dim, place)
+        if rest
+        else part.view(len(place)).index_select(0, place)
         for part, rest in zip(received.split(widths, 1), rests, strict=True)
     )
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 def side_by_side(tensors: Sequence[Tensor], dim: int) -> Tensor:
-    """Tensors next to each other, the dims from ``dim`` on as one, contiguous; the only one as it lies, if it does.
+    """Tensors next to each other, the dims from ``dim`` on as one, contiguous; as they lie, if they lie like that.
 
     In one launch where those dims lie in order, in one for each tensor otherwise.
     """
@@ -20,11 +20,28 @@ def side_by_side(tensors: Sequence[Tensor], dim: int) -> Tensor:
         return tensors[0].contiguous()
     widths = [prod(x.shape[dim:]) for x in tensors]
     if all(_in_order(x, dim) for x in tensors):
+        lying = _lying(tensors, dim, widths)
+        if lying is not None:
+            return lying
         return torch.cat([x.view(*x.shape[:dim], width) for x, width in zip(tensors, widths, strict=True)], -1)
     joined = tensors[0].new_empty(*tensors[0].shape[:dim], sum(widths))
     for x, part in zip(tensors, joined.split(widths, -1), strict=True):
         part.unflatten(-1, x.shape[dim:]).copy_(x)
     return joined
+
+
+def _lying(tensors: Sequence[Tensor], dim: int, widths: Sequence[int]) -> Tensor | None:
+    """The one contiguous tensor that the tensors are, if they are: gradients that a kernel has put there."""
+    first, storage = tensors[0], tensors[0].untyped_storage()._cdata
+    offset, shape = first.storage_offset(), (*first.shape[:dim], sum(widths))
+    # Of a dim of one entry the stride says nothing.
+    wanted = [prod(shape[place + 1 :]) for place in range(dim) if shape[place] != 1]
+    for x, width in zip(tensors, widths, strict=True):
+        steps = [step for step, size in zip(x.stride(), shape[:dim], strict=False) if size != 1]
+        if x.storage_offset() != offset or steps != wanted or x.untyped_storage()._cdata != storage:
+            return None
+        offset += width
+    return first.as_strided(shape, [prod(shape[place + 1 :]) for place in range(dim + 1)])
 
 
 def _in_order(x: Tensor, dim: int) -> bool:

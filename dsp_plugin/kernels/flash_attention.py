@@ -12,7 +12,7 @@ import torch
 from packaging.version import Version
 from torch import Tensor
 
-from dsp_plugin.kernels.kernel import BlockSpec
+from dsp_plugin.kernels.kernel import BlockSpec, laid_alike
 from dsp_plugin.kernels.spec import AttentionSpec
 from dsp_plugin.kernels.windowed import Packing, Window, WindowedFlash
 
@@ -97,7 +97,7 @@ class FlashAttention2(WindowedFlash):
         block: BlockSpec,
         packing: Packing | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+        dq, dk, dv = laid_alike(q, k, v)
         module = _flash_attn_2()
         backward = module._flash_attn_backward if packing is None else module._flash_attn_varlen_backward
         backward(
@@ -186,7 +186,7 @@ class FlashAttention3(WindowedFlash):
         packing: Packing | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         op = torch.ops.flash_attn_3.bwd.default
-        dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+        dq, dk, dv = laid_alike(q, k, v)
         tensors = {"dout": dout, "q": q, "k": k, "v": v, "out": out, "softmax_lse": lse, "dq": dq, "dk": dk, "dv": dv}
         deterministic = torch.are_deterministic_algorithms_enabled()
         op(**_filled(op, **tensors, deterministic=deterministic, **_arguments(window, block, packing)))

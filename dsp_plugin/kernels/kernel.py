@@ -118,3 +118,20 @@ def padded(x: Tensor, head_dim: int) -> Tensor:
     if x.shape[-1] < head_dim:
         return torch.nn.functional.pad(x, (0, head_dim - x.shape[-1]))
     return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def laid_alike(*tensors: Tensor) -> list[Tensor]:
+    """An empty tensor for each, which lie to each other as these do where these are all of one buffer.
+
+    Gradients then go back the way that the tensors came without being brought together first.
+    """
+    first = min(tensors, key=Tensor.storage_offset)
+    start, storage = first.storage_offset(), first.untyped_storage()._cdata
+    ends = [
+        1 + sum((s - 1) * t for s, t in zip(x.shape, x.stride(), strict=True)) + x.storage_offset() for x in tensors
+    ]
+    elements = sum(x.numel() for x in tensors)
+    if max(ends) - start != elements or any(x.untyped_storage()._cdata != storage for x in tensors):
+        return [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in tensors]
+    buffer = torch.empty(elements, dtype=first.dtype, device=first.device)
+    return [buffer.as_strided(x.shape, x.stride(), x.storage_offset() - start) for x in tensors]

@@ -30,6 +30,18 @@ def span(tensor: Tensor) -> int:
     return 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
 
 
+def extent(tensor: Tensor) -> tuple[int, int]:
+    """Of its storage, where what is moved with a tensor begins, and how many elements that are.
+
+    All of it where others lie between the tensor's own: heads of keys lie between those of queries that arrived in one
+    buffer, and each would take the others along.
+    """
+    count, whole = span(tensor), tensor.untyped_storage().nbytes() // tensor.element_size()
+    if count > tensor.numel() and whole <= 2 * count:
+        return 0, whole
+    return int(tensor.storage_offset()), count
+
+
 class Block:
     """A run of a storage's bytes, on the device, on the host, or between.
 
@@ -45,9 +57,9 @@ class Block:
     _counted = 0
 
     def __init__(self, tensor: Tensor, copies: Copies, lease: Lease | None, tally: Tally) -> None:
-        self.copies, self.start = copies, tensor.storage_offset()
+        self.copies, (self.start, self.span) = copies, extent(tensor)
         self.dtype, self.device = tensor.dtype, tensor.device
-        self.span, self.nbytes = span(tensor), span(tensor) * tensor.element_size()
+        self.nbytes = self.span * tensor.element_size()
         self._tally, self._version, self._cdata = tally, tensor._version, tensor.untyped_storage()._cdata
         self._storage_bytes = tensor.untyped_storage().nbytes()
         with torch.no_grad():

@@ -25,7 +25,7 @@ from dsp_plugin.comm.axis import Axis
 from dsp_plugin.comm.consent import go_on
 from dsp_plugin.errors import SequenceParallelConfigError
 from dsp_plugin.training.extents import in_backward
-from dsp_plugin.training.host_blocks import SETTING, Arrival, Block, Tally, span
+from dsp_plugin.training.host_blocks import SETTING, Arrival, Block, Tally, extent
 from dsp_plugin.training.host_copies import Copies, HostPool, Lease, copies_of
 
 
@@ -157,7 +157,7 @@ class Offload:
             found = shared.block()
             if found is not None and found.covers(tensor):
                 return found
-        nbytes = span(tensor) * tensor.element_size()
+        nbytes = extent(tensor)[1] * tensor.element_size()
         block = Block(tensor, copies, self.lease(nbytes, copies), self.tally)
         self._flying.append(weakref.ref(block))
         known, address = self._known, storage._cdata

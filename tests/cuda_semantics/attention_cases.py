@@ -32,6 +32,8 @@ class Case:
         tokens: of the whole sequence.
         kind: of linear attention, one of `DECAYS`; ``exchange`` is how its states travel.
         ulysses: ranks on the inner axis of USP.
+        value_dim: of each head, where it is not ``head_dim``.
+        rounds: of heads.
     """
 
     method: str
@@ -51,6 +53,8 @@ class Case:
     ulysses: int = 2
     decay: str = "scalar"
     exchange: str = "allgather"
+    value_dim: int | None = None
+    rounds: int = 1
 
     def __str__(self) -> str:
         words = [self.method, self.mask, self.order, f"P{self.size}", f"rank{self.rank}"]
@@ -146,7 +150,7 @@ def _inputs(case: Case) -> list[Tensor | None]:
     keys = (case.batch, n, case.kv_heads, case.head_dim)
     queries = (case.batch, n, case.heads, case.head_dim)
     if case.method != "lasp":
-        return [tensor(*queries), tensor(*keys), tensor(*keys)]
+        return [tensor(*queries), tensor(*keys), tensor(*keys[:3], case.value_dim or case.head_dim)]
     gates = {
         "none": (None, None),
         "head": ((case.heads,), None),
@@ -186,4 +190,5 @@ def _attention(case: Case, groups: SequenceParallelGroups) -> Any:
         dropout_p=case.dropout,
         dropout_seed=1 if case.dropout else None,
     )
-    return lambda q, k, v: attention(q, k, v, what=what, where=where)
+    in_rounds = {} if case.rounds == 1 else {"attention_rounds": case.rounds}
+    return lambda q, k, v: attention(q, k, v, what=what, where=where, **in_rounds)

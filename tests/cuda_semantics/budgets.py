@@ -61,7 +61,7 @@ class Row(NamedTuple):
 # The gradients of three leaves are not added up here.
 _EVEN = Cost((2, 3), (1, 1), (5.0, 8.0), (2, 2))
 _REORDERED = Cost((4, 5), (1, 1), (10.0, 13.0), (2, 2))
-_UNEVEN = Cost((4, 6), (1, 1), (10.0, 13.0), (2, 2))
+_UNEVEN = Cost((8, 9), (1, 1), (10.0, 13.0), (2, 2))
 
 
 def _hops(count: int, calls: int, around: tuple[int, int] = (0, 0)) -> Cost:
@@ -95,6 +95,42 @@ ROWS = (
         Case("ulysses", 4, 1, "packed", documents=8),
         _EVEN,
         _EVEN,
+    ),
+    Row(
+        "ulysses, 28 heads, zigzag, batch of 2",
+        Case("ulysses", 8, 3, order="zigzag", tokens=4099, batch=2, heads=28, kv_heads=4),
+        Cost((5, 7), (1, 1), (12.4, 14.7), (2, 2)),
+        _UNEVEN._replace(traffic=_ANY),
+    ),
+    Row(
+        "ulysses, a key/value head for two ranks",
+        Case("ulysses", 8, 3, kv_heads=4),
+        Cost((2, 5), (1, 1), (4.8, 9.8), (2, 2)),
+        _UNEVEN,
+    ),
+    Row(
+        # The kernel pads values, and what it returns is as wide.
+        "ulysses, values of another head dim",
+        Case("ulysses", 8, 3, head_dim=96, value_dim=64),
+        Cost((4, 6), (1, 1), (5.9, 10.8), (2, 2)),
+        _UNEVEN,
+    ),
+    Row(
+        "ulysses, zigzag by document",
+        Case("ulysses", 8, 3, order="documents", documents=8),
+        Cost((4, 5), (1, 1), (10.0, 13.0), (2, 2)),
+        _REORDERED,
+    ),
+    Row(
+        "ulysses, 2 rounds of heads, P = 4",
+        Case("ulysses", 4, 1, rounds=2),
+        Cost((4, 10), (2, 2), (5.0, 8.0), (4, 4)),
+        Cost((4, 10), (2, 2), (5.0, 8.0), (4, 4)),
+    ),
+    Row(
+        "ulysses, 3 rounds of heads that share keys, P = 4",
+        Case("ulysses", 4, 1, heads=28, kv_heads=4, rounds=3),
+        Cost((6, 17), (3, 3), (4.6, 10.6), (6, 6)),
     ),
     Row(
         "ulysses, dropout, 1,024 tokens, P = 4",
@@ -140,10 +176,22 @@ ROWS = (
         Cost((1, 1), (0, 0), (2.0, 2.0), (1, 1)),
         Cost((1, 1), (0, 0), (2.0, 2.0), (1, 1)),
     ),
+    Row(
+        # Of two sizes, larger ones first.
+        "dsp switch of sizes that do not divide, P = 3",
+        Case("dsp", 3, 1, batch=4),
+        Cost((2, 2), (0, 0), (2.0, 2.0), (1, 1)),
+        Cost((2, 2), (0, 0), (2.0, 2.0), (1, 1)),
+    ),
     Row("lasp, decay per token", Case("lasp", 8, 3), Cost((78, 164), (0, 0), (130.9, 327.3), (1, 1))),
     Row(
         "lasp, decay per token, ring",
         Case("lasp", 8, 3, exchange="ring"),
         Cost((74, 159), (0, 0), (129.2, 324.3), (2, 2)),
+    ),
+    Row(
+        "lasp, decay per token, zigzag, which is put in order",
+        Case("lasp", 8, 3, order="zigzag"),
+        Cost((87, 175), (0, 0), (144.1, 340.5), (4, 4)),
     ),
 )

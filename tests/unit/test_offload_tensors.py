@@ -75,6 +75,14 @@ def test_views_of_one_storage_go_once() -> None:
         found.backward()
 
 
+def test_tensors_between_each_other_go_once() -> None:
+    with held(offload := deferring()):
+        parts = (example() * 1).split((1, 3, WIDTH - 4), -1)
+        found = checkpoint(lambda a, b, c: a.sin().sum() + (b * c.sum()).sin().sum(), *parts, use_reentrant=False)
+        assert offload.counts().host == ONE
+        found.backward()
+
+
 def test_parameters_and_small_tensors_stay() -> None:
     weight, small = nn.Parameter(torch.randn(WIDTH, WIDTH, dtype=torch.float64)), torch.ones(2, dtype=torch.float64)
     with held(offload := deferring(floor=ONE)):

@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from dsp_plugin import Layout
 from dsp_plugin.comm.plan import pack
 from dsp_plugin.comm.routes import Route
+from dsp_plugin.kernels.kernel import laid_alike
 from dsp_plugin.layout import shard_ranges
 
 RANKS = 4
@@ -88,3 +89,26 @@ def test_every_rank_gets_its_heads_of_all_tokens_and_they_their_sums(
     even = kv_heads != "of one rank"
     ordered = kind != "contiguous"
     assert copies <= (1 if even else 2) + ordered + (1 + ordered) + (1 if kv_heads == "own" else 2), copies
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_gradients_that_lie_as_the_tensors_arrived_are_sent_as_they_lie(batch: int) -> None:
+    layout, spans = Layout("contiguous", 19, RANKS), shard_ranges(19, RANKS)
+    runs = tuple((run,) for run in spans)
+    routes = [Route(2, 1, tuple((run,) for run in shard_ranges(of, RANKS)), runs) for of in (8, 4, 4)]
+    whole = [torch.randn(batch, 19, heads, dim) for heads, dim in ((8, 6), (4, 6), (4, 2))]
+    found, _ = exchanged([[layout.shard(x, 1, rank) for x in whole] for rank in range(RANKS)], routes)
+    axis: Any = SimpleNamespace(size=RANKS, rank=1)
+    gradients = laid_alike(*found[1])
+    for gradient, x in zip(gradients, found[1], strict=True):
+        assert gradient.stride() == x.stride()
+        gradient.copy_(x * 2)
+    back = [route.inverse() for route in routes]
+    with Copies() as copies:
+        packed = pack(gradients, back, axis)
+    assert copies.count == 0
+    assert packed.buffer.data_ptr() == gradients[0].data_ptr()
+    assert torch.equal(packed.buffer, pack([x.clone() for x in gradients], back, axis).buffer)
+    alone = laid_alike(*(x.clone() for x in gradients))
+    assert all(x.is_contiguous() for x in alone)
+    assert len({x.untyped_storage().data_ptr() for x in alone}) == 3
