@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -18,6 +19,8 @@ from dsp_plugin.cli.timeline_svg import timeline_svg
 from dsp_plugin.config.schema import SequenceParallelConfig
 from dsp_plugin.errors import SequenceParallelConfigError, UnsupportedError
 from dsp_plugin.rehearsal.budget import OFFLOADS
+from dsp_plugin.rehearsal.cuda import guard
+from dsp_plugin.rehearsal.cuda.process import CudaProcess
 from dsp_plugin.rehearsal.dryrun import Job, RankRun, dry_run, real_run
 from dsp_plugin.rehearsal.longest import Longest, longest
 from dsp_plugin.rehearsal.subject import KNOWN_SUBJECTS, LIBRARIES, Setting, parse_settings, section_of, subject
@@ -72,7 +75,9 @@ def dry_run_command(
     ] = "none",
     device_memory: Annotated[str | None, typer.Option(help="Of a rank, such as 80GB or 76GiB.")] = None,
     host_memory: Annotated[str | None, typer.Option(help="Of a rank, likewise.")] = None,
-    device: Annotated[str, typer.Option(help="Whose kernels: cpu; cuda is refused.")] = "cpu",
+    device: Annotated[
+        str, typer.Option(help="Whose tensors and kernels are rehearsed: cpu, or cuda, without one.")
+    ] = "cpu",
     timeline: Annotated[
         Path | None, typer.Option(metavar="FILE.svg", help="Plot memory over the step, by module.")
     ] = None,
@@ -86,7 +91,7 @@ def dry_run_command(
     Exit status: 0; 1 if --real differs (bytes at all, memory by more than 10%); 2 the request is illegal.
     """
     with user_errors(as_json):
-        _refuse_device(device)
+        process = _process(one_of("--device", device, ("cpu", "cuda")), model, real)
         given = section_of(model)
         model_ranks, stages = given.pop("model_ranks", 1), given.pop("stages", 1)
         config = _config(given, method=method, size=size, plan=plan, memory=_memory(memory))
@@ -102,6 +107,7 @@ def dry_run_command(
             one_of("--zero-offload", zero_offload, OFFLOADS),
             _amount("--device-memory", device_memory),
             _amount("--host-memory", host_memory),
+            dry_run if process is None else partial(_on_cuda, process, timeout),
         )
         if real and asked.world_size != config.size * model_ranks:
             raise SequenceParallelConfigError(
@@ -120,7 +126,7 @@ def dry_run_command(
         runs = {"dry": dry}
         if unsharded:
             alone = config.model_copy(update={"size": 1, "ulysses_size": 1, "ring_size": 1})
-            runs["unsharded"] = dry_run(replace(request.job, config=alone), 1)
+            runs["unsharded"] = asked.run(replace(request.job, config=alone), 1, 0)
         if real:
             with rank_failures():
                 runs["real"] = real_run(request.job, timeout, asked.world_size)[request.rank]
@@ -149,6 +155,7 @@ class Asked:
     offload: str
     device_memory: int | None
     host_memory: int | None
+    run: Callable[[Job, int, int], RankRun]
 
     def worst(self, tokens: int | None, ranks: list[int]) -> tuple[Request, RankRun]:
         """Of the dry runs of some ranks the one that needs the most, and what it was asked for."""
@@ -159,7 +166,7 @@ class Asked:
         runs = []
         for rank in ranks:
             request = Request(self.model, job, self.world_size, rank, *limits)
-            runs.append((request, dry_run(job, self.world_size, rank)))
+            runs.append((request, self.run(job, self.world_size, rank)))
         return max(runs, key=lambda each: each[0].chosen(each[1]).total)
 
 
@@ -177,20 +184,33 @@ def _config(section: dict[str, Any], **options: Any) -> SequenceParallelConfig:
     return SequenceParallelConfig(**{"method": "dsp", "size": 1, **section, **given})
 
 
-def _refuse_device(device: str) -> None:
-    if one_of("--device", device, ("cpu", "cuda")) == "cpu":
-        return
-    why = "what it counts was not compared with a GPU's allocator"
-    if torch.version.cuda is None:
-        why = f"torch {torch.__version__} is not built for CUDA, and ends the process at the first fake CUDA tensor"
-    elif not torch.cuda.is_available():
-        why = f"torch {torch.__version__} asks a driver for its context also where a backward pass is of fake tensors"
-    raise UnsupportedError(
-        setting="--device",
-        value=device,
-        why=why,
-        remedy="leave --device out: attention is a flash kernel on the CPU as well, and tensors have the same sizes",
-    )
+def _process(device: str, model: str, real: bool) -> CudaProcess | None:
+    """Where runs are on CUDA; None for this process, on the CPU."""
+    if device == "cpu":
+        return None
+    why = ""
+    if model.startswith("megatron:"):
+        why = "Megatron-core runs in CPU mode in a dry run, which answers every question for a GPU by the CPU"
+    elif real:
+        why = "ranks of --real run on the CPU, and would be compared with a run on another device"
+    else:
+        try:
+            guard.built()
+        except RuntimeError as error:
+            why = f"the device is a small extension of torch, and {' '.join(str(error).split())}"
+    if why:
+        raise UnsupportedError(
+            setting="--device",
+            value=device,
+            why=why,
+            remedy="leave --device out: bytes and memory are the same, and attention is a flash kernel on the CPU, too",
+        )
+    return CudaProcess()
+
+
+def _on_cuda(process: CudaProcess, timeout: float, job: Job, world_size: int, rank: int) -> RankRun:
+    found: RankRun = process.run(dry_run, job, world_size, rank, "cuda", timeout=timeout)
+    return found
 
 
 def _search(asked: Asked, ranks: list[int]) -> tuple[Longest, Request, RankRun]:

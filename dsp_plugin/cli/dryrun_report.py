@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from dsp_plugin.cli.device_report import device_report, show_device
 from dsp_plugin.cli.output import new_console, print_table
 from dsp_plugin.rehearsal.budget import Need, needs
 from dsp_plugin.rehearsal.dryrun import Job, RankRun
@@ -72,6 +73,7 @@ def report(
                 "ledger": [row._asdict() for row in run.rows],
                 "memory": run.memory._asdict(),
                 "operators": run.operators,
+                "device": None if run.asked is None else device_report(run.asked),
             }
             for name, run in runs.items()
         },
@@ -111,10 +113,13 @@ def show(request: Request, runs: Mapping[str, RankRun], differs: Sequence[str], 
     memory = [[name, *(f"{getattr(run.memory, name):,}" for run in runs.values())] for name in dry.memory._fields]
     ratios = ["peak / dry", *(f"{run.memory.peak / dry.memory.peak:.3f}" for run in runs.values())]
     print_table(console, "Memory in bytes", ["", *runs], [*memory, ratios])
-    console.print(
-        f"Operators that launch kernels in the step: {dry.operators:,}, optimizer not included.", soft_wrap=True
-    )
-    console.print()
+    if dry.asked is not None:
+        show_device(console, dry.asked)
+    else:
+        console.print(
+            f"Operators that launch kernels in the step: {dry.operators:,}, optimizer not included.", soft_wrap=True
+        )
+        console.print()
     most = max(dry.memory.activations, 1)
     held = [
         [*holder[:3], str(holder.tensors), f"{holder.nbytes:,}", f"{holder.nbytes / most:.1%}"]

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import wraps
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -32,6 +32,7 @@ from dsp_plugin.errors import SequenceParallelConfigError, UnsupportedError
 from dsp_plugin.groups import SequenceParallelGroups
 from dsp_plugin.planner.stages import StagePlan
 from dsp_plugin.plans.plan import matching_modules, outermost
+from dsp_plugin.rehearsal.cuda.recorder import Counts, Recorder, site
 from dsp_plugin.rehearsal.host import offload_of, watch
 from dsp_plugin.rehearsal.memory import (
     AllocatorLog,
@@ -91,6 +92,7 @@ class RankRun:
         timeline: what was allocated by whom; None of a real run, whose allocator does not know.
         gradients: keys in the timeline of the parameters' gradients.
         operators: that a GPU would launch kernels for; None of a real run.
+        asked: of a device by the forward and the backward pass; None where tensors were the CPU's.
     """
 
     rows: tuple[LedgerRow, ...]
@@ -102,6 +104,7 @@ class RankRun:
     timeline: Timeline | None = None
     gradients: frozenset[int] = frozenset()
     operators: int | None = None
+    asked: tuple[Counts, Counts] | None = None
 
     @property
     def nbytes(self) -> int:
@@ -109,11 +112,12 @@ class RankRun:
         return sum(row.bytes for row in self.rows)
 
 
-def dry_run(job: Job, world_size: int, rank: int = 0) -> RankRun:
+def dry_run(job: Job, world_size: int, rank: int = 0, device: Literal["cpu", "cuda"] = "cpu") -> RankRun:
     """Run ``job`` as rank ``rank`` of ``world_size`` would, without data and without other ranks.
 
     Args:
         job: its model and batch are those of one rank; data-parallel ranks have batches of their own.
+        device: whose tensors are faked; ``cuda`` in a `CudaProcess` only.
 
     Raises:
         SequenceParallelConfigError: the job does not fit the world, or a real world is up in this process.
@@ -130,24 +134,41 @@ def dry_run(job: Job, world_size: int, rank: int = 0) -> RankRun:
                 remedy="set debug to false, and unset DSP_PLUGIN_DEBUG",
             )
         try:
-            with _fake_tensors(), _prepared(job, groups) as prepared:
-                module, kwargs = prepared.subject[:2]
-                places = ModulePlaces(module)
-                tracker = StorageTracker(_operator, places)
-                watch(in_force(), job.config, tracker)
-                with places, tracker, ledger() as traffic:
-                    step(module, kwargs, job.backward, tracker.begin)
-                run = _finished(prepared, traffic, memory_of(module, kwargs, tracker))
-                gradients = frozenset(gradients_in(module, tracker))
-                return replace(run, timeline=tracker.timeline, gradients=gradients, operators=tracker.operators)
+            with _fake_tensors(), _prepared(job, groups, device) as prepared:
+                return _counted(prepared, job, device)
         except (DataDependentOutputException, DynamicOutputShapeException) as error:
             raise UnsupportedError(
                 setting="dry run",
                 value=f"{job.config.method} of size {job.config.size}",
-                why=f"the step reads values of tensors ({error.func}), and in a dry run they have none",
+                why=f"the step reads values of tensors ({error.func} at {site(error)}), which have none in a dry run",
                 remedy="build a model whose control flow does not depend on data, and shard contiguous runs of tokens, "
                 "without zigzag or striped layouts; or run for real on a small size",
             ) from error
+
+
+def _counted(prepared: _Prepared, job: Job, device: str) -> RankRun:
+    module, kwargs = prepared.subject[:2]
+    places = ModulePlaces(module)
+    tracker = StorageTracker(_operator, places)
+    watch(in_force(), job.config, tracker)
+    recorder = Recorder(places.owner) if device == "cuda" else None
+    passes: list[Counts] = []
+
+    def begin(phase: str) -> None:
+        tracker.begin(phase)
+        if recorder is not None:
+            # What was counted before the first phase is of no pass.
+            passes.append(recorder.take())
+
+    with places, tracker, ledger() as traffic, nullcontext() if recorder is None else recorder.looking_on():
+        step(module, kwargs, job.backward, begin)
+    run = _finished(prepared, traffic, memory_of(module, kwargs, tracker))
+    if recorder is not None:
+        recorder.finish()
+        _, *both = [*passes, recorder.take()]
+        run = replace(run, asked=(both[0], both[1] if job.backward else Counts()))
+    gradients = frozenset(gradients_in(module, tracker))
+    return replace(run, timeline=tracker.timeline, gradients=gradients, operators=tracker.operators)
 
 
 def real_run(job: Job, timeout: float = 120.0, ranks: int | None = None) -> list[RankRun]:
@@ -201,9 +222,10 @@ class _Prepared(NamedTuple):
 
 
 @contextmanager
-def _prepared(job: Job, groups: SequenceParallelGroups) -> Iterator[_Prepared]:
+def _prepared(job: Job, groups: SequenceParallelGroups, device: str = "cpu") -> Iterator[_Prepared]:
     # What code reads while it builds a model, such as random states, is real also where its tensors are fake.
-    with _default_dtype(job.dtype), StorageTracker(_operator):
+    there = torch.device(device) if device != "cpu" else nullcontext()
+    with _default_dtype(job.dtype), there, StorageTracker(_operator):
         subject = job.build()
     module = subject.module.train()
     handle, ends = None, list[Callable[[], object]]()
@@ -322,7 +344,8 @@ def _operator(func: Any, args: Any, kwargs: Any) -> Any:
         # Of no effect without data; hundreds of ranks are hundreds of these to a switch.
         return args[0]
     tensors = tensors_in((args, kwargs))
-    if tensors and not any(isinstance(tensor, FakeTensor) for tensor in tensors):
+    to_device = torch.device(kwargs.get("device") or "cpu").type != "cpu"
+    if tensors and not to_device and not any(isinstance(tensor, FakeTensor) for tensor in tensors):
         # The state of a random generator, or a constant that is older than the run.
         with _disable_current_modes():
             return func(*args, **kwargs)

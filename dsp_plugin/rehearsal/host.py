@@ -32,7 +32,7 @@ class HostBuffers:
 
     def start(self, source: Tensor, target: Tensor) -> Copy:
         """Copy; returns what need not be waited for."""
-        target.copy_(source)
+        target.copy_(source, non_blocking=True)
         return self
 
     def join(self) -> None:

@@ -2,11 +2,13 @@
 
 Autograd numbers the nodes that it makes. Every change of module is noted with the number that comes next, so the number
 of a node says in which module the node was made, by which the operators of its backward pass go to that module, too.
+Every thread numbers its own; a GPU's backward pass has another one, where what is recomputed makes nodes never to run.
 """
 
 from __future__ import annotations
 
 import sys
+import threading
 from bisect import bisect_right
 from types import FrameType
 from typing import Any, Self
@@ -30,6 +32,7 @@ class ModulePlaces:
         self._starts: list[int] = []
         self._at: list[str] = []
         self._handles: list[Any] = []
+        self._thread = threading.get_ident()
         self.phase = FORWARD
 
     def __enter__(self) -> Self:
@@ -74,8 +77,9 @@ class ModulePlaces:
             self._note()
 
     def _note(self) -> None:
-        self._starts.append(torch._C._autograd._get_sequence_nr())
-        self._at.append(self._paths[self._stack[-1]] if self._stack else "")
+        if threading.get_ident() == self._thread:
+            self._starts.append(torch._C._autograd._get_sequence_nr())
+            self._at.append(self._paths[self._stack[-1]] if self._stack else "")
 
 
 def _caller() -> str:

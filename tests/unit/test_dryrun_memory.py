@@ -234,7 +234,7 @@ def test_the_command_says_what_fits_in_words(model: str) -> None:
         (["--device-memory", "lots"], "no amount of memory"),
         (["--memory", "{tile"], "not JSON"),
         (["--memory", '{"tile_token": 3}'], "tile_token"),
-        (["--device", "cuda"], "leave --device out"),
+        (["--device", "cuda", "--real"], "Leave --device out"),
         (["--zero-offload", "weights"], "none, optimizer, all"),
         (["--length", "3", "--size", "4"], "would hold none of so short a sequence"),
         (["--set", "layers=3"], "has no such setting"),

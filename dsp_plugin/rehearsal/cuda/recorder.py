@@ -9,15 +9,15 @@ from __future__ import annotations
 
 import sys
 import sysconfig
+import traceback
 import weakref
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
 from itertools import count
 from pathlib import Path
-from types import FrameType
 from typing import Any, NamedTuple
 
 import torch
@@ -52,6 +52,7 @@ class Counts:
 
     Attributes:
         kernels: launches by operator, attention left out.
+        places: launches, attention too, by where they are made.
         attention: calls of attention kernels.
         traffic: bytes that the kernels counted read and write.
         syncs: where the host waited for the device, and by which operator.
@@ -65,6 +66,7 @@ class Counts:
     """
 
     kernels: Counter[str] = field(default_factory=Counter)
+    places: Counter[Hashable] = field(default_factory=Counter)
     attention: int = 0
     traffic: int = 0
     syncs: list[str] = field(default_factory=list)
@@ -107,16 +109,27 @@ class Signature(NamedTuple):
 
 
 class Recorder(TorchDispatchMode):
-    """Counts what is dispatched while it is entered, on every thread that autograd takes it to, and what is sent."""
+    """Counts what is dispatched while it is entered, on every thread that autograd takes it to, and what is sent.
 
-    def __init__(self) -> None:
+    Args:
+        place: where a launch is made, of an operator that runs now; None where nobody asks.
+    """
+
+    def __init__(self, place: Callable[[Any], Hashable] | None = None) -> None:
         super().__init__()
+        self._place = place
         self.counts = Counts()
         self._flying: dict[Transfer, _Flight] = {}
         self._keys = count()
         self._known: dict[int, _Storage] = {}
         self._waits = device.host_waits()
         self._lookups = device.metadata_lookups()
+
+    @contextmanager
+    def looking_on(self) -> Iterator[None]:
+        """Count in the block."""
+        with self, observing(self):
+            yield
 
     def take(self) -> Counts:
         """The counts since the last time, and start anew."""
@@ -140,17 +153,20 @@ class Recorder(TorchDispatchMode):
             self._note(self.counts.syncs, signature.name)
         out = func(*args, **kwargs)
         if signature.namespace != "c10d":
-            self._count(signature, args, kwargs, given, _tensors(out))
+            launched = self._count(signature, args, kwargs, given, _tensors(out))
+            if launched and self._place is not None:
+                self.counts.places[self._place(func)] += 1
         return out
 
-    def _count(self, signature: Signature, args: Any, kwargs: Any, given: list[Tensor], out: list[Tensor]) -> None:
+    def _count(self, signature: Signature, args: Any, kwargs: Any, given: list[Tensor], out: list[Tensor]) -> bool:
+        """Returns whether anything is launched."""
         on = {x.device.type for x in given}
         to = {x.device.type for x in out}
         if signature.name == "lift_fresh":
             self._note(self.counts.made, str(tuple(out[0].shape)))
-            return
+            return False
         if "cuda" not in on | to or signature.is_view:
-            return
+            return False
         written = _tensors([args[at] if isinstance(at, int) else kwargs.get(at) for at in signature.writes])
         read = [x for x in given if not any(x is y for y in written)]
         moved = {"cuda" if x.is_cuda else "cpu" for x in (*written, *out)} if written or out else set()
@@ -163,16 +179,17 @@ class Recorder(TorchDispatchMode):
             self._note(self.counts.mixed, signature.name)
         self._watch(signature, read, written, out)
         if signature.name in ALLOCATIONS or not any(x.numel() for x in (*out, *written)):
-            return
+            return False
         if signature.name in ATTENTION:
             self.counts.attention += 1
-            return
+            return True
         self.counts.kernels[signature.name] += 1
         fresh = [x for x in out if not any(x is y for y in written)]
         reads = read if signature.name in ONLY_WRITES else [*read, *written]
         if signature.name in PICKS:
             reads = [*fresh, *given[1:]]
         self.counts.traffic += sum(map(nbytes, (*reads, *fresh, *written)))
+        return True
 
     def started(self, transfer: Transfer) -> None:
         """See `TransferObserver`."""
@@ -257,7 +274,7 @@ class _Storage:
 def recording() -> Iterator[Recorder]:
     """Fake CUDA tensors in the block, and a recorder of what is done to them."""
     recorder = Recorder()
-    with FakeTensorMode(allow_non_fake_inputs=True), recorder, observing(recorder):
+    with FakeTensorMode(allow_non_fake_inputs=True), recorder.looking_on():
         yield recorder
 
 
@@ -290,14 +307,16 @@ def nbytes(x: Tensor) -> int:
     return elements * x.element_size()
 
 
-def site() -> str:
-    """The line that runs, of neither torch nor the rehearsal nor Python; in a backward pass there may be none."""
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
-        file = frame.f_code.co_filename
-        if _is_told(file):
-            return f"{_short(file)}:{frame.f_lineno}"
-        frame = frame.f_back
+def site(raised: BaseException | None = None) -> str:
+    """The line that runs, of neither torch nor the rehearsal nor Python; in a backward pass there may be none.
+
+    Args:
+        raised: the line that raised this, in place of the one that runs.
+    """
+    lines = reversed(list(traceback.walk_tb(raised.__traceback__))) if raised else traceback.walk_stack(None)
+    for frame, line in lines:
+        if _is_told(frame.f_code.co_filename):
+            return f"{_short(frame.f_code.co_filename)}:{line}"
     return "no line"
 
 
