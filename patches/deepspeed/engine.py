@@ -25,6 +25,7 @@ from dsp_plugin.plans.known_models import softmax_heads
 from dsp_plugin.sharding.integrations import integration_of
 from dsp_plugin.sharding.parallelize import Parallelized, hooked
 from dsp_plugin.sharding.unused_offload import refuse_unused
+from dsp_plugin.sharding.wrappers import unwrapped
 from dsp_plugin.training.copies import Undo
 from dsp_plugin.training.host_budget import offload_for
 
@@ -52,7 +53,8 @@ def parallelizing(upstream: Callable[..., None], patched: Callable[[], str]) -> 
         if section is None:
             upstream(self, *args, **kwargs)
             return
-        module = given["model"]
+        # What `torch.compile` returned only calls the model.
+        module = unwrapped(given["model"])
         staged, tensor_size = pipeline.is_pipeline(module), tensor_parallel.size_of(param_dict)
         # A PipelineModule is its own model parallel unit.
         refuse_conflicts(param_dict, module, None if staged else given.get("mpu"), given.get("mesh_device"))
