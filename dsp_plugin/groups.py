@@ -6,9 +6,10 @@ names of their own so that a framework can register, and the ledger can tell, wh
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol, Self
+from functools import partial
+from typing import Any, Literal, Protocol, Self
 from weakref import WeakKeyDictionary
 
 import torch
@@ -86,7 +87,7 @@ class SequenceParallelGroups:
             sp=sp,
             ulysses=sp if ring_size == 1 else _axis("ulysses", grid.flatten(0, 1)),
             ring=sp if ulysses_size == 1 < ring_size else _axis("ring", grid.transpose(1, 2).flatten(0, 1)),
-            dp=_axis("dp", rows.view(len(rows), -1, config.size).transpose(1, 2).flatten(0, 1)),
+            dp=_axis_to_ask_for("dp", rows.view(len(rows), -1, config.size).transpose(1, 2).flatten(0, 1)),
             debug=config.debug,
         )
 
@@ -125,14 +126,32 @@ class SequenceParallelGroups:
 
 def _axis(name: str, rows: torch.Tensor) -> Axis:
     """The axis of this rank among ``rows``, each row the global ranks of one group."""
+    mine = _row_of_this_rank(name, rows)
+    return Axis(name, _group_of(rows, mine), mine.index(dist.get_rank()), len(mine), mine)
+
+
+def _axis_to_ask_for(name: str, rows: torch.Tensor) -> Axis:
+    """`_axis` whose groups are made once somebody communicates on it: gradients are averaged by the frameworks."""
+    mine = _row_of_this_rank(name, rows)
+    made: ProcessGroup | Callable[[], ProcessGroup] | None = None
+    if len(mine) == dist.get_world_size() > 1:
+        made = dist.distributed_c10d._get_default_group()
+    elif len(mine) > 1:
+        made = partial(_group_of, rows, mine)
+    return Axis(name, made, mine.index(dist.get_rank()), len(mine), mine)
+
+
+def _row_of_this_rank(name: str, rows: torch.Tensor) -> tuple[int, ...]:
     here = dist.get_rank()
-    mine: Axis | None = None
-    for row in rows.tolist():
-        group = _group(tuple(row)) if len(row) > 1 else None
-        if here in row:
-            mine = Axis(name, group, row.index(here), len(row), tuple(row))
+    mine = next((row for row in rows.tolist() if here in row), None)
     assert mine is not None, f"rank {here} is in no {name} group"
-    return mine
+    return tuple(mine)
+
+
+def _group_of(rows: torch.Tensor, mine: tuple[int, ...]) -> Any:
+    """The process group of one of the rows, of which all are made, in one order; None for a row of one rank."""
+    made = {tuple(row): _group(tuple(row)) for row in rows.tolist() if len(row) > 1}
+    return made.get(mine)
 
 
 def _group(ranks: tuple[int, ...]) -> ProcessGroup:

@@ -103,7 +103,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         *("errors", "groups", "comm", "config", "sharding", "training", "patches", "patches/transformers"),
     ),
     "patches/megatron": (*_SEAM, "integers", "mask", "kernels", "tiles", "planner", "training", "patches"),
-    "patches/megatron/models": (*_SEAM, "kernels", "planner", "models", "patches/megatron"),
+    "patches/megatron/models": (*_SEAM, "integers", "kernels", "planner", "models", "patches/megatron"),
     **dict.fromkeys(DOORS, ("patches/megatron/models",)),
     "launch": ("errors", "comm", "config", "watch", "patches", "patches/megatron"),
     "launch/examples": ("dsp_plugin", "kernels", "models", "patches/megatron/models", *DOORS),

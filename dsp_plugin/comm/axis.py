@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import cast
@@ -17,7 +18,8 @@ class Axis:
 
     Attributes:
         name: who it is for: ``sp``, ``ulysses``, ``ring``, ``dsp``, ``lasp`` or ``dp``.
-        group: its process group; None on an axis of size 1, which never communicates.
+        made: its process group, or what makes it where somebody first asks for `group`: on an axis that many programs
+            never communicate on, that is a communicator less. None on an axis of size 1, which never communicates.
         rank: this rank's place on the axis.
         size: ranks on the axis.
         ranks: their global ranks, in axis order.
@@ -25,7 +27,7 @@ class Axis:
     """
 
     name: str
-    group: ProcessGroup | None
+    made: ProcessGroup | Callable[[], ProcessGroup] | None
     rank: int
     size: int
     ranks: tuple[int, ...]
@@ -34,7 +36,12 @@ class Axis:
     def __post_init__(self) -> None:
         assert self.size == len(self.ranks)
         assert 0 <= self.rank < self.size
-        assert self.size == 1 or self.group is not None
+        assert self.size == 1 or self.made is not None
+
+    @property
+    def group(self) -> ProcessGroup | None:
+        """Its process group; None on an axis of size 1. A collective of the world where it has still to be made."""
+        return self.made() if callable(self.made) else self.made
 
     @classmethod
     def alone(cls, name: str, global_rank: int = 0) -> Axis:

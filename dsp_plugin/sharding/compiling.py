@@ -13,9 +13,10 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from functools import cache, wraps
 from types import CodeType
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
+from torch import nn
 from torch._compile import _disable_dynamo
 
 from dsp_plugin.patches.post_import import after_import
@@ -60,10 +61,29 @@ def pass_over(function: Callable[..., object]) -> None:
         "_torchdynamo_disable_msg": REASON,
     }
     vars(function).update(marks)
-    _passed_over.add(function.__code__)
+    pass_over_frames((function.__code__,))
+
+
+def pass_over_frames(codes: Iterable[CodeType]) -> None:
+    """Let the compiler leave frames alone, though not what they call, nor their code where it is part of a graph."""
+    _passed_over.update(codes)
     after_import("torch._dynamo", _skip)
     if "torch._dynamo" in sys.modules:
         _skip()
+
+
+def pass_over_decorators(model: nn.Module) -> None:
+    """Let the compiler leave alone what decorates the forwards of a model's modules.
+
+    All that one decorator decorates has one code, which would be compiled anew for each, up to the compiler's limit.
+    """
+    codes: set[CodeType] = set()
+    for kind in {type(module) for module in model.modules()}:
+        function: Any = kind.forward
+        while hasattr(function, "__wrapped__"):
+            codes.add(function.__code__)
+            function = function.__wrapped__
+    pass_over_frames(codes)
 
 
 _left_alone: set[str] = set()

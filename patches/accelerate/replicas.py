@@ -249,6 +249,8 @@ def _fold() -> None:
     if section is None or "num_processes" not in shared or _now.groups is not None:
         return
     _now.groups = groups = SequenceParallelGroups.build(section)
+    # accelerate's collectives are between replicas, and here all ranks are there to make their groups.
+    assert groups.dp.size == 1 or groups.dp.group is not None
     for state in (shared, AcceleratorState._shared_state):
         if "num_processes" in state:
             state.update({"num_processes": groups.dp.size, "process_index": groups.dp.rank})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -24,6 +25,7 @@ from dsp_plugin.plans.known_models import softmax_heads
 from dsp_plugin.sharding.integrations import integration_of
 from dsp_plugin.sharding.parallelize import Parallelized, hooked
 from dsp_plugin.sharding.unused_offload import refuse_unused
+from dsp_plugin.sharding.wrappers import unwrapped
 from dsp_plugin.training.copies import Undo
 from dsp_plugin.training.host_budget import offload_for
 
@@ -51,14 +53,15 @@ def parallelizing(upstream: Callable[..., None], patched: Callable[[], str]) -> 
         if section is None:
             upstream(self, *args, **kwargs)
             return
-        module = given["model"]
+        # What `torch.compile` returned only calls the model.
+        module = unwrapped(given["model"])
         staged, tensor_size = pipeline.is_pipeline(module), tensor_parallel.size_of(param_dict)
         # A PipelineModule is its own model parallel unit.
         refuse_conflicts(param_dict, module, None if staged else given.get("mpu"), given.get("mesh_device"))
 
         writers = step_log.writers_of(section)
         _unhook(module)
-        hook, section = _route(module, param_dict, section)
+        hook, section = _route(module, param_dict, section, partial(device_of, given.get("args")))
         groups = _groups(module, section, tensor_size)
         if tensor_size > 1:
             tensor_parallel.keep_vocabulary_whole(given["config_class"])
@@ -131,12 +134,15 @@ def counting_replicas(upstream: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _route(
-    module: nn.Module, param_dict: Mapping[str, Any], section: SequenceParallelConfig
+    module: nn.Module,
+    param_dict: Mapping[str, Any],
+    section: SequenceParallelConfig,
+    device: Callable[[], torch.device],
 ) -> tuple[Callable[..., Any], SequenceParallelConfig]:
     """What hooks the module, and the section with what the module says of itself."""
     if pipeline.is_pipeline(module):
         section.refuse_automatic("a PipelineModule")
-        return partial(pipeline.PipelineStage, device=_device), section
+        return partial(pipeline.PipelineStage, device=device), section
     integration = integration_of(module, section)
     if integration is not None:
         size = tensor_parallel.size_of(param_dict)
@@ -211,3 +217,11 @@ def _device() -> torch.device:
     from deepspeed.accelerator import get_accelerator
 
     return torch.device(get_accelerator().current_device_name())
+
+
+def device_of(arguments: Any) -> torch.device:
+    """The device that an engine made with these arguments of a script is going to take for its own."""
+    from deepspeed.accelerator import get_accelerator
+
+    rank = getattr(arguments, "device_rank", None)
+    return torch.device(get_accelerator().device_name(int(os.environ["LOCAL_RANK"]) if rank is None else rank))

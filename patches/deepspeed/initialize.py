@@ -10,6 +10,7 @@ from typing import Any
 from dsp_plugin.config.schema import SequenceParallelConfig
 from dsp_plugin.config.told import refuse_beside_deepspeed
 from dsp_plugin.patches.deepspeed.refusals import refuse_conflicts
+from dsp_plugin.sharding.wrappers import unwrapped
 
 
 def refusing(upstream: Callable[..., Any]) -> Callable[..., Any]:
@@ -25,7 +26,7 @@ def refusing(upstream: Callable[..., Any]) -> Callable[..., Any]:
         config = _user_config(given)
         refuse_beside_deepspeed(config or {})
         if config is not None and given.get("model") is not None and SequenceParallelConfig.from_deepspeed(config):
-            refuse_conflicts(config, given["model"], given.get("mpu"), given.get("mesh_param"))
+            refuse_conflicts(config, unwrapped(given["model"]), given.get("mpu"), given.get("mesh_param"))
         return upstream(*args, **kwargs)
 
     return initialize

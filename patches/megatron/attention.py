@@ -24,6 +24,7 @@ from dsp_plugin.layout import Layout
 from dsp_plugin.mask import Band, MaskSpec
 from dsp_plugin.methods import Where
 from dsp_plugin.patches.megatron.mask import document_borders
+from dsp_plugin.patches.megatron.recompute import check_checkpoints
 from dsp_plugin.patches.megatron.state import MegatronState, attending, order_of
 from dsp_plugin.patches.megatron.versions import DISTRIBUTION, SUPPORTED
 from dsp_plugin.patches.patch import Patch
@@ -115,6 +116,7 @@ def _check_layer(state: MegatronState, config: Any, core: Any, process_groups: A
             "dsp_plugin.patches.megatron.video_dit and vit",
         )
     check_groups(state, config, process_groups)
+    check_checkpoints(state, config)
     assert state.config is not None
     core = getattr(core, "func", core)
     core = getattr(core, "module", core)
@@ -126,7 +128,10 @@ def _check_layer(state: MegatronState, config: Any, core: Any, process_groups: A
             why=f"the plugin replaces plain softmax attention ({', '.join(_SOFTMAX_CORES)}); this is something else",
             remedy="use a spec with one of these, or drop --sp-method",
         )
-    for setting, plain in (("softmax_type", "vanilla"), ("qk_clip", False), ("log_max_attention_logit", False)):
+    for setting, plain in (
+        *(("softmax_type", "vanilla"), ("qk_clip", False), ("log_max_attention_logit", False)),
+        *(("fp8_dot_product_attention", False), ("fp8_multi_head_attention", False)),
+    ):
         value = getattr(config, setting, plain)
         if value != plain:
             raise UnsupportedError(

@@ -45,6 +45,30 @@ def patches(state: MegatronState) -> tuple[Patch, ...]:
     )
 
 
+def check_checkpoints(state: MegatronState, config: Any) -> None:
+    """That what is asked of checkpoints is asked of those that a layer of this configuration is put into.
+
+    Raises:
+        UnsupportedError: they are Transformer Engine's, which the patches do not reach.
+    """
+    settings = state.settings
+    memory = settings.memory_parts()
+    asked = [("--sp-recompute", settings.recompute)] * (settings.recompute == "keep_attention")
+    if memory != "auto" and memory.offload is not False:
+        asked.append(("memory.offload", str(memory.offload)))
+    precision = next((name for name in ("fp8", "fp4") if getattr(config, name, None)), None)
+    if precision is None or config.recompute_granularity != "full" or not asked:
+        return
+    setting, value = asked[0]
+    raise UnsupportedError(
+        setting=setting,
+        value=value,
+        why=f"under {precision}={getattr(config, precision)!r} Megatron recomputes whole layers by Transformer "
+        "Engine's checkpoint, which runs all of them again and keeps its inputs itself",
+        remedy=f"drop {setting}, recompute selectively (--recompute-granularity selective), or train in bf16",
+    )
+
+
 def _schedule_patch(function: str, make: Callable[[Any], Any], parameters: tuple[str, ...] = ()) -> Patch:
     return Patch(
         f"megatron: an offload that nothing uses, {function}",

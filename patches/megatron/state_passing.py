@@ -24,6 +24,7 @@ from dsp_plugin.methods.halo import convolve
 from dsp_plugin.patches.megatron.attention import check_groups
 from dsp_plugin.patches.megatron.mask import check_mask
 from dsp_plugin.patches.megatron.parallel_state import registered_state
+from dsp_plugin.patches.megatron.recompute import check_checkpoints
 from dsp_plugin.patches.megatron.state import MegatronState, order_of
 
 TOKENS = 1
@@ -65,6 +66,7 @@ def check_linear_layer(config: Any, process_groups: Any, *, heads: int, key_head
             "same model run what --sp-softmax-method names",
         )
     check_groups(state, config, process_groups)
+    check_checkpoints(state, config)
 
 
 def refuse_inputs(inference_context: Any, packed_seq_params: Any) -> None:

@@ -18,7 +18,7 @@ from torch import nn
 
 from dsp_plugin.patches.transformers.attention import SequenceAttention
 from dsp_plugin.patches.transformers.mask import MaskReader
-from dsp_plugin.sharding.compiling import leave_alone
+from dsp_plugin.sharding.compiling import leave_alone, pass_over_decorators
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -75,6 +75,7 @@ def select(
 
     # The functions that make masks call ours, which reads what they were given in their frames.
     leave_alone(("transformers.masking_utils",))
+    pass_over_decorators(model)
     name = next(free for number in count() if (free := f"{prefix}_{number}") not in ALL_ATTENTION_FUNCTIONS)
     shared, own = model.config, deepcopy(model.config)
     for module in outer.modules():

@@ -126,6 +126,40 @@ def test_groups_over_existing_process_groups_and_refusals():
     spawn(_check_existing, WORLD)
 
 
+def _groups_made() -> dict[str, list[tuple[int, ...]]]:
+    made: list[tuple[int, ...]] = []
+    upstream = dist.new_group
+
+    def counting(ranks: list[int], **settings: Any) -> Any:
+        made.append(tuple(ranks))
+        return upstream(ranks, **settings)
+
+    dist.new_group = counting
+    found = {}
+    try:
+        for name, size in (("two replicas", 2), ("one sequence", 4), ("replicas of one rank", 1)):
+            groups = SequenceParallelGroups.build(SequenceParallelConfig(method="ulysses", size=size))
+            found[name] = list(made)
+            made.clear()
+        assert groups.dp.group is dist.group.WORLD
+        replicas = SequenceParallelGroups.build(SequenceParallelConfig(method="ulysses", size=2)).dp
+        assert replicas.renamed("other").group is replicas.group
+        found["asked for"] = list(made)
+    finally:
+        dist.new_group = upstream
+    return found
+
+
+def test_replicas_have_a_communicator_only_where_somebody_asks_for_it() -> None:
+    for found in spawn(_groups_made, WORLD):
+        assert found == {
+            "two replicas": [(0, 1), (2, 3)],
+            "one sequence": [(0, 1, 2, 3)],
+            "replicas of one rank": [],
+            "asked for": [(0, 2), (1, 3)],
+        }
+
+
 def _timeouts() -> list[float]:
     groups = SequenceParallelGroups.build(grid_config(2, 2, "adjacent"))
     made = [axis.group for axis in groups if axis.group is not None]

@@ -13,7 +13,7 @@ from torch.distributed import ProcessGroup
 from dsp_plugin.comm.axis import Axis
 from dsp_plugin.errors import SequenceParallelConfigError
 from dsp_plugin.groups import SequenceParallelGroups
-from dsp_plugin.patches.megatron.models.grid_tokens import Tokens, sharded_dims
+from dsp_plugin.patches.megatron.models.grid_tokens import Tokens, on_device, sharded_dims
 
 NAMES = {"t": "frames", "s": "patches"}
 VIDEO, GRID, SEQUENCE = ("t", "s"), ("z", "y", "x"), ("l",)
@@ -130,3 +130,12 @@ def test_sizes_that_do_not_fit_are_refused_with_the_arithmetic(sizes: Any, words
     with pytest.raises(SequenceParallelConfigError) as error:
         tokens(*sizes).check(VIDEO)
     assert all(word in str(error.value) for word in words), str(error.value)
+
+
+def test_tables_of_a_grid_are_copied_to_a_device_once() -> None:
+    device = torch.device("cpu")
+    first = on_device([3, 0, 1], device)
+    assert first.dtype == torch.int64
+    assert first.tolist() == [3, 0, 1]
+    assert on_device([3, 0, 1], device) is first
+    assert on_device([3, 1], device) is not first

@@ -19,11 +19,14 @@ from itertools import chain
 from math import prod
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from dsp_plugin.errors import SequenceParallelConfigError
 from dsp_plugin.groups import SequenceParallelGroups
+from dsp_plugin.integers import kept_on_device
 from dsp_plugin.layout import Layout, shard_ranges
 from dsp_plugin.methods import dsp
 from dsp_plugin.patches.megatron.parallel_state import registered_state
@@ -144,7 +147,7 @@ class Tokens:
         """This rank's tokens ``[N, B, ...]`` of a whole grid ``[B, G, ...]``, which needs no gradient."""
         local = whole_BGC
         for place, dim in enumerate(self.sizes, 1):
-            local = local.index_select(place, torch.tensor(self.own(dim, sharded), device=local.device))
+            local = local.index_select(place, on_device(self.own(dim, sharded), local.device))
         return local.flatten(1, len(self.sizes)).transpose(0, 1).contiguous()
 
     def switch(self, x_NBC: Tensor, source: str, target: str) -> Tensor:
@@ -157,6 +160,16 @@ class Tokens:
             x_GBC, dims.index(source), dims.index(target), length=self._length(source), groups=self.groups
         )
         return moved.flatten(0, len(dims) - 1)
+
+
+def on_device(entries: list[int], device: torch.device) -> Tensor:
+    """Entries of a dim, int64, copied to a device once for all layers and batches of a shape."""
+    return _kept(tuple(entries), device=device)[0]
+
+
+@kept_on_device
+def _kept(entries: tuple[int, ...]) -> tuple[NDArray[np.int64], ...]:
+    return (np.array(entries, dtype=np.int64),)
 
 
 def local_tokens(config: Any, sizes: Mapping[str, int], names: Mapping[str, str]) -> Tokens:

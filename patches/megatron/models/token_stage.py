@@ -12,6 +12,7 @@ from dsp_plugin.errors import SequenceParallelConfigError, UnsupportedError
 from dsp_plugin.patches.megatron.attention import check_groups
 from dsp_plugin.patches.megatron.models.grid_tokens import Tokens
 from dsp_plugin.patches.megatron.parallel_state import registered_state
+from dsp_plugin.patches.megatron.recompute import check_checkpoints
 from dsp_plugin.patches.megatron.state import MegatronState
 
 
@@ -163,6 +164,7 @@ def context_state(config: Any, methods: Sequence[str], way: str) -> MegatronStat
             remedy=f"start the script with `python -m dsp_plugin.launch` and --sp-method {' or '.join(methods)}",
         )
     check_groups(state, config, None)
+    check_checkpoints(state, config)
     return state
 
 

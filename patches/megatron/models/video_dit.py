@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from dsp_plugin.comm import meter
 from dsp_plugin.models.video_dit import ConditionEmbedding, TimeEmbedding, space_angles, time_angles, wave
-from dsp_plugin.patches.megatron.models.grid_tokens import local_tokens, sharded_dims
+from dsp_plugin.patches.megatron.models.grid_tokens import local_tokens, on_device, sharded_dims
 from dsp_plugin.patches.megatron.models.token_layers import Place, mark_partial
 from dsp_plugin.patches.megatron.models.token_stage import TokenStage, check_no_dropout, check_switching, context_state
 from dsp_plugin.patches.megatron.models.video_dit_layers import FinalLayer, space_time_layer
@@ -212,7 +212,7 @@ class ParallelVideoDiT(TokenStage):
     def _place(self, sharded: str, along: str, tables: dict[str, Tensor]) -> Place:
         rope = None
         if self.positions == "rotary":
-            order = torch.tensor(self.tokens.gathered(along, sharded), device=tables[along].device)
+            order = on_device(self.tokens.gathered(along, sharded), tables[along].device)
             rope = tables[along][order]
         return Place(self.tokens, sharded, along, rope)
 

@@ -32,7 +32,7 @@ from dsp_plugin.kernels.spec import AttentionSpec
 from dsp_plugin.methods import Where
 from dsp_plugin.models.video_dit import wave
 from dsp_plugin.models.vit import VisionTransformer, angles, places
-from dsp_plugin.patches.megatron.models.grid_tokens import Tokens, local_tokens, sharded_dims
+from dsp_plugin.patches.megatron.models.grid_tokens import Tokens, local_tokens, on_device, sharded_dims
 from dsp_plugin.patches.megatron.models.token_layers import Place, mark_partial
 from dsp_plugin.patches.megatron.models.token_stage import TokenStage, check_no_dropout, check_switching, context_state
 from dsp_plugin.patches.megatron.models.vit_layers import layer, parallel_embedding
@@ -275,7 +275,7 @@ class ParallelVisionTransformer(TokenStage):
     def _rope(self, ropes: dict[str, Tensor], along: str, sharded: str) -> Tensor | None:
         if along not in ropes:
             return None
-        return ropes[along][torch.tensor(self.tokens.gathered(along, sharded), device=ropes[along].device)]
+        return ropes[along][on_device(self.tokens.gathered(along, sharded), ropes[along].device)]
 
 
 def _dims(config: Any, tokens: Tokens) -> tuple[str, ...]:

@@ -239,6 +239,8 @@ def refused_layers() -> dict[str, str]:
         for name, build in {
             "softmax type": lambda: layer({"softmax_type": "off-by-one"}),
             "max logit": lambda: layer({"log_max_attention_logit": True}),
+            "attention in fp8": lambda: layer({"fp8": "hybrid", "fp8_dot_product_attention": True}),
+            "heads in fp8": lambda: layer({"fp8": "hybrid", "fp8_multi_head_attention": True}),
             "other attention": lambda: layer(core=SparseAttention),
             "too few heads": lambda: layer({"num_attention_heads": 1, "num_query_groups": 1}),
             "another size": lambda: layer({"context_parallel_size": 4}),

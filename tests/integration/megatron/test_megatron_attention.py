@@ -49,6 +49,8 @@ def refused() -> list[dict[str, str]]:
     [
         ("softmax type", ["softmax_type='off-by-one'", "vanilla"]),
         ("max logit", ["log_max_attention_logit=True"]),
+        ("attention in fp8", ["fp8_dot_product_attention=True", "Set it to False"]),
+        ("heads in fp8", ["fp8_multi_head_attention=True", "Set it to False"]),
         ("other attention", ["core_attention='SparseAttention'", "DotProductAttention"]),
         ("too few heads", ["heads=1", "size=2"]),
         ("another size", ["TransformerConfig.context_parallel_size=4", "context_parallel_size=2"]),

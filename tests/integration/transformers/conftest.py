@@ -19,11 +19,15 @@ HERE = Path(__file__).parent
 GROUPS = {
     (2, ""): (("hf_features", "hf_tiles", "hf_refused", "hf_training"), 240),
     (2, "living"): (("hf_living", "hf_peft", "hf_heads", "hf_tiled"), 280),
+    (2, "compiled"): (("hf_compiled",), 290),
     (3, ""): (("hf_training",), 150),
     (4, ""): (("hf_training",), 150),
 }
 # What it runs beyond the covering subset.
-MATRIX = {(2, "living"): ("hf_peft_matrix", "hf_heads_matrix", "hf_tiled_matrix")}
+MATRIX = {
+    (2, "living"): ("hf_peft_matrix", "hf_heads_matrix", "hf_tiled_matrix"),
+    (2, "compiled"): ("hf_compiled_matrix",),
+}
 
 if any(importlib.util.find_spec(name) is None for name in ("deepspeed", "transformers", "peft")):
     collect_ignore_glob = ["test_*.py"]

@@ -25,6 +25,7 @@ METHODS, FAMILIES, CHECKPOINTING = (
 MEMORIES: dict[str, Any] = {
     "everything": {"tile_tokens": 5, "mlp_tiles": 3, "offload": True, "attention_rounds": 2},
     "all but rounds": {"tile_tokens": 5, "mlp_tiles": 3, "offload": "1GiB"},
+    "tiles": {"tile_tokens": 5, "mlp_tiles": 3},
     "auto": "auto",
 }
 
