@@ -69,6 +69,11 @@ def survey(tried: Mapping[str, Sequence[str]], settings: Mapping[str, Any] = EMP
         tried: features by family.
         settings: further ones of the section.
     """
+    import torch
+
+    if not torch.cuda.is_available():
+        # Transformers takes its kernels where it is installed, on whatever device the tensors are.
+        sys.modules["fla"] = None  # type: ignore[assignment]
     import transformers
 
     warnings.filterwarnings("ignore")
