@@ -69,6 +69,11 @@ def survey(tried: Mapping[str, Sequence[str]], settings: Mapping[str, Any] = EMP
         tried: features by family.
         settings: further ones of the section.
     """
+    import torch
+
+    if not torch.cuda.is_available():
+        # Transformers takes its kernels where it is installed, on whatever device the tensors are.
+        sys.modules["fla"] = None  # type: ignore[assignment]
     import transformers
 
     warnings.filterwarnings("ignore")
@@ -128,22 +133,30 @@ def status_of(verdicts: Mapping[str, Verdict]) -> str:
 
 
 def write(path: Path, found: Mapping[str, Mapping[str, Verdict]], arguments: Sequence[str]) -> None:
-    """Writes verdicts, date and versions."""
+    """Writes verdicts, date and versions; into the results of the same versions where only some families were tried."""
+    today = datetime.datetime.now(datetime.UTC).date().isoformat()
+    if path.exists() and len(found) < len(names()):
+        content = json.loads(path.read_text())
+        content["families"] |= {family: {**_entry(family, found[family]), "date": today} for family in found}
+        content["families"] = dict(sorted(content["families"].items()))
+        path.write_text(json.dumps(content, indent=1) + "\n")
+        return
     content = {
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "date": today,
         "command": f"python tests/families.py {' '.join(arguments)}",
         "versions": versions(),
-        "families": {
-            family: {
-                "class": names()[family],
-                "status": status_of(verdicts),
-                "features": {name: _shown_verdict(verdict) for name, verdict in verdicts.items()},
-            }
-            for family, verdicts in sorted(found.items())
-        },
+        "families": {family: _entry(family, verdicts) for family, verdicts in sorted(found.items())},
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def _entry(family: str, verdicts: Mapping[str, Verdict]) -> dict[str, Any]:
+    return {
+        "class": names()[family],
+        "status": status_of(verdicts),
+        "features": {name: _shown_verdict(verdict) for name, verdict in verdicts.items()},
+    }
 
 
 def _file_name() -> str:

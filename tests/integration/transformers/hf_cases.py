@@ -133,12 +133,16 @@ def cases(world: int) -> list[Case]:
             Case("llama", "ulysses", 2, 1, checkpointing="plain", memory="auto"),
             Case("llama", "ring", 2, 3, file="hf_ring_zero3.json"),
             Case("qwen3", "usp", 2, 2, file="hf_usp_zero2.json"),
+            Case("qwen3_next", "ring", 2, 3, checkpointing="plain"),
+            Case("bamba", "ulysses", 2, 2, "padded"),
             # Last, for as long as its engine lives all engines of the process keep attention.
             Case("mistral", "lightseq", 2, 1, checkpointing="plain", file="hf_lightseq_zero1.json"),
         ]
     else:
         runs += [Case("llama", method, 3, 1, "short") for method in METHODS]
         runs += [Case("mistral", "usp", 3, 0, "packed"), Case("qwen3", "ring", 3, 3, "short", tile=1)]
+        runs += [Case("qwen3_next", "ulysses", 3, 2), Case("bamba", "usp", 3, 3), Case("minimax", "ring", 3, 3)]
+        runs += [Case("minimax", "ulysses", 3, 2, checkpointing="reentrant")]
     return runs
 
 

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 import transformers
 from torch import Tensor
 
-from dsp_plugin import SequenceParallelGroups, ledger
+from dsp_plugin import MaskSpec, SequenceParallelGroups, ledger
 from dsp_plugin.layout import Layout
 from dsp_plugin.methods import METHODS, Workload
 from dsp_plugin.methods.halo import halo_bytes
@@ -168,11 +168,11 @@ def sent(family: str) -> dict[str, tuple[int, int, int, int]]:
         length=length,
         batch=rows,
         head_dim=key,
-        v_dim=value,
+        value_dim=value,
         decay=decay,
         element_size=8,
         gate_size=8,
-        layout="contiguous",
+        mask=MaskSpec(causal=True),
     )
     states = METHODS["lasp"].wire_bytes(workload, rank)
     taps = halo_bytes(layout, rank, width - 1, rows * channels * 8)

@@ -8,8 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import (
+    BambaConfig,
+    BambaForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    MiniMaxConfig,
+    MiniMaxForCausalLM,
     MistralConfig,
     MistralForCausalLM,
     PreTrainedModel,
@@ -17,6 +21,8 @@ from transformers import (
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3NextConfig,
+    Qwen3NextForCausalLM,
 )
 
 MICRO, VOCABULARY = 2, 31
@@ -60,6 +66,34 @@ FAMILIES: dict[str, tuple[type[PreTrainedModel], type, dict[str, Any]]] = {
         MistralForCausalLM,
         MistralConfig,
         {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 1, "sliding_window": WINDOW},
+    ),
+    # Hybrids: one layer of the gated delta rule, of Mamba-2, of lightning attention, and one that attends.
+    "qwen3_next": (
+        Qwen3NextForCausalLM,
+        Qwen3NextConfig,
+        {
+            **{"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8},
+            **{"linear_num_key_heads": 2, "linear_num_value_heads": 4},
+            **{"linear_key_head_dim": 8, "linear_value_head_dim": 8, "num_experts": 0},
+            "layer_types": ["linear_attention", "full_attention"],
+        },
+    ),
+    "bamba": (
+        BambaForCausalLM,
+        BambaConfig,
+        {
+            **{"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "attn_layer_indices": [1]},
+            **{"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_n_groups": 2},
+        },
+    ),
+    "minimax": (
+        MiniMaxForCausalLM,
+        MiniMaxConfig,
+        {
+            **{"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8},
+            **{"num_local_experts": 2, "num_experts_per_tok": 2, "block_size": 4},
+            "layer_types": ["linear_attention", "full_attention"],
+        },
     ),
 }
 

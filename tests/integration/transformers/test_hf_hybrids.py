@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
-import families
 import pytest
 import torch
 from hf_hybrids import Case, built, found, sent
 from preloading import preload
 
-from dsp_plugin import SequenceParallelConfigError, UnsupportedError
+from dsp_plugin import SequenceParallelConfigError, SequenceParallelGroups, UnsupportedError
 from dsp_plugin.patches.transformers import checked_section, trials
 from dsp_plugin.patches.transformers.mixers import attention_calls, mixers_of
 from dsp_plugin.spawn import spawn
@@ -127,10 +127,8 @@ def test_a_removed_model_is_as_it_was() -> None:
     """The functions of its file are Transformers' own outside of passes, and its layers' forward again its class's."""
     model = built("qwen3_next")
     (mixer,) = mixers_of(model)
-    names = type(mixer).forward.__globals__
+    names = inspect.unwrap(type(mixer).forward).__globals__
     before = names["causal_conv1d_fn"]
-    from dsp_plugin import SequenceParallelGroups
-
     section = {"method": "ulysses", "size": 1, "unverified_model": True}
     handle = trials.shard(model, SequenceParallelGroups.single(), section)
     batch = trials.batches(model, "tokens")[0]
@@ -144,8 +142,6 @@ def test_a_removed_model_is_as_it_was() -> None:
 
 def test_documents_by_positions_alone_pass_states_on_and_a_warning_says_so() -> None:
     """As unsharded."""
-    from dsp_plugin import SequenceParallelGroups
-
     model = built("qwen3_next")
     trials.shard(model, SequenceParallelGroups.single(), {"method": "ulysses", "size": 1})
     with pytest.warns(UserWarning, match=r"do not look at positions.*seq_idx"):
@@ -158,8 +154,6 @@ def test_documents_by_positions_alone_pass_states_on_and_a_warning_says_so() -> 
 )
 def test_padding_that_states_go_through_is_refused(places: Any, match: str) -> None:
     """Before anything is sent."""
-    from dsp_plugin import SequenceParallelGroups
-
     model = built("bamba")
     trials.shard(model, SequenceParallelGroups.single(), {"method": "ulysses", "size": 1})
     batch = trials.batches(model, "tokens")[0]
@@ -169,8 +163,3 @@ def test_padding_that_states_go_through_is_refused(places: Any, match: str) -> N
         batch["labels"][1, 8:12] = -100
     with pytest.raises(UnsupportedError, match=match):
         model(**batch)
-
-
-def test_families_are_built_with_softmax_and_linear_layers() -> None:
-    """What the page calls exact has both."""
-    assert {"bamba", "granitemoehybrid", "jamba", "lfm2"} <= families.SETTINGS.keys()
