@@ -6,10 +6,12 @@ answer; no generator state is stored or communicated.
 
 A row of probabilities has a key of 64 bits: the SplitMix64 finalizer (Steele, Lea, Flood, "Fast splittable
 pseudorandom number generators", OOPSLA 2014) chained over (seed, batch row, head, query position). What there is an
-element of has to be cheap, as GPUs multiply integers of 32 bits at a quarter of the rate of floats and those of 64 bits
-at a tenth: a bijection of 32 bits of two multiplications (C. Wellons, hash-prospector) from the key position, with half
-of the row's key before each. So a row drops each key position below 2**32 by another value, rows are told apart by 64
-bits, and all is arithmetic that wraps around identically on CPU, on CUDA and in `dsp_plugin.kernels.triton_tiles`.
+element of has to be cheap, and GPUs multiply integers of 32 bits at a fraction of the rate of floats, those of 64 bits
+at a fraction of that: it is a bijection of 32 bits of three multiplications (C. Wellons, hash-prospector, "triple32",
+less its last step, which changes lower bits only) of the key position, with half of the row's key before each of the
+first two. Two multiplications are not enough: keys 4,096 apart are correlated by 1 %. So rows are told apart by 64
+bits, a row has another value for each key position below 2**32, and all is arithmetic that wraps around identically on
+CPU, on CUDA and in `dsp_plugin.kernels.triton_tiles`.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ def _signed(value: int, bits: int = 64) -> int:
     return value - 2**bits if value >= 2 ** (bits - 1) else value
 
 
-# Of SplitMix64, and of the permutation of 32 bits; GOLDEN_32 tells key positions apart that agree in their lower 32 bits.
+# Of SplitMix64, and of the permutation of 32 bits; GOLDEN_32 tells key positions apart that share their lower 32 bits.
 GOLDEN, MIX_1, MIX_2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 GOLDEN_32, MIX_3, MIX_4, MIX_5 = 0x1E3779B1, 0xED5AD4BB, 0xAC4C1B51, 0x31848BAB
 

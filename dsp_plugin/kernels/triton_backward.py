@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dsp_plugin.kernels.kernel import BlockSpec
-from dsp_plugin.kernels.triton_launch import OF_KEYS, OF_QUERIES, arguments, launching, sizes
+from dsp_plugin.kernels.triton_launch import OF_KEYS, OF_QUERIES, arguments, sizes
 from dsp_plugin.kernels.triton_tiles import (
     LOG2_E,
     fold,
@@ -21,6 +21,7 @@ from dsp_plugin.kernels.triton_tiles import (
     tile_of,
     visible,
 )
+from dsp_plugin.kernels.triton_usable import launching
 
 
 # fmt: off

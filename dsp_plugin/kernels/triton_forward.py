@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dsp_plugin.kernels.kernel import BlockSpec
-from dsp_plugin.kernels.triton_launch import FORWARD, arguments, launching, sizes
+from dsp_plugin.kernels.triton_launch import FORWARD, arguments, sizes
 from dsp_plugin.kernels.triton_tiles import (
     LN_2,
     LOG2_E,
@@ -22,6 +22,7 @@ from dsp_plugin.kernels.triton_tiles import (
     tile_of,
     visible,
 )
+from dsp_plugin.kernels.triton_usable import launching
 
 
 @triton.jit

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from dsp_plugin.kernels.dropout import Dropout
 from dsp_plugin.kernels.kernel import BlockSpec
+from dsp_plugin.kernels.triton_usable import width
 
 
 @dataclass(frozen=True)
@@ -54,18 +54,13 @@ OF_KEYS: Table = OF_QUERIES
 _NOTHING = Dropout(0.0, 0, range(0), range(0))
 
 
-def width(head_dim: int) -> int:
-    """The columns of a tile, a power of two."""
-    return max(16, 1 << (head_dim - 1).bit_length())
-
-
 def sizes(table: Table, q: Tensor, v: Tensor) -> Sizes:
     """Of a launch for q ``[..., D]`` and v ``[..., Dv]``."""
     return table[max(64, width(q.shape[-1]), width(v.shape[-1])), q.element_size()]
 
 
 def arguments(q: Tensor, k: Tensor, v: Tensor, block: BlockSpec, tile: Sizes) -> dict[str, Any]:
-    """What every kernel takes by name, over a block of q ``[B, n, H, D]``, k ``[B, m, K, D]`` and v ``[B, m, K, Dv]``."""
+    """What kernels take by name, over a block of q ``[B, n, H, D]``, k ``[B, m, K, D]`` and v ``[B, m, K, Dv]``."""
     left, right = block.band
     drop = block.dropout or _NOTHING
     dropping = {
@@ -82,8 +77,3 @@ def arguments(q: Tensor, k: Tensor, v: Tensor, block: BlockSpec, tile: Sizes) ->
         **dropping,
         "PRECISION": "ieee" if q.dtype == torch.float32 else "tf32",
     }
-
-
-def launching(x: Tensor) -> AbstractContextManager[Any]:
-    """Triton launches on the current device."""
-    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()

@@ -7,6 +7,8 @@ Triton's interpreter (``TRITON_INTERPRET=1``).
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -24,7 +26,7 @@ torch.library.define(
     f"(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {_BLOCK}) -> (Tensor, Tensor, Tensor)",
 )
 
-Told = tuple[int | None, int | None, float, float, int, list[int], list[int], list[int]]
+Told = tuple[Any, ...]
 
 
 def told(block: BlockSpec) -> Told:
@@ -49,21 +51,21 @@ def block_of(q: Tensor, k: Tensor, block: Told) -> BlockSpec:
 
 
 @torch.library.register_fake(FORWARD)
-def _fake_forward(q: Tensor, k: Tensor, v: Tensor, *block: object) -> tuple[Tensor, Tensor]:
+def _fake_forward(q: Tensor, k: Tensor, v: Tensor, *block: Any) -> tuple[Tensor, Tensor]:
     batch, rows, heads, _ = q.shape
     return q.new_empty(batch, rows, heads, v.shape[-1]), q.new_empty(batch, heads, rows, dtype=torch.float32)
 
 
 @torch.library.impl(FORWARD, _DEVICES)
-def _forward(q: Tensor, k: Tensor, v: Tensor, *block: object) -> tuple[Tensor, Tensor]:
+def _forward(q: Tensor, k: Tensor, v: Tensor, *block: Any) -> tuple[Tensor, Tensor]:
     from dsp_plugin.kernels.triton_forward import forward
 
-    return forward(*map(_dense, (q, k, v)), block_of(q, k, block))
+    return forward(_dense(q), _dense(k), _dense(v), block_of(q, k, block))
 
 
 @torch.library.register_fake(BACKWARD)
 def _fake_backward(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *block: object
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *block: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
     return dq, dk, dv
@@ -71,11 +73,12 @@ def _fake_backward(
 
 @torch.library.impl(BACKWARD, _DEVICES)
 def _backward(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *block: object
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *block: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     from dsp_plugin.kernels.triton_backward import backward
 
-    return backward(*map(_dense, (dout.to(q.dtype), q, k, v, out)), lse, block_of(q, k, block))
+    told_of = block_of(q, k, block)
+    return backward(_dense(dout.to(q.dtype)), _dense(q), _dense(k), _dense(v), _dense(out), lse, told_of)
 
 
 def _dense(x: Tensor) -> Tensor:

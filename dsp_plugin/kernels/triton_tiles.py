@@ -19,7 +19,7 @@ LOG2_E, LN_2 = tl.constexpr(1.4426950408889634), tl.constexpr(0.6931471805599453
 
 
 @triton.jit
-def stretches(first, last, size, before, after, BEFORE: tl.constexpr, AFTER: tl.constexpr, N: tl.constexpr):  # noqa: E501
+def stretches(first, last, size, before, after, BEFORE: tl.constexpr, AFTER: tl.constexpr, N: tl.constexpr):
     """Of the others that lines ``first .. last`` see, those that all of them see, in whole tiles of N.
 
     Line i sees others ``i - before .. i + after``, of ``size``; without BEFORE or AFTER that side is unbounded.
@@ -27,7 +27,7 @@ def stretches(first, last, size, before, after, BEFORE: tl.constexpr, AFTER: tl.
     Returns:
         ``(start, full, partial, stop)``: tiles from start to full and from partial to stop need a mask.
     """
-    start = first * 0
+    start = first * 0  # a number of the device, whichever branches are compiled
     if BEFORE:
         start = tl.maximum(first - before, 0)
     stop = size + first * 0
