@@ -26,7 +26,7 @@ from dsp_plugin.methods.head_rounds import RoundBudget
 from dsp_plugin.methods.state_exchange import ExchangeName
 
 LayoutName = Literal["auto", LayoutKind]
-KernelName = Literal["auto", "fa3", "fa2", "cuda_flash", "cpu_flash", "math", "reference"]
+KernelName = Literal["auto", "fa3", "fa2", "cuda_flash", "triton", "cpu_flash", "math", "reference"]
 
 
 def _printable(text: str) -> str:

@@ -1,6 +1,6 @@
 """The `math` kernel: plain torch operations over tiles of bounded size, on any device, dtype and head dim.
 
-It is the only fast kernel with dropout: the flash kernels draw theirs from a generator whose stream depends on how
+It has dropout where `triton` does not run: the flash kernels draw theirs from a generator whose stream depends on how
 the work is sharded.
 """
 
@@ -27,12 +27,13 @@ class Math(Kernel):
     """Tiled attention with fp32 accumulation (fp64 for fp64 inputs)."""
 
     name = "math"
+    dropout_cost = "fp32, some 250 launches a tile"
 
     def __init__(self, tile_elements: int | None = None, tile_cols: int = _TILE_COLS) -> None:
         self.tile_elements, self.tile_cols = tile_elements, tile_cols
 
     def available(self) -> tuple[bool, str]:
-        return True, "plain torch, tiled; any device, dtype and head dim; the kernel for dropout"
+        return True, "plain torch, tiled; any device, dtype and head dim; the kernel for dropout where triton is not"
 
     def version(self) -> str | None:
         return torch.__version__

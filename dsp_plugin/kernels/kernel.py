@@ -40,6 +40,8 @@ class Kernel(ABC):
     """
 
     name: ClassVar[str]
+    dropout_cost: ClassVar[str] = ""
+    """What a GPU pays for attention with dropout, forward and backward; of kernels that have it."""
 
     @abstractmethod
     def available(self) -> tuple[bool, str]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dsp_plugin.kernels import triton_merge
+
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """fp32, or fp64 for fp64 inputs: the type of every lse and of every sum over blocks."""
@@ -34,6 +36,9 @@ def merge_(out: Tensor, lse: Tensor, block_out: Tensor, block_lse: Tensor, *, ma
         may_be_empty: whether a query may have seen no key on either side, which leaves ``out`` 0 and ``lse`` -inf.
             Where the block is known to have a key for every query, it costs a launch less to say so.
     """
+    if triton_merge.serves(out, lse):
+        triton_merge.merge_(out, lse, block_out, block_lse)
+        return
     block_lse = block_lse.to(lse.dtype)
     # For -inf on both sides their difference would be no number. Against any finite lse, 0 is what the block weighs.
     so_far = lse.clamp(min=torch.finfo(lse.dtype).min) if may_be_empty else lse

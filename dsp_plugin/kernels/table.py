@@ -14,11 +14,12 @@ from dsp_plugin.kernels.kernel import Kernel
 from dsp_plugin.kernels.reference import Reference
 from dsp_plugin.kernels.spec import AttentionSpec
 from dsp_plugin.kernels.torch_flash import CpuFlash, CudaFlash
+from dsp_plugin.kernels.triton_attention import Triton
 
 # In order of preference for "auto", which never picks the reference.
 KERNELS: dict[str, Kernel] = {
     kernel.name: kernel
-    for kernel in (FlashAttention3(), FlashAttention2(), CudaFlash(), CpuFlash(), Math(), Reference())
+    for kernel in (FlashAttention3(), FlashAttention2(), CudaFlash(), Triton(), CpuFlash(), Math(), Reference())
 }
 
 

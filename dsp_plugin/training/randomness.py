@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 
 from dsp_plugin.comm.axis import Axis
+from dsp_plugin.errors import UnsupportedError
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,31 @@ def _state() -> list[torch.Tensor]:
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         states.append(torch.cuda.get_rng_state())
     return states
+
+
+def draw_seed(device: torch.device) -> int:
+    """A seed from torch's generator of a device, which is one step further then: whoever sets it back draws it again.
+
+    On CUDA from the generator's state, which is on the host: the device is not waited for.
+
+    Raises:
+        UnsupportedError: a CUDA graph is being captured, whose every replay would have the same seed.
+    """
+    if device.type != "cuda":
+        return int(torch.randint(2**62, (), device=device).item())
+    if torch.cuda.is_current_stream_capturing():
+        raise UnsupportedError(
+            setting="attention dropout in a CUDA graph",
+            why="its seed is a number of the host, so every replay would drop the same weights",
+            remedy="set the attention dropout to 0, or capture no graph around attention",
+        )
+    state = torch.cuda.get_rng_state(device)
+    seed = int.from_bytes(blake2b(state.numpy().tobytes(), digest_size=7).digest(), "little")
+    # The state ends with the offset into the generator's numbers, of which a draw takes four.
+    moved = state.clone()
+    moved[-8:].view(torch.int64).add_(4)
+    torch.cuda.set_rng_state(moved, device)
+    return seed
 
 
 def share_generators(axis: Axis) -> None:

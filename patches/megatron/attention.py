@@ -28,6 +28,7 @@ from dsp_plugin.patches.megatron.recompute import check_checkpoints
 from dsp_plugin.patches.megatron.state import MegatronState, attending, order_of
 from dsp_plugin.patches.megatron.versions import DISTRIBUTION, SUPPORTED
 from dsp_plugin.patches.patch import Patch
+from dsp_plugin.training.randomness import draw_seed
 
 _SOFTMAX_CORES = ("DotProductAttention", "TEDotProductAttention")
 _CAUSAL = ("causal", "causal_bottom_right", "padding_causal")
@@ -245,14 +246,11 @@ class CoreAttention(nn.Module):
         """
         from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
-        def draw() -> int:
-            return int(torch.randint(2**62, (), device=device).item())
-
         if self.config.sequence_parallel:
             # As upstream: the transformer block has switched to that generator already.
-            return draw()
+            return draw_seed(device)
         with get_cuda_rng_tracker().fork():
-            return draw()
+            return draw_seed(device)
 
 
 @functools.lru_cache(maxsize=16)

@@ -124,7 +124,7 @@ def test_upstream_packages_are_imported_only_by_patches_and_scripts_and_only_whe
 def test_the_library_needs_no_more_than_it_declares():
     # What only the command line, the demo and the verification need is imported by them alone.
     allowed = {"torch", "pydantic", "einops", "numpy", "dsp_plugin", "__future__", "packaging"}
-    optional = {"flash_attn", "flash_attn_interface", "flash_attn_2_cuda"}
+    optional = {"flash_attn", "flash_attn_interface", "flash_attn_2_cuda", "triton"}
     offenders = []
     for path in files("dsp_plugin"):
         if room_of(path) in ("cli", "verification"):

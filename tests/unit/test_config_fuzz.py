@@ -27,7 +27,7 @@ METHODS = {
     "lasp": ("contiguous", "zigzag"),
 }
 AXES = {"dsp": "u", "ulysses": "u", "ring": "r", "usp": "ur", "lightseq": "r"}
-KERNELS = ("auto", "fa3", "fa2", "cuda_flash", "cpu_flash", "math", "reference")
+KERNELS = ("auto", "fa3", "fa2", "cuda_flash", "triton", "cpu_flash", "math", "reference")
 
 
 def text(value: Any) -> bool:

@@ -109,7 +109,7 @@ def test_unknown_kernels_name_the_nearest() -> None:
 
 def test_describe_has_a_row_for_every_kernel() -> None:
     rows = {row.name: row for row in describe()}
-    assert list(rows) == list(KERNELS) == ["fa3", "fa2", "cuda_flash", "cpu_flash", "math", "reference"]
+    assert list(rows) == list(KERNELS) == ["fa3", "fa2", "cuda_flash", "triton", "cpu_flash", "math", "reference"]
     assert rows["cpu_flash"].available
     assert rows["math"].version == torch.__version__
     assert all(row.reason for row in rows.values())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from test_kernels_parity import MASKS, Shape, assert_close, fast, make, oracle, run
+from torch import Tensor
 
 from dsp_plugin.errors import SequenceParallelConfigError, UnsupportedError
 from dsp_plugin.kernels import AttentionSpec, attention
@@ -35,6 +36,32 @@ def test_it_drops_the_asked_share_everywhere(p: float) -> None:
     for dim in range(4):
         neighbours = centred.narrow(dim, 1, keep.shape[dim] - 1) * centred.narrow(dim, 0, keep.shape[dim] - 1)
         assert neighbours.mean().abs() < 2 * noise, f"neighbours along dim {dim} are correlated"
+
+
+def test_no_distance_between_keys_or_queries_is_correlated() -> None:
+    """Also those at which hashes of two multiplications fail, by powers of two."""
+    keep = Dropout(0.5, 12345, range(64), range(2**15)).keep(1, 1, "cpu")[0, 0].double() - 0.5
+    for distance in (1, 2, 3, 7, 64, 255, 1024, 2048, 4096, 8192, 16384):
+        product = keep[:, distance:] * keep[:, :-distance]
+        assert product.sum().abs() / product.numel() ** 0.5 < 5 * 0.25, f"keys {distance} apart"
+    for distance in (1, 2, 32):
+        product = keep[distance:] * keep[:-distance]
+        assert product.sum().abs() / product.numel() ** 0.5 < 5 * 0.25, f"queries {distance} apart"
+
+
+def test_coordinates_beyond_32_bits_do_not_alias() -> None:
+    """Weights at coordinates that share their lower 32 bits, or that are each other's, agree by chance only."""
+
+    def rows(q: int = 3, k: int = 5, batch: int = 1, head: int = 2, seed: int = 9) -> Tensor:
+        return Dropout(0.5, seed, range(q, q + 64), range(k, k + 64), head, batch).keep(1, 1, "cpu")
+
+    first = rows()
+    others = [
+        *(rows(k=5 + 2**31), rows(k=5 + 2**32), rows(k=5 + 2**40), rows(q=3 + 2**31), rows(q=3 + 2**32)),
+        *(rows(batch=1 + 2**32), rows(head=2 + 2**32), rows(batch=2, head=1), rows(q=5, k=3), rows(seed=9 + 2**32)),
+    ]
+    for other in others:
+        assert abs((first == other).double().mean() - 0.5) < 5 * 0.5 / 64
 
 
 def test_seeds_give_unrelated_masks() -> None:

@@ -14,11 +14,12 @@ from torch import Tensor, nn
 from dsp_plugin import Plan, SequenceParallelConfig, SequenceParallelGroups, Stage, parallelize
 from dsp_plugin.config import start_line
 from dsp_plugin.config.start_line import BY_PLAN, announce
-from dsp_plugin.kernels import KERNELS
+from dsp_plugin.kernels import KERNELS, triton_usable
 from dsp_plugin.kernels.candidates import candidates_in_words
 from dsp_plugin.kernels.torch_flash import CudaFlash
 from dsp_plugin.sharding.parallelize import hooked
 
+BY_MATH = "math (fp32, some 250 launches a tile)"
 BEGIN = f"dsp_plugin {metadata.version('dsp-plugin')} | "
 BATCH = {"batch": {"x": 1}, "attention": ["attention"], "positions": None, "gather_output": 1}
 
@@ -104,9 +105,10 @@ def test_what_follows(
 @pytest.mark.parametrize(
     ("dtype", "dropout", "expected"),
     [
-        (None, True, "cuda_flash, else math"),
-        (torch.bfloat16, True, "cuda_flash, else math"),
-        (torch.float32, True, "math for float32"),
+        (None, True, f"cuda_flash, else math; dropout by {BY_MATH}"),
+        (torch.bfloat16, True, f"cuda_flash, else math; dropout by {BY_MATH}"),
+        (torch.bfloat16, False, "cuda_flash, else math"),
+        (torch.float32, True, f"math for float32; dropout by {BY_MATH}"),
         (torch.float32, False, "math for float32"),
     ],
 )
@@ -120,6 +122,23 @@ def test_kernels_on_cuda(
     monkeypatch.setattr(CudaFlash, "available", lambda self: (True, "built into torch"))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     assert candidates_in_words(["cuda"], dtype, dropout) == expected
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float32])
+def test_dropout_on_cuda_where_triton_is(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype | None) -> None:
+    """It takes no attention without dropout from the others."""
+    for name, kernel in KERNELS.items():
+        if name in ("fa3", "fa2"):
+            monkeypatch.setattr(type(kernel), "available", lambda self: (False, "not installed"))
+    monkeypatch.setattr(CudaFlash, "available", lambda self: (True, "built into torch"))
+    monkeypatch.setattr(triton_usable, "unusable", lambda: None)
+    monkeypatch.setattr(triton_usable, "refused", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    words = candidates_in_words(["cuda"], dtype)
+    flash = "math for float32" if dtype == torch.float32 else "cuda_flash, else math"
+    # Head dims beyond 256 are left to math.
+    assert words == f"{flash}; dropout by triton (3 launches a block), else {BY_MATH}"
+    assert "triton" not in candidates_in_words(["cuda"], dtype, dropout=False)
 
 
 def test_kernels_where_the_device_is_open(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from dsp_plugin.kernels import triton_usable
 from dsp_plugin.rehearsal.cuda.guard import loaded
 
 _guard: ctypes.CDLL | None = None
@@ -24,7 +25,9 @@ _looked_up: list[str] = []
 
 
 def start(library: Path) -> None:
-    """Make this process one with a GPU that computes nothing: a Hopper, with the flash attention inside torch."""
+    """Make this process one with a GPU that computes nothing: a Hopper, with the flash attention inside torch, and the
+    Triton that comes with torch where it is built for CUDA.
+    """
     global _guard
     _guard = loaded(library)
     from_name = metadata.Distribution.from_name
@@ -44,6 +47,7 @@ def start(library: Path) -> None:
             "synchronize": _synchronize,
         },
         torch.backends.cuda: {"is_flash_attention_available": lambda: True},
+        triton_usable: {"unusable": lambda: None},
         # Fake tensors must not ask the device for memory, which torch does where it believes that there is one.
         FakeTensorMode: {"avoid_device_init": property(lambda self: True)},
         metadata.Distribution: {"from_name": staticmethod(looked_up)},

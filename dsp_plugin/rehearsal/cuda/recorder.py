@@ -33,6 +33,7 @@ from dsp_plugin.rehearsal.cuda.nccl import Posted
 ATTENTION = (
     *("_flash_attention_forward", "_flash_attention_backward"),
     *("_scaled_dot_product_flash_attention", "_scaled_dot_product_flash_attention_backward"),
+    *("triton_attention_forward", "triton_attention_backward"),
 )
 # Those whose outputs torch cannot know the shapes, or Python the values, of without asking the device.
 SYNCS = (
