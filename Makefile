@@ -7,7 +7,7 @@ PYTHON312 ?= $(shell for python in python3.12 $$HOME/.pyenv/versions/3.12*/bin/p
 VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 EXTRAS := deepspeed,megatron,hf,demo,test
 
-.PHONY: demo test test-newest matrix exhaustive portable bench rooms lint clean
+.PHONY: gpu demo test test-newest matrix exhaustive portable bench rooms lint clean
 
 demo: .venv/installed
 	.venv/bin/dsp-plugin demo
@@ -57,6 +57,11 @@ portable: .venv/installed .venv312/installed
 # Ratios measured side by side on this machine, written to benchmarks/results/. Twenty minutes on two quiet cores.
 bench: .venv/installed
 	.venv/bin/python -m benchmarks
+
+# What needs a GPU, all of it, and a report of it in build/gpu: tests/gpu, on two devices those of several ranks, too, and the
+# counts of the hot path. Without a device it says so, and fails.
+gpu: .venv/installed
+	.venv/bin/python -m benchmarks.gpu_report
 
 # docs/rooms.svg, from the imports. Standard library only.
 rooms:
