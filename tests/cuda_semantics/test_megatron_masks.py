@@ -8,16 +8,16 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 from unittest import mock
 
-import cuda_world
 import pytest
 import torch
-from cuda_recorder import Counts, recording
-from cuda_worker import Worker
 
 from dsp_plugin import SequenceParallelConfig
 from dsp_plugin.groups import SequenceParallelGroups
 from dsp_plugin.layout import Layout
 from dsp_plugin.patches.megatron import mask as masks
+from dsp_plugin.rehearsal.cuda import device
+from dsp_plugin.rehearsal.cuda.process import CudaProcess
+from dsp_plugin.rehearsal.cuda.recorder import Counts, recording
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -27,7 +27,7 @@ LENGTH, SIZE, BATCH = 8192, 4, 2
 def read(causal: bool, all_rows: bool, said: bool) -> tuple[Counts, bool]:
     """The second mask of a run, by rank 1, and whether a third would look at what is known of it."""
     with ExitStack() as stack:
-        stack.enter_context(cuda_world.rank_of(1, SIZE))
+        stack.enter_context(device.rank_of(1, SIZE))
         groups = SequenceParallelGroups.build(SequenceParallelConfig(method="ring", size=SIZE))
         state: Any = SimpleNamespace(groups=groups)
         module: Any = ModuleType("megatron.training.global_vars")
@@ -56,7 +56,7 @@ def read(causal: bool, all_rows: bool, said: bool) -> tuple[Counts, bool]:
 
 @pytest.mark.parametrize("all_rows", [False, True])
 @pytest.mark.parametrize("causal", [False, True])
-def test_a_mask_without_documents_is_read_and_not_waited_for(worker: Worker, causal: bool, all_rows: bool) -> None:
+def test_a_mask_without_documents_is_read_and_not_waited_for(worker: CudaProcess, causal: bool, all_rows: bool) -> None:
     found, unread = worker.run(read, causal, all_rows, True)
     assert unread
     assert found.syncs == found.mixed == []
@@ -64,7 +64,7 @@ def test_a_mask_without_documents_is_read_and_not_waited_for(worker: Worker, cau
     assert found.traffic < (12 if causal else 2 + all_rows * 2) * BATCH * (LENGTH // SIZE) * LENGTH
 
 
-def test_one_that_may_hold_documents_is_waited_for_once(worker: Worker) -> None:
+def test_one_that_may_hold_documents_is_waited_for_once(worker: CudaProcess) -> None:
     found, unread = worker.run(read, True, False, False)
     assert not unread
     assert len(found.syncs) == 1
