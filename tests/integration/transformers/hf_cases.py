@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from hf_models import MICRO, build_model, micro_batch, micro_loss
+from hf_models import HYBRIDS, MICRO, build_model, micro_batch, micro_loss
+
+from dsp_plugin.verification.double import InDouble, backward
 
 # Adam divides by |gradient| + epsilon: a small epsilon turns rounding of small gradients into different steps.
 OPTIMIZER = {"lr": 2e-3, "eps": 1e-4, "weight_decay": 0.01}
@@ -67,6 +70,11 @@ class Case:
         batch = "" if self.batch == "tokens" else self.batch
         shape = f"sp{self.size}dp{self.replicas}"
         return "-".join([self.family, self.method, shape, f"zero{self.zero}", *filter(None, [batch, *extras])])
+
+    @property
+    def reference(self) -> str:
+        """The dtype of the run that it is compared with: Transformers' own states round more than ours in fp32."""
+        return "fp64" if self.family in HYBRIDS else "fp32"
 
     @property
     def replicas(self) -> int:
@@ -157,7 +165,11 @@ class Trained:
 def train_alone(family: str, batch: str, replicas: int, dtype: str = "fp32") -> Trained:
     """The run in this process, by Transformers' eager attention. bf16 has fp32 master weights beside."""
     torch.manual_seed(0)
-    master = build_model(family)
+    # Drawn in fp32, as the sharded model's are.
+    master = build_model(family).to(torch.float64 if dtype == "fp64" else torch.float32)
+    if dtype == "fp64" and hasattr(master, "set_experts_implementation"):
+        # Grouped kernels have no fp64.
+        master.set_experts_implementation("eager")
     work = build_model(family).to(torch.bfloat16) if dtype == "bf16" else master
     optimizer = torch.optim.AdamW(master.parameters(), **OPTIMIZER)
     losses, gradients = [], {}
@@ -167,11 +179,12 @@ def train_alone(family: str, batch: str, replicas: int, dtype: str = "fp32") -> 
         work.zero_grad()
         total = 0.0
         for replica in range(replicas):
-            loss = micro_loss(batch, work, micro_batch(batch, step, 0, replica)) / replicas
-            loss.backward()
+            with InDouble() if dtype == "fp64" else nullcontext():
+                loss = micro_loss(batch, work, micro_batch(batch, step, 0, replica)) / replicas
+                backward(loss)
             total += loss.item()
         for source, target in zip(work.parameters(), master.parameters(), strict=True):
-            target.grad = source.grad.float()
+            target.grad = source.grad.to(target.dtype)
         if step == 0:
             gradients = {name: parameter.grad.clone() for name, parameter in master.named_parameters()}
         optimizer.step()

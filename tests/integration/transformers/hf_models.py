@@ -96,6 +96,7 @@ FAMILIES: dict[str, tuple[type[PreTrainedModel], type, dict[str, Any]]] = {
         },
     ),
 }
+HYBRIDS = ("qwen3_next", "bamba", "minimax")
 
 
 def build_model(family: str, checkpointing: str = "", **changes: Any) -> PreTrainedModel:

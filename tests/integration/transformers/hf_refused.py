@@ -20,9 +20,9 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     LlamaForSequenceClassification,
-    MambaConfig,
-    MambaForCausalLM,
     PreTrainedModel,
+    RwkvConfig,
+    RwkvForCausalLM,
     T5Config,
     T5ForConditionalGeneration,
 )
@@ -161,8 +161,8 @@ REFUSED = {
     ),
     "recurrent": Refused(
         UNSUPPORTED,
-        ("MambaForCausalLM", "is not attention", "attention layers only"),
-        partial(MambaForCausalLM, MambaConfig(vocab_size=31, hidden_size=16, num_hidden_layers=1, state_size=4)),
+        ("RwkvForCausalLM", "otherwise than we know how to", "layers are of these kinds"),
+        partial(RwkvForCausalLM, RwkvConfig(vocab_size=31, hidden_size=16, num_hidden_layers=2)),
     ),
     "dynamic_rope": Refused(
         UNSUPPORTED,

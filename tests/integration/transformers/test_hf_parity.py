@@ -34,7 +34,8 @@ def alone(family: str, batch: str, replicas: int, dtype: str = "fp32") -> Traine
 @pytest.mark.parametrize("case", chosen([case for case in ALL if case.dtype == "fp32"]))
 def test_training_equals_the_unsharded_run(case: Case, hf_world: Callable[[int], Any]) -> None:
     """Losses of every step, and every gradient of the first."""
-    expected, results = alone(case.family, case.batch, case.replicas), hf_world(case.world).results(case.name)
+    expected = alone(case.family, case.batch, case.replicas, case.reference)
+    results = hf_world(case.world).results(case.name)
     for result in results:
         assert result["losses"] == pytest.approx(expected.losses, rel=LOSS_TOLERANCE)
         assert result["sent"] > 0, "the sequence was not sharded"
