@@ -21,7 +21,7 @@ MOST_OVER = 20
 """Documents stay whole where no rank has more pairs than the mean by more than a part in so many."""
 _TRIES = 5
 # Beyond these the documents left are the shortest, and which rank gets which of a round matters little.
-_ROUNDS_BY_LOAD = 64
+_ROUNDS_BY_LOAD = 32
 # Pairs of longer sequences do not fit 64 bits.
 _LONGEST = 2**31
 

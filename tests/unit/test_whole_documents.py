@@ -144,7 +144,7 @@ def borders_of(documents: int) -> tuple[int, ...]:
 
 
 def test_what_a_new_batch_costs_the_host_does_not_grow_with_its_documents():
-    """Of the documents that are dealt by load, 64 rounds of P, the count is the same from there on."""
+    """Of the documents that are dealt by load, 32 rounds of P, the count is the same from there on."""
 
     def once(documents, below):
         borders = borders_of(documents)
