@@ -43,6 +43,11 @@ class Places:
         ends = np.array([tokens] if tokens else [], dtype=np.int64)
         return cls(np.zeros_like(ends), ends)
 
+    @classmethod
+    def stretch_of(cls, stretch: slice) -> Places:
+        """The tokens of a slice that is not empty."""
+        return cls(np.array([stretch.start]), np.array([stretch.stop]))
+
     def __len__(self) -> int:
         """How many stretches they are."""
         return len(self.starts)

@@ -72,7 +72,10 @@ class Hop:
     @cached_property
     def calls_by_run(self) -> tuple[Call, ...]:
         """The same in a call for each of `work`, for results that depend on global positions, as those of dropout."""
-        return tuple(Call(_one(work.q), _one(work.k), (work.q_positions, work.k_positions)) for work in self.work)
+        return tuple(
+            Call(Places.stretch_of(work.q), Places.stretch_of(work.k), (work.q_positions, work.k_positions))
+            for work in self.work
+        )
 
     @cached_property
     def on(self) -> Places:
@@ -264,10 +267,6 @@ def _with_again(calls: Sequence[tuple[Call, ...]]) -> tuple[tuple[Call, ...], ..
             later.add(call.q)
         found.append(tuple(reversed(told)))
     return tuple(reversed(found))
-
-
-def _one(stretch: slice) -> Places:
-    return Places(np.array([stretch.start]), np.array([stretch.stop]))
 
 
 def _columns(runs: Runs | tuple[range, ...]) -> Runs:
