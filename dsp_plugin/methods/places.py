@@ -33,8 +33,12 @@ class Places:
     @classmethod
     def of(cls, lengths: Column, chosen: NDArray[np.bool_]) -> Places:
         """Of pieces of these lengths, one behind the other, the chosen ones."""
-        ends = np.cumsum(lengths)
+        if chosen.all():
+            return cls.whole(int(lengths.sum()))
         chosen = chosen & (lengths > 0)
+        if not chosen.any():
+            return cls.whole(0)
+        ends = np.cumsum(lengths)
         return cls((ends - lengths)[chosen], ends[chosen])
 
     @classmethod

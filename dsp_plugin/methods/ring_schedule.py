@@ -165,9 +165,7 @@ class RingSchedule:
         ascends = np.diff(self._pieces.start) > 0
         self._in_order = bool((self._pieces.step == 1).all() and (ascends | (np.diff(self._pieces.rank) > 0)).all())
         self._read_by = self._sight.readers(self._pieces, self.size)
-        if shift is None:
-            shift = min((-1, 1), key=self._tokens_that_jump)
-        self.shift = shift
+        self.shift = self._better_shift() if shift is None else shift
         self._hops: dict[int, tuple[Hop, ...]] = {}
         self._calls: dict[int, tuple[tuple[Call, ...], ...]] = {}
 
@@ -248,12 +246,17 @@ class RingSchedule:
             self._calls[rank] = _with_again(calls)
         return self._calls[rank]
 
-    def _tokens_that_jump(self, shift: int) -> int:
-        jump = self._read_by & ~np.roll(self._read_by, shift, axis=0)
-        if not jump.any():
-            return 0
-        at_home = jump[self._pieces.rank, np.arange(len(self._pieces))]
-        return int((jump.sum(0) - at_home) @ self._pieces.length)
+    def _better_shift(self) -> int:
+        """The way on which fewer tokens jump."""
+        away = self._read_by.copy()
+        away[self._pieces.rank, np.arange(len(self._pieces))] = False
+        jumps: dict[int, int] = {}
+        for shift in (-1, 1):
+            jump = away & ~np.roll(self._read_by, shift, axis=0)
+            if not jump.any():
+                return shift
+            jumps[shift] = int(jump.sum(0) @ self._pieces.length)
+        return min(jumps, key=lambda shift: jumps[shift])
 
 
 def _with_again(calls: Sequence[tuple[Call, ...]]) -> tuple[tuple[Call, ...], ...]:
