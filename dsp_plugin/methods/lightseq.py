@@ -90,6 +90,12 @@ class Schedule:
         helper = rank + step - self.size
         return helper if helper >= 0 and self.block(step, helper) is not None else None
 
+    def last(self, step: int, rank: int) -> bool:
+        """Whether nothing is computed with the queries of ``rank`` after its own block of a step."""
+        later = range(step + 1, self.steps + 1)
+        own = any((self.block(at, rank) or (None,))[0] == rank for at in later)
+        return not own and all(self.helper(at, rank) is None for at in range(1, self.steps + 1))
+
     def idle_share(self) -> float:
         """Share of all ranks' steps in which a rank has no block: 0 for odd P, 1/(P+2) for even P without a window."""
         slots = [self.block(step, rank) is None for step in range(self.steps + 1) for rank in range(self.size)]
@@ -140,7 +146,7 @@ class _LightSeq(torch.autograd.Function):
             (their_q,), (their_k, their_v) = queries, keys
             return block_forward(call, their_q, their_k, their_v, q_run, k_run), ()
 
-        def add(places: Places, results: Bundle) -> None:
+        def add(places: Places, results: Bundle, _last: bool) -> None:
             # Every query has seen its own key before anything else comes.
             outputs.add(places, *results, again=False, may_be_empty=False)
 
@@ -166,9 +172,9 @@ class _LightSeq(torch.autograd.Function):
             return (of_q,), tuple(of_keys)
 
         def adding(*totals: Gradients) -> Add:
-            def add(places: Places, parts: Bundle) -> None:
+            def add(places: Places, parts: Bundle, last: bool) -> None:
                 for total, part in zip(totals, parts, strict=True):
-                    total.add(places, part)
+                    total.add(places, part, last=last)
 
             return add
 
@@ -183,7 +189,7 @@ Bundle = tuple[Tensor, ...]
 Compute = Callable[[Bundle, Bundle, range, range], tuple[Bundle, Bundle]]
 
 
-Add = Callable[[Places, Bundle], None]
+Add = Callable[[Places, Bundle, bool], None]
 
 
 @dataclass(frozen=True)
@@ -193,7 +199,8 @@ class _Side:
     Attributes:
         inputs: what a block needs of this side; ``[B, n, heads, dim]``, or ``[B, H, n]`` for the log-sum-exp.
         results: what a block returns to this side, as it travels.
-        add: takes one block's results, of the tokens at some places.
+        add: takes one block's results, of the tokens at some places, and whether they are the last ones, if that is
+            known.
     """
 
     inputs: Bundle
@@ -247,7 +254,7 @@ def _run(schedule: Schedule, sender: Sender, queries: _Side, keys: _Side, comput
             found = compute(of_q, of_k, q_run, k_run)
             for side, owner, run, places, result in zip((queries, keys), owners, runs, seen, found, strict=True):
                 if owner == rank:
-                    side.add(places, result)
+                    side.add(places, result, side is queries and schedule.last(step, rank))
                 elif result:
                     results[owner] = tuple(_spread(x, places, len(run)) for x in result)
         if step > 0:
@@ -307,7 +314,7 @@ def _take_back(
     arrived = returning.wait()
     for user, side in _users(schedule, step, rank, queries, keys):
         if side.results:
-            side.add(Places.whole(len(schedule.runs[rank])), tuple(unpack(arrived[user], side.results)))
+            side.add(Places.whole(len(schedule.runs[rank])), tuple(unpack(arrived[user], side.results)), False)
 
 
 def _no_bytes(side: _Side) -> Tensor:
