@@ -116,12 +116,12 @@ class Gradients:
         """
         if places.covers(self._like.shape[1]):
             if self._whole is None:
-                self._whole = gradient if last else gradient.to(self._wide)
-            elif last and self._wide != self._like.dtype:
-                rounded = self._whole.new_empty(self._whole.shape, dtype=self._like.dtype)
+                self._whole = gradient
+            elif last and self._wide != self._like.dtype and self._wide in (self._whole.dtype, gradient.dtype):
+                rounded = gradient.new_empty(self._like.shape, dtype=self._like.dtype)
                 self._whole = torch.add(self._whole, gradient, out=rounded)
             else:
-                self._whole.add_(gradient)
+                self._started().add_(gradient)
         elif places.stretch is not None:
             places.add_(self._started(), gradient)
         else:
@@ -134,9 +134,10 @@ class Gradients:
 
     def total(self) -> Tensor:
         """The sum, in the dtype of the tokens."""
-        return self._started().to(self._like.dtype)
+        return (self._started() if self._whole is None else self._whole).to(self._like.dtype)
 
     def _started(self) -> Tensor:
         if self._whole is None:
             self._whole = torch.zeros(self._like.shape, dtype=self._wide, device=self._like.device)
+        self._whole = self._whole.to(self._wide)
         return self._whole

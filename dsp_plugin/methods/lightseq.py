@@ -28,14 +28,16 @@ from dsp_plugin.comm.wire import Sender, Transfers
 from dsp_plugin.derivatives import once_differentiable
 from dsp_plugin.kernels.blocks import blocks
 from dsp_plugin.kernels.call import AttentionCall
-from dsp_plugin.kernels.merge import accumulation_dtype, empty_state, merge_
+from dsp_plugin.kernels.merge import accumulation_dtype
 from dsp_plugin.kernels.softmax import block_backward, block_forward
 from dsp_plugin.kernels.spec import AttentionSpec
 from dsp_plugin.layout import Layout
 from dsp_plugin.mask import MaskSpec
 from dsp_plugin.methods import ring
+from dsp_plugin.methods.block_sums import Gradients, Outputs
 from dsp_plugin.methods.inputs import GradientDtype, check_shards, checked, gradient_dtype
 from dsp_plugin.methods.method import Method, Where, WireBytes, Workload
+from dsp_plugin.methods.places import Places
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,17 @@ class Schedule:
             return None
         return owners if blocks(self.mask, self.runs[owners[0]], self.runs[owners[1]]) else None
 
+    def seen(self, q_owner: int, k_owner: int) -> tuple[Places, Places]:
+        """Of a block, the queries that see a key, and the keys that are seen: each one stretch of a rank's tokens.
+
+        Two ranks share one document at most, and at home every token sees itself.
+        """
+        queries, keys = self.runs[q_owner], self.runs[k_owner]
+        if q_owner == k_owner:
+            return Places.whole(len(queries)), Places.whole(len(keys))
+        (block,) = blocks(self.mask, queries, keys)
+        return Places.stretch_of(block.q), Places.stretch_of(block.k)
+
     def key_user(self, step: int, rank: int) -> int | None:
         """The rank that fetches the keys of ``rank`` for ``step``."""
         user = rank + step
@@ -76,6 +89,12 @@ class Schedule:
         """The rank that computes a block with the queries of ``rank`` in ``step``."""
         helper = rank + step - self.size
         return helper if helper >= 0 and self.block(step, helper) is not None else None
+
+    def last(self, step: int, rank: int) -> bool:
+        """Whether nothing is computed with the queries of ``rank`` after its own block of a step."""
+        later = range(step + 1, self.steps + 1)
+        own = any((self.block(at, rank) or (None,))[0] == rank for at in later)
+        return not own and all(self.helper(at, rank) is None for at in range(1, self.steps + 1))
 
     def idle_share(self) -> float:
         """Share of all ranks' steps in which a rank has no block: 0 for odd P, 1/(P+2) for even P without a window."""
@@ -121,21 +140,20 @@ class _LightSeq(torch.autograd.Function):
         sender: Sender,
         gradient_dtype: torch.dtype,
     ) -> Tensor:
-        out, lse = empty_state(q, v)
+        outputs = Outputs(q, v)
 
         def compute(queries: Bundle, keys: Bundle, q_run: range, k_run: range) -> tuple[Bundle, Bundle]:
             (their_q,), (their_k, their_v) = queries, keys
-            partial, partial_lse = block_forward(call, their_q, their_k, their_v, q_run, k_run)
-            # Tokens in dim 1, as in every bundle.
-            return (partial, partial_lse.transpose(1, 2)), ()
+            return block_forward(call, their_q, their_k, their_v, q_run, k_run), ()
 
-        def add(results: Bundle) -> None:
-            partial, partial_lse = results
-            merge_(out, lse, partial, partial_lse.transpose(1, 2))
+        def add(places: Places, results: Bundle, _last: bool) -> None:
+            # Every query has seen its own key before anything else comes.
+            outputs.add(places, *results, again=False, may_be_empty=False)
 
-        results = (Form(out.shape, q.dtype), Form(lse.transpose(1, 2).shape, lse.dtype))
-        _run(schedule, sender, _Side((q,), results, add), _Side((k, v), (), lambda _: None), compute)
-        out = out.to(q.dtype)
+        wide = accumulation_dtype(q.dtype)
+        results = (Form((*q.shape[:3], v.shape[3]), q.dtype), Form((q.shape[0], q.shape[2], q.shape[1]), wide))
+        _run(schedule, sender, _Side((q,), results, add), _Side((k, v), (), lambda *_: None), compute)
+        out, lse = outputs.total()
         ctx.call, ctx.schedule, ctx.sender, ctx.gradient_dtype = call, schedule, sender.backward(), gradient_dtype
         ctx.save_for_backward(q, k, v, out, lse)
         return out
@@ -144,25 +162,34 @@ class _LightSeq(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse = ctx.saved_tensors
-        wide, travel = accumulation_dtype(q.dtype), ctx.gradient_dtype
-        dq, dk, dv = (torch.zeros(x.shape, dtype=wide, device=x.device) for x in (q, k, v))
+        travel = ctx.gradient_dtype
+        sums = Gradients(q), Gradients(k), Gradients(v)
 
         def compute(queries: Bundle, keys: Bundle, q_run: range, k_run: range) -> tuple[Bundle, Bundle]:
             (their_q, their_dout, their_out, their_lse), (their_k, their_v) = queries, keys
-            gradients = block_backward(
-                ctx.call, their_dout, their_q, their_k, their_v, their_out, their_lse.transpose(1, 2), q_run, k_run
-            )
-            of_q, *of_keys = gradients
+            saved = their_q, their_k, their_v, their_out, their_lse.contiguous()
+            of_q, *of_keys = block_backward(ctx.call, their_dout, *saved, q_run, k_run)
             return (of_q,), tuple(of_keys)
 
-        queries = _Side((q, dout, out, lse.transpose(1, 2)), (Form(q.shape, travel),), lambda got: _add_to((dq,), got))
-        keys = _Side((k, v), (Form(k.shape, travel), Form(v.shape, travel)), lambda got: _add_to((dk, dv), got))
+        def adding(*totals: Gradients) -> Add:
+            def add(places: Places, parts: Bundle, last: bool) -> None:
+                for total, part in zip(totals, parts, strict=True):
+                    total.add(places, part, last=last)
+
+            return add
+
+        of_q, *of_keys = sums
+        queries = _Side((q, dout, out, lse), (Form(q.shape, travel),), adding(of_q))
+        keys = _Side((k, v), (Form(k.shape, travel), Form(v.shape, travel)), adding(*of_keys))
         _run(ctx.schedule, ctx.sender, queries, keys, compute)
-        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None, None, None
+        return *(total.total() for total in sums), None, None, None, None
 
 
 Bundle = tuple[Tensor, ...]
 Compute = Callable[[Bundle, Bundle, range, range], tuple[Bundle, Bundle]]
+
+
+Add = Callable[[Places, Bundle, bool], None]
 
 
 @dataclass(frozen=True)
@@ -170,18 +197,38 @@ class _Side:
     """The query side or the key side of a pass, on the rank that owns the tokens.
 
     Attributes:
-        inputs: what a block needs of this side; every tensor has its tokens in dim 1.
+        inputs: what a block needs of this side; ``[B, n, heads, dim]``, or ``[B, H, n]`` for the log-sum-exp.
         results: what a block returns to this side, as it travels.
-        add: takes one block's results.
+        add: takes one block's results, of the tokens at some places, and whether they are the last ones, if that is
+            known.
     """
 
     inputs: Bundle
     results: tuple[Form, ...]
-    add: Callable[[Bundle], None]
+    add: Add
 
     def forms(self, tokens: int) -> list[Form]:
         """The inputs as they come from a rank with that many tokens."""
-        return [Form((x.shape[0], tokens, *x.shape[2:]), x.dtype) for x in self.inputs]
+        return [Form(_of_tokens(x.shape, tokens), x.dtype) for x in self.inputs]
+
+
+def _token_dim(dims: int) -> int:
+    return 1 if dims == 4 else 2
+
+
+def _of_tokens(shape: tuple[int, ...], tokens: int) -> tuple[int, ...]:
+    dim = _token_dim(len(shape))
+    return (*shape[:dim], tokens, *shape[dim + 1 :])
+
+
+def _spread(result: Tensor, places: Places, tokens: int) -> Tensor:
+    """A result of some tokens as that of all: what saw nothing has an output and gradients of 0, and an lse of -inf."""
+    if places.covers(tokens):
+        return result
+    dim = _token_dim(result.dim())
+    whole = result.new_full(_of_tokens(result.shape, tokens), 0.0 if dim == 1 else -torch.inf)
+    places.pick(whole, dim).copy_(result)
+    return whole
 
 
 def _run(schedule: Schedule, sender: Sender, queries: _Side, keys: _Side, compute: Compute) -> None:
@@ -196,17 +243,20 @@ def _run(schedule: Schedule, sender: Sender, queries: _Side, keys: _Side, comput
         results: dict[int, Bundle] = {}
         owners = schedule.block(step, rank)
         if owners is not None:
-            q_run, k_run = (schedule.runs[owner] for owner in owners)
-            of_q, of_k = (
-                side.inputs if owner == rank else tuple(unpack(arrived[owner], side.forms(len(run))))
-                for side, owner, run in zip((queries, keys), owners, (q_run, k_run), strict=True)
-            )
-            for side, owner, result in zip((queries, keys), owners, compute(of_q, of_k, q_run, k_run), strict=True):
+            seen = schedule.seen(*owners)
+            runs = [schedule.runs[owner] for owner in owners]
+            inputs = []
+            for side, owner, run, places in zip((queries, keys), owners, runs, seen, strict=True):
+                whole = side.inputs if owner == rank else unpack(arrived[owner], side.forms(len(run)))
+                inputs.append(tuple(places.pick(x, _token_dim(x.dim())) for x in whole))
+            of_q, of_k = inputs
+            q_run, k_run = (run[stretch] for run, places in zip(runs, seen, strict=True) for stretch in places)
+            found = compute(of_q, of_k, q_run, k_run)
+            for side, owner, run, places, result in zip((queries, keys), owners, runs, seen, found, strict=True):
                 if owner == rank:
-                    side.add(result)
+                    side.add(places, result, side is queries and schedule.last(step, rank))
                 elif result:
-                    forms = zip(result, side.results, strict=True)
-                    results[owner] = tuple(x.to(form.dtype) for x, form in forms)
+                    results[owner] = tuple(_spread(x, places, len(run)) for x in result)
         if step > 0:
             _take_back(schedule, step - 1, rank, queries, keys, returning)
             returning = _give_back(schedule, step, sender, queries, keys, results)
@@ -235,13 +285,25 @@ def _give_back(
     schedule: Schedule, step: int, sender: Sender, queries: _Side, keys: _Side, results: dict[int, Bundle]
 ) -> Transfers:
     """Send this rank's results for others, and expect what others computed for it."""
-    sends = {owner: pack(result) for owner, result in results.items()}
+    forms_of = dict(zip(schedule.block(step, sender.axis.rank) or (), (queries.results, keys.results), strict=False))
+    sends = {owner: _packed(result, forms_of[owner]) for owner, result in results.items()}
     receives = {
         user: sum(form.nbytes for form in side.results)
         for user, side in _users(schedule, step, sender.axis.rank, queries, keys)
         if side.results
     }
     return Transfers(sends, receives, _no_bytes(keys), "return", sender)
+
+
+def _packed(result: Bundle, forms: tuple[Form, ...]) -> Tensor:
+    """A result as it travels; one that another dtype is wanted of is read and written once."""
+    dtypes = {form.dtype for form in forms}
+    if len(dtypes) > 1 or dtypes == {x.dtype for x in result}:
+        return pack([x.to(form.dtype) for x, form in zip(result, forms, strict=True)])
+    room = result[0].new_empty(sum(x.numel() for x in result), dtype=forms[0].dtype)
+    for part, x in zip(room.split([x.numel() for x in result]), result, strict=True):
+        part.view(x.shape).copy_(x)
+    return room.view(torch.uint8)
 
 
 def _take_back(
@@ -252,12 +314,7 @@ def _take_back(
     arrived = returning.wait()
     for user, side in _users(schedule, step, rank, queries, keys):
         if side.results:
-            side.add(tuple(unpack(arrived[user], side.results)))
-
-
-def _add_to(totals: Bundle, parts: Bundle) -> None:
-    for total, part in zip(totals, parts, strict=True):
-        total.add_(part)
+            side.add(Places.whole(len(schedule.runs[rank])), tuple(unpack(arrived[user], side.results)), False)
 
 
 def _no_bytes(side: _Side) -> Tensor:

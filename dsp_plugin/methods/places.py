@@ -33,8 +33,12 @@ class Places:
     @classmethod
     def of(cls, lengths: Column, chosen: NDArray[np.bool_]) -> Places:
         """Of pieces of these lengths, one behind the other, the chosen ones."""
-        ends = np.cumsum(lengths)
+        if chosen.all():
+            return cls.whole(int(lengths.sum()))
         chosen = chosen & (lengths > 0)
+        if not chosen.any():
+            return cls.whole(0)
+        ends = np.cumsum(lengths)
         return cls((ends - lengths)[chosen], ends[chosen])
 
     @classmethod
@@ -42,6 +46,11 @@ class Places:
         """All of so many tokens."""
         ends = np.array([tokens] if tokens else [], dtype=np.int64)
         return cls(np.zeros_like(ends), ends)
+
+    @classmethod
+    def stretch_of(cls, stretch: slice) -> Places:
+        """The tokens of a slice that is not empty."""
+        return cls(np.array([stretch.start]), np.array([stretch.stop]))
 
     def __len__(self) -> int:
         """How many stretches they are."""

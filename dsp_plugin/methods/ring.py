@@ -204,7 +204,7 @@ class _Collection:
 
     def finish(self) -> tuple[Tensor, Tensor]:
         """The gradients of this rank's keys and values, once the last of them have come home."""
-        self._receive()
+        self._receive(last=True)
         of_k, of_v = self._home
         return of_k.total(), of_v.total()
 
@@ -235,7 +235,7 @@ class _Collection:
             add_(total, places, share)
         return total
 
-    def _receive(self) -> Tensor | None:
+    def _receive(self, last: bool = False) -> Tensor | None:
         """What the rank before has gathered of what is held now; what has come home is put there."""
         if self._under_way is None:
             self._passed = Places.whole(0)
@@ -244,13 +244,12 @@ class _Collection:
         arrived = transfers.wait()
         self._passed = hop.passed
         if hop.returned:
-            self._bring_home(hop.returned, views(arrived[hop.visitor], self._own, hop.returned.count))
+            self._bring_home(hop.returned, views(arrived[hop.visitor], self._own, hop.returned.count), last)
         return arrived[self._schedule.before(self._sender.axis.rank)] if hop.passed else None
 
-    def _bring_home(self, places: Places, share: Tokens) -> None:
-        of_k, of_v = self._home
-        of_k.add(places, share.k)
-        of_v.add(places, share.v)
+    def _bring_home(self, places: Places, share: Tokens, last: bool = False) -> None:
+        for total, gradient in zip(self._home, (share.k, share.v), strict=True):
+            total.add(places, gradient, last=last)
 
 
 def illegal(workload: Workload) -> list[str]:

@@ -95,9 +95,9 @@ def blocks_of(mine: Pieces, theirs: Pieces, places: Column, sight: Sight, in_ord
     """
     by_document = sight.simple if in_order else np.zeros_like(sight.simple)
     blocks, rest = _of_documents(mine, theirs, places, sight, by_document)
-    chosen = np.flatnonzero(~by_document[mine.document] | np.isin(mine.document, rest))
-    if not len(chosen):
+    if by_document.all() and not len(rest):
         return blocks
+    chosen = np.flatnonzero(~by_document[mine.document] | np.isin(mine.document, rest))
     others = _joined(_of_pairs(mine[chosen], theirs, places, sight))
     together = Blocks(*(np.concatenate(columns) for columns in zip(blocks, others, strict=True)))
     return together.some(np.lexsort((together.k0, together.q0)))
@@ -113,11 +113,12 @@ def _of_documents(
     """
     documents, first, last = mine.units
     their_documents, first_key, last_key = theirs.units
-    at = np.minimum(np.searchsorted(their_documents, documents), max(len(their_documents) - 1, 0))
-    shared = np.zeros_like(documents, dtype=bool) if not len(theirs) else their_documents[at] == documents
-    shared &= chosen[documents]
-    documents, first, last = documents[shared], first[shared], last[shared]
-    first_key, last_key = first_key[at[shared]], last_key[at[shared]]
+    if not (np.array_equal(documents, their_documents) and chosen.all()):
+        at = np.searchsorted(their_documents, documents)
+        shared = np.append(their_documents, -1)[at] == documents
+        shared &= chosen[documents]
+        documents, first, last, at = (column[shared] for column in (documents, first, last, at))
+        first_key, last_key = first_key[at], last_key[at]
     rest = documents[:0]
     causal, home = sight.mask.band()[1] == 0, mine is theirs
     if causal and not home:
@@ -221,10 +222,11 @@ def calls_of(blocks: Blocks, kept: Callable[[Places], Places]) -> tuple[Call, ..
 
 def _by_band(blocks: Blocks, left: Column, right: Column) -> Iterator[tuple[tuple[int | None, int | None], Blocks]]:
     """Blocks that one call can take, each once, and their band; bounds that exclude most come first."""
-    bands = sorted(set(zip(left.tolist(), right.tolist(), strict=True)))
     rows, cols = blocks.q1 - blocks.q0, blocks.k1 - blocks.k0
     there = np.ones(blocks.number, dtype=bool)
-    for band_left, band_right in bands:
+    while there.any():
+        band_left = int(left[there].min())
+        band_right = int(right[there & (left == band_left)].min())
         # A block without a bound takes one that excludes nothing of it.
         fits = (left == band_left) | ((left == FAR) & (cols - 1 <= band_left))
         fits &= (right == band_right) | ((right == FAR) & (rows - 1 <= band_right))
@@ -238,7 +240,7 @@ def _by_band(blocks: Blocks, left: Column, right: Column) -> Iterator[tuple[tupl
             after[1:] &= blocks.q0[index[1:]] >= np.maximum.accumulate(blocks.q1[index])[:-1]
             yield (
                 (None if band_left == FAR else band_left, None if band_right == FAR else band_right),
-                blocks.some(index[after]),
+                blocks if len(index) == blocks.number and after.all() else blocks.some(index[after]),
             )
             index = index[~after]
 

@@ -181,7 +181,7 @@ class Sight:
         np.maximum.at(last, (pieces.rank, pieces.document), pieces.last)
         # Where nothing bounds the view back, whoever has a query that is late enough sees the first key of a piece.
         late_enough = -FAR + 1 if right is None else pieces.start - right
-        found: NDArray[np.bool_] = last[:, pieces.document] >= late_enough
+        found: NDArray[np.bool_] = last.take(pieces.document, axis=1) >= late_enough
         bounded = np.flatnonzero(~self.back[pieces.document])
         if len(bounded):
             some = pieces[bounded]

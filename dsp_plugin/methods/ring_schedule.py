@@ -72,7 +72,10 @@ class Hop:
     @cached_property
     def calls_by_run(self) -> tuple[Call, ...]:
         """The same in a call for each of `work`, for results that depend on global positions, as those of dropout."""
-        return tuple(Call(_one(work.q), _one(work.k), (work.q_positions, work.k_positions)) for work in self.work)
+        return tuple(
+            Call(Places.stretch_of(work.q), Places.stretch_of(work.k), (work.q_positions, work.k_positions))
+            for work in self.work
+        )
 
     @cached_property
     def on(self) -> Places:
@@ -162,9 +165,7 @@ class RingSchedule:
         ascends = np.diff(self._pieces.start) > 0
         self._in_order = bool((self._pieces.step == 1).all() and (ascends | (np.diff(self._pieces.rank) > 0)).all())
         self._read_by = self._sight.readers(self._pieces, self.size)
-        if shift is None:
-            shift = min((-1, 1), key=self._tokens_that_jump)
-        self.shift = shift
+        self.shift = self._better_shift() if shift is None else shift
         self._hops: dict[int, tuple[Hop, ...]] = {}
         self._calls: dict[int, tuple[tuple[Call, ...], ...]] = {}
 
@@ -245,12 +246,17 @@ class RingSchedule:
             self._calls[rank] = _with_again(calls)
         return self._calls[rank]
 
-    def _tokens_that_jump(self, shift: int) -> int:
-        jump = self._read_by & ~np.roll(self._read_by, shift, axis=0)
-        if not jump.any():
-            return 0
-        at_home = jump[self._pieces.rank, np.arange(len(self._pieces))]
-        return int((jump.sum(0) - at_home) @ self._pieces.length)
+    def _better_shift(self) -> int:
+        """The way on which fewer tokens jump."""
+        away = self._read_by.copy()
+        away[self._pieces.rank, np.arange(len(self._pieces))] = False
+        jumps: dict[int, int] = {}
+        for shift in (-1, 1):
+            jump = away & ~np.roll(self._read_by, shift, axis=0)
+            if not jump.any():
+                return shift
+            jumps[shift] = int(jump.sum(0) @ self._pieces.length)
+        return min(jumps, key=lambda shift: jumps[shift])
 
 
 def _with_again(calls: Sequence[tuple[Call, ...]]) -> tuple[tuple[Call, ...], ...]:
@@ -264,10 +270,6 @@ def _with_again(calls: Sequence[tuple[Call, ...]]) -> tuple[tuple[Call, ...], ..
             later.add(call.q)
         found.append(tuple(reversed(told)))
     return tuple(reversed(found))
-
-
-def _one(stretch: slice) -> Places:
-    return Places(np.array([stretch.start]), np.array([stretch.stop]))
 
 
 def _columns(runs: Runs | tuple[range, ...]) -> Runs:

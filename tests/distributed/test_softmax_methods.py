@@ -159,6 +159,29 @@ def test_more_ranks_than_tokens_at_eight(method: str) -> None:
     verify(8, [replace(case, length=5, heads=8, kv_heads=4) for case in default_cases(method, 8, {"mask": "causal"})])
 
 
+# Of unlike lengths, some shorter than ranks are many, and a window that some of them fit into.
+DOCUMENTS = (0, 1, 22, 22, 25, 60, 71, 104, 107)
+JOINED: dict[str, dict[str, Any]] = {
+    "documents": {"mask": MaskSpec(causal=True, cu_seqlens=DOCUMENTS)},
+    "documents both ways": {"mask": MaskSpec(cu_seqlens=DOCUMENTS), "batch": 3},
+    "documents under a window": {"mask": MaskSpec(causal=True, window=(12, 0), cu_seqlens=DOCUMENTS)},
+    "documents under a window both ways": {"mask": MaskSpec(window=(9, 4), cu_seqlens=DOCUMENTS)},
+    "dropout on documents": {"mask": MaskSpec(causal=True, cu_seqlens=DOCUMENTS), "dropout": 0.3},
+    "other values": {"mask": MaskSpec(causal=True, cu_seqlens=DOCUMENTS), "head_dim": 8, "value_dim": 24},
+    "one sequence": {"mask": MaskSpec(causal=True), "batch": 2},
+    "a window over runs": {"mask": MaskSpec(causal=True, window=(41, 0))},
+}
+
+
+@pytest.mark.parametrize("size", [2, 3, 4, pytest.param(8, marks=pytest.mark.matrix)])
+@pytest.mark.parametrize("method", METHODS_HERE)
+def test_joined_runs_and_documents_are_exact_in_fp64(method: str, size: int) -> None:
+    fixed = {"heads": 8, "kv_heads": 4 if size == 8 else 2, "length": DOCUMENTS[-1], "dtype": torch.float64}
+    cases = [case for given in JOINED.values() for case in default_cases(method, size, {**fixed, **given})]
+    results = verify(size, [case for case in cases if refusal(case) is None])
+    assert {result.case.mask for result in results} == {given["mask"] for given in JOINED.values()}
+
+
 BOX = {"length": 13, "heads": 4, "kv_heads": 2}
 
 
