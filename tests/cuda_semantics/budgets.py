@@ -194,7 +194,7 @@ ROWS = (
     Row(
         "usp 2 x 4, zigzag",
         Case("usp", 8, 3, order="zigzag"),
-        Cost((22, 25), (4, 4), (36.1, 38.8), (8, 15)),
+        Cost((10, 25), (4, 4), (27.7, 38.8), (8, 15)),
         _hops(4, 4, around=(5, 5)),
     ),
     Row(
