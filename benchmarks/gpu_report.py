@@ -71,7 +71,7 @@ def _run(arguments: tuple[str, ...]) -> dict[str, Any]:
 
 
 def write(report: dict[str, Any], folder: Path) -> None:
-    """As ``report.json`` and ``report.md``."""
+    """As JSON and as a page."""
     (folder / "report.json").write_text(json.dumps(report, indent=1) + "\n")
     facts = {key: report[key] for key in ("devices", "driver", "cuda")} | report["environment"]
     lines = ["# What ran on a GPU", "", *(f"- {name}: {value}" for name, value in facts.items()), ""]
