@@ -20,6 +20,7 @@ from torch import nn
 from torch._compile import _disable_dynamo
 
 from dsp_plugin.patches.post_import import after_import
+from dsp_plugin.training.copies import LeftBehind
 
 Given = ParamSpec("Given")
 Result = TypeVar("Result")
@@ -133,4 +134,6 @@ def forget_compiled() -> None:
         torch.compiler.reset()
 
 
+# Hooks that copies of a module are to lose are called by it.
+pass_over(LeftBehind.__call__)
 leave_alone(())

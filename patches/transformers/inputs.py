@@ -20,6 +20,7 @@ from dsp_plugin.layout import Layout
 from dsp_plugin.patches.transformers.fused_head import FusedHead
 from dsp_plugin.patches.transformers.positions import own_positions
 from dsp_plugin.patches.transformers.rows import TAKEN, Rows, check_shape, take_rows
+from dsp_plugin.sharding.compiling import uncompiled
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -80,6 +81,7 @@ class InputSharder:
     def __init__(self, config: SequenceParallelConfig, sp: Axis) -> None:
         self._config, self._sp = config, sp
 
+    @uncompiled
     def shard(
         self, model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[dict[str, Any], Placement]:
