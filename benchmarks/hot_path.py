@@ -70,6 +70,8 @@ def run(quick: bool, advance: Callable[[str], None]) -> Result:
         "Counted on fake CUDA tensors, of a second pass: operators dispatched that are no view, and what they read and "
         "write, in times of the rank's queries (X). Nothing is timed; a load of the machine changes nothing.",
         "flash-attn is one operator that is not looked into. TorchScript, which may fuse some of yunchang's, is off.",
+        "Refused is what a peer's own code raises at; not counted is what we did not ask of it.",
+        "Ulysses on 16 ranks has 16 key/value heads. Short packed documents lie whole on a rank in zigzag order.",
         "Collectives of ours and of peers alike: every collective, and every send and receive, once.",
     ]
     # Peers bring a package called flash_attn, which is not to be ours.

@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from random import Random
 from types import ModuleType
 from typing import Any, Literal
 
@@ -32,7 +33,10 @@ DIM = 64
 
 @dataclass(frozen=True)
 class Call:
-    """A causal attention over ``tokens`` tokens in bf16 on ``size`` ranks, or a switch of `dsp`."""
+    """A causal attention over ``tokens`` tokens in bf16 on ``size`` ranks, or a switch of `dsp`.
+
+    Documents are of random lengths.
+    """
 
     method: Literal["ulysses", "ring", "usp", "dsp"]
     size: int
@@ -44,7 +48,19 @@ class Call:
 
     def shape(self, rank: int, heads: int) -> tuple[int, ...]:
         """[1, n, H, D] of a rank."""
-        return 1, Layout(self.order, self.tokens, self.size).sizes[rank], heads, DIM
+        return 1, self.layout.sizes[rank], heads, DIM
+
+    @property
+    def borders(self) -> tuple[int, ...] | None:
+        """Of the documents; None of one."""
+        if self.documents == 1:
+            return None
+        return 0, *sorted(Random(0).sample(range(1, self.tokens), self.documents - 1)), self.tokens
+
+    @property
+    def layout(self) -> Layout:
+        """As batches of Transformers are dealt."""
+        return Layout.of_documents(self.order, self.tokens, self.size, self.borders)
 
 
 @dataclass(frozen=True)
@@ -58,13 +74,15 @@ class Cost:
 
 
 def cost(contender: Contender, call: Call) -> Cost | str:
-    """Of a second pass of a rank in the middle; why there is none where it is refused."""
+    """Of a second pass of a rank in the middle; why there is none where it is refused or not asked for."""
     rank = call.size // 2 - 1
     with rank_of(rank, call.size):
         try:
             attend = _BUILT[contender](call, rank)
             with recording() as recorder:
                 return _second(attend, call, rank, recorder)
+        except NotImplementedError as error:
+            return f"not counted: {error}"
         except Exception as error:
             return f"refuses: {type(error).__name__}: {' '.join(str(error).split())[:100]}"
 
@@ -117,9 +135,8 @@ def _ours(call: Call, rank: int) -> Callable[..., Tensor]:
     groups = SequenceParallelGroups.build(SequenceParallelConfig(method=call.method, size=call.size, **sizes))
     if call.method == "dsp":
         return lambda x: dsp.switch(x, 1, 2, length=call.tokens // 64, groups=groups)
-    borders = tuple(index * call.tokens // call.documents for index in range(call.documents + 1))
-    what = AttentionSpec(MaskSpec(causal=True, cu_seqlens=borders if call.documents > 1 else None))
-    where = Where(groups, Layout(call.order, call.tokens, call.size))
+    what = AttentionSpec(MaskSpec(causal=True, cu_seqlens=call.borders))
+    where = Where(groups, call.layout)
     attention = METHODS[call.method].attention
     assert attention is not None
     return lambda q, k, v: attention(q, k, v, what=what, where=where)
