@@ -44,6 +44,13 @@ class AttentionCall:
         """The same where all blocks are cut at document borders already."""
         return replace(self, spec=replace(self.spec, mask=replace(self.spec.mask, cu_seqlens=None)))
 
+    def by_rows(self, batch: int) -> Iterator[tuple[Self, slice]]:
+        """The call of each run of batch rows that are packed alike, and which rows these are."""
+        first = 0
+        for count, part in self.spec.by_rows(batch):
+            yield replace(self, spec=part), slice(first, first + count)
+            first += count
+
     def evenly(self) -> Iterator[tuple[Self, slice, slice]]:
         """The call cut into ones whose kv heads serve equally many query heads, with the query and kv heads of each.
 
@@ -84,7 +91,6 @@ def prepare(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> AttentionCa
         SequenceParallelConfigError: heads or the kernel's name are illegal.
         UnsupportedError: mixed dtypes, or the forced kernel cannot serve such tensors.
     """
-    assert spec.cu_seqlens_by_row is None, "rows that are packed unlike come one by one, see `rows.row_by_row`"
     assert q.dim() == k.dim() == v.dim() == 4
     assert q.shape[0] == k.shape[0]
     assert q.shape[3] == k.shape[3]

@@ -90,6 +90,10 @@ class Kernel(ABC):
 class VarlenKernel(Kernel):
     """A kernel that does any number of segments in one call, with the shapes of a block's; without dropout."""
 
+    def varlen(self) -> bool:
+        """Whether the version at hand does."""
+        return True
+
     @abstractmethod
     def varlen_forward(
         self, q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: float

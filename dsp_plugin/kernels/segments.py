@@ -17,7 +17,7 @@ from torch import Tensor
 
 from dsp_plugin.integers import kept_on_device
 from dsp_plugin.kernels.blocks import Block, trimmed
-from dsp_plugin.mask import MaskSpec
+from dsp_plugin.mask import Band, MaskSpec
 
 Positions = tuple[range, range]
 
@@ -121,18 +121,41 @@ def packed_segments(mask: MaskSpec, positions: range) -> Segments | None:
     """
     if mask.cu_seqlens is None or not len(positions):
         return None
-    step = positions.step
-    # Of each border, how many of the positions lie before it.
-    before = -((positions.start - np.asarray(mask.cu_seqlens, dtype=np.int64)) // step)
-    borders = np.unique(before.clip(0, len(positions))).astype(np.int32)
-    assert borders[0] == 0
-    assert borders[-1] == len(positions), f"position {positions[-1]} lies beyond the last border {mask.cu_seqlens[-1]}"
+    borders = _local_borders(mask.cu_seqlens, positions)
     if len(borders) == 2:
         return None
-    left, right = (None if side is None else side // step for side in mask.band())
 
     def blocks() -> list[Positions]:
         runs = [positions[a:b] for a, b in zip(borders[:-1].tolist(), borders[1:].tolist(), strict=True)]
         return [(run, run) for run in runs]
 
-    return Segments(borders, borders, left, right, blocks)
+    return Segments(borders, borders, *_local_band(mask, positions.step), blocks)
+
+
+@lru_cache(maxsize=64)
+def packed_rows(mask: MaskSpec, rows: tuple[tuple[int, ...], ...], positions: range) -> Segments:
+    """The documents of batch rows that are packed unlike and lie one behind the other.
+
+    Args:
+        mask: but for the borders.
+        rows: document borders of each batch row.
+        positions: of the tokens of every row; not empty.
+    """
+    parts = [_local_borders(row, positions)[1:] + index * len(positions) for index, row in enumerate(rows)]
+    borders = np.concatenate([np.zeros(1, np.int32), *parts]).astype(np.int32)
+    return Segments(borders, borders, *_local_band(mask, positions.step))
+
+
+def _local_borders(cu_seqlens: tuple[int, ...], positions: range) -> NDArray[np.int32]:
+    """Where documents start and end among the positions, those without any left out."""
+    # Of each border, how many of the positions lie before it.
+    before = -((positions.start - np.asarray(cu_seqlens, dtype=np.int64)) // positions.step)
+    borders = np.unique(before.clip(0, len(positions))).astype(np.int32)
+    assert borders[0] == 0
+    assert borders[-1] == len(positions), f"position {positions[-1]} lies beyond the last border {cu_seqlens[-1]}"
+    return borders
+
+
+def _local_band(mask: MaskSpec, step: int) -> Band:
+    left, right = mask.band()
+    return None if left is None else left // step, None if right is None else right // step

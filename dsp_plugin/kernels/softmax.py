@@ -7,6 +7,7 @@ fp64 for fp64 inputs or the reference kernel; -inf with out 0 where a query sees
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any, Literal, overload
 
@@ -15,13 +16,16 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
 from dsp_plugin.derivatives import once_differentiable, refuse_transforms
-from dsp_plugin.kernels.blocks import Block, blocks
+from dsp_plugin.kernels import one_by_one
+from dsp_plugin.kernels.blocks import blocks
 from dsp_plugin.kernels.call import AttentionCall, prepare
 from dsp_plugin.kernels.counter import record
 from dsp_plugin.kernels.kernel import BlockSpec, VarlenKernel
-from dsp_plugin.kernels.rows import row_by_row
-from dsp_plugin.kernels.segments import Segments, packed_segments
+from dsp_plugin.kernels.segments import Segments, packed_rows, packed_segments
 from dsp_plugin.kernels.spec import AttentionSpec
+
+# A dimension of the grid that flash kernels are launched with (csrc/flash_attn/src/flash_fwd_launch_template.h).
+_MOST_SEGMENTS = 65535
 
 
 def block_forward(
@@ -40,10 +44,12 @@ def block_forward(
     """
     assert q.shape[1] == len(q_positions)
     assert k.shape[1] == len(k_positions)
+    if call.spec.cu_seqlens_by_row is not None:
+        return _rows_forward(call, q, k, v, q_positions, k_positions)
     segments = _as_segments(call, q_positions, k_positions)
     if segments is not None:
         return segments_forward(call, q, k, v, segments)
-    return _forward(call, q, k, v, partial(_blocks, q_positions=q_positions, k_positions=k_positions))
+    return one_by_one.forward(call, q, k, v, partial(_blocks, q_positions=q_positions, k_positions=k_positions))
 
 
 def segments_forward(call: AttentionCall, q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> tuple[Tensor, Tensor]:
@@ -58,16 +64,15 @@ def segments_forward(call: AttentionCall, q: Tensor, k: Tensor, v: Tensor, segme
         ``(out, lse)``, as those of `block_forward`.
     """
     _check_lengths(q, k, segments)
-    kernel = call.kernel
-    if isinstance(kernel, VarlenKernel) and _at_once(call, q, segments):
+    kernel = _at_once(call, q, segments)
+    if kernel is not None:
 
         def attend(call: AttentionCall, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
             record(kernel.name, "forward")
             return kernel.varlen_forward(q, k, v, segments, call.scale)
 
-        with torch.autocast(q.device.type, enabled=False):
-            return _evenly_forward(attend, call, q, k, v)
-    return _forward(call, q, k, v, partial(_parts, segments=segments))
+        return one_by_one.evenly_forward(attend, call, q, k, v)
+    return one_by_one.forward(call, q, k, v, partial(_parts, segments=segments))
 
 
 def block_backward(
@@ -87,11 +92,13 @@ def block_backward(
         ``(dq, dk, dv)``, shaped like q, k and v, in the kernel's `result_dtype`. Summing dq over blocks of keys, and
         dk and dv over blocks of queries, gives the gradients of the whole.
     """
+    if call.spec.cu_seqlens_by_row is not None:
+        return _rows_backward(call, dout, q, k, v, out, lse, q_positions, k_positions)
     segments = _as_segments(call, q_positions, k_positions)
     if segments is not None:
         return segments_backward(call, dout, q, k, v, out, lse, segments)
     work = partial(_blocks, q_positions=q_positions, k_positions=k_positions)
-    return _backward(call, dout, q, k, v, out, lse, work)
+    return one_by_one.backward(call, dout, q, k, v, out, lse, work)
 
 
 def segments_backward(
@@ -99,8 +106,8 @@ def segments_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The same of `segments_forward`, in one kernel call where the kernel can."""
     _check_lengths(q, k, segments)
-    kernel = call.kernel
-    if isinstance(kernel, VarlenKernel) and _at_once(call, q, segments):
+    kernel = _at_once(call, q, segments)
+    if kernel is not None:
 
         def differentiate(
             call: AttentionCall, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
@@ -108,39 +115,103 @@ def segments_backward(
             record(kernel.name, "backward")
             return kernel.varlen_backward(dout, q, k, v, out, lse, segments, call.scale)
 
-        with torch.autocast(q.device.type, enabled=False):
-            return _evenly_backward(differentiate, call, dout, q, k, v, out, lse)
-    return _backward(call, dout, q, k, v, out, lse, partial(_parts, segments=segments))
+        return one_by_one.evenly_backward(differentiate, call, dout, q, k, v, out, lse)
+    return one_by_one.backward(call, dout, q, k, v, out, lse, partial(_parts, segments=segments))
 
 
 def _check_lengths(q: Tensor, k: Tensor, segments: Segments) -> None:
     assert (q.shape[1], k.shape[1]) == (segments.q_borders[-1], segments.k_borders[-1])
 
 
-def _at_once(call: AttentionCall, q: Tensor, segments: Segments) -> bool:
-    """Whether a kernel with varlen calls takes these: some work, and none that depends on global positions.
+def _varlen(call: AttentionCall) -> VarlenKernel | None:
+    """The kernel, where it does segments in one call; dropout depends on their global positions."""
+    kernel = call.kernel
+    return kernel if isinstance(kernel, VarlenKernel) and kernel.varlen() and not call.spec.dropout_p else None
+
+
+def _at_once(call: AttentionCall, q: Tensor, segments: Segments) -> VarlenKernel | None:
+    """The kernel that takes these in one call.
 
     A single segment is a block, of which kernels take batch rows that do not lie one behind the other.
     """
-    return bool(call.spec.dropout_p == 0.0 and q.shape[0] and q.shape[2] and len(segments.q_borders) > 2)
+    segments_of_a_row = len(segments.q_borders) - 1
+    fits = segments_of_a_row > 1 and 0 < q.shape[0] * segments_of_a_row <= _MOST_SEGMENTS
+    return _varlen(call) if fits and q.shape[2] else None
 
 
 def _as_segments(call: AttentionCall, q_positions: range, k_positions: range) -> Segments | None:
-    if q_positions != k_positions or not isinstance(call.kernel, VarlenKernel) or call.spec.dropout_p:
+    if q_positions != k_positions or _varlen(call) is None:
         return None
     return packed_segments(call.spec.mask, q_positions)
 
 
-Work = list[tuple[Block, BlockSpec]]
-WorkOf = Callable[[AttentionCall, Tensor], Work]
+def _rows_forward(
+    call: AttentionCall, q: Tensor, k: Tensor, v: Tensor, q_positions: range, k_positions: range
+) -> tuple[Tensor, Tensor]:
+    found = _rows_as_segments(call, q, q_positions, k_positions)
+    if found is not None:
+        alike, segments = found
+        out, lse = segments_forward(alike, _one_row(q), _one_row(k), _one_row(v), segments)
+        return _rows(out, q), lse[0].unflatten(1, (q.shape[0], -1)).transpose(0, 1)
+    parts = [
+        block_forward(part, q[rows], k[rows], v[rows], q_positions, k_positions)
+        for part, rows in call.by_rows(q.shape[0])
+    ]
+    return torch.cat([out for out, _ in parts]), torch.cat([lse for _, lse in parts])
 
 
-def _blocks(call: AttentionCall, q: Tensor, q_positions: range, k_positions: range) -> Work:
+def _rows_backward(
+    call: AttentionCall,
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    q_positions: range,
+    k_positions: range,
+) -> tuple[Tensor, Tensor, Tensor]:
+    found = _rows_as_segments(call, q, q_positions, k_positions)
+    if found is not None:
+        alike, segments = found
+        of_queries = _one_row(out), lse.transpose(0, 1).flatten(1)[None]
+        inputs = _one_row(dout), _one_row(q), _one_row(k), _one_row(v)
+        dq, dk, dv = segments_backward(alike, *inputs, *of_queries, segments)
+        return _rows(dq, q), _rows(dk, k), _rows(dv, v)
+    parts = []
+    for part, rows in call.by_rows(q.shape[0]):
+        tensors = dout[rows], q[rows], k[rows], v[rows], out[rows], lse[rows]
+        parts.append(block_backward(part, *tensors, q_positions, k_positions))
+    dq, dk, dv = (torch.cat(shares) for shares in zip(*parts, strict=True))
+    return dq, dk, dv
+
+
+def _rows_as_segments(
+    call: AttentionCall, q: Tensor, q_positions: range, k_positions: range
+) -> tuple[AttentionCall, Segments] | None:
+    """The rows one behind the other, and the call without their borders."""
+    rows = call.spec.cu_seqlens_by_row
+    if q_positions != k_positions or _varlen(call) is None or not (rows and q.numel()):
+        return None
+    alike = replace(call, spec=replace(call.spec, cu_seqlens_by_row=None))
+    return alike, packed_rows(call.spec.mask, rows, q_positions)
+
+
+def _one_row(x: Tensor) -> Tensor:
+    """``[B, n, ...]`` as ``[1, B n, ...]``."""
+    return x.flatten(0, 1)[None]
+
+
+def _rows(x: Tensor, like: Tensor) -> Tensor:
+    return x[0].unflatten(0, like.shape[:2])
+
+
+def _blocks(call: AttentionCall, q: Tensor, q_positions: range, k_positions: range) -> one_by_one.Work:
     found = blocks(call.spec.mask, q_positions, k_positions) if q.shape[0] and q.shape[2] else ()
     return [(block, call.of_block(block, q_positions, k_positions)) for block in found]
 
 
-def _parts(call: AttentionCall, q: Tensor, segments: Segments) -> Work:
+def _parts(call: AttentionCall, q: Tensor, segments: Segments) -> one_by_one.Work:
     if not (q.shape[0] and q.shape[2]):
         return []
     if not call.spec.dropout_p:
@@ -151,92 +222,6 @@ def _parts(call: AttentionCall, q: Tensor, segments: Segments) -> Work:
         (part, BlockSpec(part.band, call.scale, call.spec.dropout(*runs)))
         for part, runs in zip(segments.parts, positions, strict=True)
     ]
-
-
-def _forward(call: AttentionCall, q: Tensor, k: Tensor, v: Tensor, work_of: WorkOf) -> tuple[Tensor, Tensor]:
-    def attend(call: AttentionCall, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        def one(block: Block, spec: BlockSpec) -> tuple[Tensor, Tensor]:
-            record(call.kernel.name, "forward")
-            return call.kernel.forward(q[:, block.q], k[:, block.k], v[:, block.k], spec)
-
-        work = work_of(call, q)
-        if _covers_all(work, q, k):
-            return one(*work[0])
-        out = torch.zeros(*q.shape[:3], v.shape[-1], dtype=call.kernel.result_dtype(q.dtype), device=q.device)
-        lse_shape = (q.shape[0], q.shape[2], q.shape[1])
-        lse = torch.full(lse_shape, -torch.inf, dtype=call.kernel.lse_dtype(q.dtype), device=q.device)
-        for block, spec in work:
-            out[:, block.q], lse[:, :, block.q] = one(block, spec)
-        return out, lse
-
-    with torch.autocast(q.device.type, enabled=False):
-        return _evenly_forward(attend, call, q, k, v)
-
-
-def _backward(
-    call: AttentionCall, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, work_of: WorkOf
-) -> tuple[Tensor, Tensor, Tensor]:
-    def differentiate(
-        call: AttentionCall, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        def one(block: Block, spec: BlockSpec) -> tuple[Tensor, Tensor, Tensor]:
-            record(call.kernel.name, "backward")
-            rows, cols = block.q, block.k
-            tensors = dout[:, rows], q[:, rows], k[:, cols], v[:, cols], out[:, rows], lse[:, :, rows]
-            return call.kernel.backward(*tensors, spec)
-
-        work = work_of(call, q)
-        if _covers_all(work, q, k):
-            return one(*work[0])
-        dq, dk, dv = _zeros(call, q, k, v)
-        for block, spec in work:
-            dq[:, block.q], dk[:, block.k], dv[:, block.k] = one(block, spec)
-        return dq, dk, dv
-
-    with torch.autocast(q.device.type, enabled=False):
-        return _evenly_backward(differentiate, call, dout, q, k, v, out, lse)
-
-
-def _covers_all(work: Work, q: Tensor, k: Tensor) -> bool:
-    return len(work) == 1 and (work[0][0].rows, work[0][0].cols) == (q.shape[1], k.shape[1])
-
-
-def _zeros(call: AttentionCall, *like: Tensor) -> list[Tensor]:
-    return [torch.zeros(x.shape, dtype=call.kernel.result_dtype(x.dtype), device=x.device) for x in like]
-
-
-def _evenly_forward(
-    attend: Callable[[AttentionCall, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]],
-    call: AttentionCall,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """In turns where kv heads do not serve equally many query heads."""
-    if call.is_even or not q.shape[2]:
-        return attend(call, q, k, v)
-    parts = [attend(even, q[:, :, heads], k[:, :, kv], v[:, :, kv]) for even, heads, kv in call.evenly()]
-    return torch.cat([out for out, _ in parts], 2), torch.cat([lse for _, lse in parts], 1)
-
-
-def _evenly_backward(
-    differentiate: Callable[..., tuple[Tensor, Tensor, Tensor]],
-    call: AttentionCall,
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
-    if call.is_even or not q.shape[2]:
-        return differentiate(call, dout, q, k, v, out, lse)
-    dq, dk, dv = _zeros(call, q, k, v)
-    for even, heads, kv in call.evenly():
-        keys, of_queries = (k[:, :, kv], v[:, :, kv]), (out[:, :, heads], lse[:, heads])
-        shares = differentiate(even, dout[:, :, heads], q[:, :, heads], *keys, *of_queries)
-        dq[:, :, heads], dk[:, :, kv], dv[:, :, kv] = shares
-    return dq, dk, dv
 
 
 class _Attention(torch.autograd.Function):
@@ -314,11 +299,9 @@ def attention(
         )
         return result
 
-    def of_rows(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
-        call = prepare(q, k, v, spec)
-        spec.mask.documents(length)
-        return attend(q, k, v, call)
-
-    length = max(q.shape[1], k.shape[1])
-    out, lse = row_by_row(of_rows, map(autocast, (q, k, v)), spec or AttentionSpec(), length)
+    q, k, v = map(autocast, (q, k, v))
+    what = spec or AttentionSpec()
+    for _, rows in what.by_rows(q.shape[0]):
+        rows.mask.documents(max(q.shape[1], k.shape[1]))
+    out, lse = attend(q, k, v, prepare(q, k, v, what))
     return (out, lse) if return_lse else out

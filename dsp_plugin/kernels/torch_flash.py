@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
+from packaging.version import Version
 from torch import Tensor
 
 from dsp_plugin.kernels.blocks import Block, tiles, trim
@@ -13,6 +14,10 @@ from dsp_plugin.kernels.merge import accumulation_dtype, empty_state, merge_
 from dsp_plugin.kernels.spec import AttentionSpec
 from dsp_plugin.kernels.windowed import Packing, Window, WindowedFlash
 from dsp_plugin.mask import Band
+
+_TORCH = Version(torch.__version__)
+# Before, the lse of segments is padded to the longest (torch/_meta_registrations.py of 2.6 and 2.7).
+_VARLEN_MINIMUM = Version("2.7")
 
 
 class CudaFlash(WindowedFlash):
@@ -31,6 +36,9 @@ class CudaFlash(WindowedFlash):
         if not torch.backends.cuda.is_flash_attention_available():
             return False, "this torch was built without flash attention"
         return True, "built into torch"
+
+    def varlen(self) -> bool:
+        return _TORCH >= _VARLEN_MINIMUM
 
     def window_forward(
         self, q: Tensor, k: Tensor, v: Tensor, window: Window, block: BlockSpec, packing: Packing | None = None

@@ -102,28 +102,34 @@ def test_the_cpu_operator_gets_only_what_it_knows(rows: int, cols: int, left: in
         assert part.is_full or part.is_causal or part.rows * part.cols <= 48
 
 
-def flash_attention_2_sees(window: Window, rows: int, cols: int) -> Tensor:
+def flash_attention_2_sees(window: Window, rows: int, cols: int, most: tuple[int, int] | None = None) -> Tensor:
     """bool ``[rows, cols]``: FlashAttention-2's own rule, with its normalization of large windows.
 
-    Source: csrc/flash_attn/flash_api.cpp (mha_fwd, set_params_fprop) and mask.h of Dao-AILab/flash-attention 2.7.
+    Source: csrc/flash_attn/flash_api.cpp (mha_fwd, mha_varlen_fwd, set_params_fprop) and mask.h of
+    Dao-AILab/flash-attention 2.7.
+
+    Args:
+        most: queries and keys of the longest of the segments that are computed together.
     """
-    left = -1 if window.left >= cols else window.left
-    right = -1 if window.right >= cols else window.right
+    _, longest = most or (rows, cols)
+    left = -1 if window.left >= longest else window.left
+    right = -1 if window.right >= longest else window.right
     if left < 0 and right < 0:
         return torch.ones(rows, cols, dtype=torch.bool)
-    left = cols if left < 0 else left
-    right = cols if right < 0 else right
+    left = longest if left < 0 else left
+    right = longest if right < 0 else right
     i = torch.arange(rows)[:, None] + cols - rows
     j = torch.arange(cols)[None, :]
     return (j >= i - left) & (j <= i + right)
 
 
-def flash_attention_3_sees(window: Window, rows: int, cols: int) -> Tensor:
+def flash_attention_3_sees(window: Window, rows: int, cols: int, most: tuple[int, int] | None = None) -> Tensor:
     """The same for FlashAttention-3 (hopper/flash_api.cpp), whose limits are one token tighter."""
-    left = -1 if window.left >= cols - 1 else window.left
-    right = -1 if window.right >= rows - 1 else window.right
-    left = cols - 1 if left < 0 else left
-    right = rows - 1 if right < 0 else right
+    most_rows, most_cols = most or (rows, cols)
+    left = -1 if window.left >= most_cols - 1 else window.left
+    right = -1 if window.right >= most_rows - 1 else window.right
+    left = most_cols - 1 if left < 0 else left
+    right = most_rows - 1 if right < 0 else right
     i = torch.arange(rows)[:, None] + cols - rows
     j = torch.arange(cols)[None, :]
     return (j >= i - left) & (j <= i + right)
