@@ -28,6 +28,7 @@ Rule = Callable[[Window, int, int, tuple[int, int]], Tensor]
 
 STAND_INS: dict[str, Recorded | None] = {
     "fa2": FLASH_ATTENTION_2[0],
+    "fa2-late": FLASH_ATTENTION_2[-1],
     "fa3-early": FLASH_ATTENTION_3[0],
     "fa3-late": FLASH_ATTENTION_3[-1],
     "cuda_flash": None,
@@ -102,15 +103,19 @@ def backward(rule: Rule, arguments: dict[str, Any]) -> tuple[Tensor, Tensor, Ten
     grads = tuple(torch.full_like(x, torch.nan) for x in (q, k, v))
     for row, rows, cols, seen in _segments(rule, window, arguments):
         at = slice(row, row + 1)
-        leaves = [x.detach().double().requires_grad_() for x in (q[at, rows], k[at, cols], v[at, cols])]
-        with torch.enable_grad():
-            scores, values = _scores(*leaves, seen, arguments["scale"])
-            probabilities = (scores - lse[at, :, rows].double()[..., None]).exp()
-            # Differentiating at the given lse and out, as the flash backward does, rather than at this block's own.
-            delta = torch.einsum("bihd,bihd->bhi", dout[at, rows].double(), out[at, rows].double())
-            through_lse = probabilities * delta[..., None].detach()
-            total = torch.einsum("bhij,bjhd,bihd->", probabilities, values, dout[at, rows].double()) - through_lse.sum()
-        for grad, run, value in zip(grads, (rows, cols, cols), torch.autograd.grad(total, leaves), strict=True):
+        scores, values = _scores(q[at, rows], k[at, cols], v[at, cols], seen, arguments["scale"])
+        group, wide = q.shape[2] // k.shape[2], dout[at, rows].double()
+        keys = k[at, cols].double().repeat_interleave(group, 2)
+        # At the given lse and out, as the flash backward does, rather than at this block's own.
+        probabilities = (scores - lse[at, :, rows].double()[..., None]).exp()
+        delta = torch.einsum("bihd,bihd->bhi", wide, out[at, rows].double())
+        of_scores = probabilities * (torch.einsum("bihd,bjhd->bhij", wide, values) - delta[..., None])
+        of_scores *= arguments["scale"]
+        of_queries = torch.einsum("bhij,bjhd->bihd", of_scores, keys)
+        of_keys = torch.einsum("bhij,bihd->bjhd", of_scores, q[at, rows].double())
+        of_values = torch.einsum("bhij,bihd->bjhd", probabilities, wide)
+        summed = (x.unflatten(2, (-1, group)).sum(3) for x in (of_keys, of_values))
+        for grad, run, value in zip(grads, (rows, cols, cols), (of_queries, *summed), strict=True):
             grad[at, run] = value.to(grad.dtype)
     dq, dk, dv = (x if whole else x[0] for x in grads)
     return dq, dk, dv

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
-from test_kernels_parity import NAMES, Shape, error, make, run
+from flash_stand_ins import STAND_INS, standing_in
+from test_kernels_parity import NAMES, Shape, error, fast, make, run
 from torch import Tensor
 
 from dsp_plugin.kernels import AttentionSpec, calls, prepare, segments_backward, segments_forward
 from dsp_plugin.kernels.segments import Segments
+from dsp_plugin.mask import MaskSpec
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -81,3 +84,45 @@ def test_one_by_one(kernel: str, case: tuple[list[int], list[int], int | None, i
     got = dict(zip(NAMES, (out, lse, *grads), strict=True))
     want = run(lambda *x: oracle(*x, all_seen(segments), call.scale), q, k, v, dout)
     assert max(error(got[name], want[name]) for name in NAMES) < 1e-5
+
+
+@pytest.mark.parametrize("name", STAND_INS)
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+def test_at_once(
+    name: str, case: tuple[list[int], list[int], int | None, int | None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows, cols, left, right = case
+    segments = Segments(borders(rows), borders(cols), left, right)
+    q, k, v, dout = make(Shape(q_len=sum(rows), k_len=sum(cols), heads=6, kv_heads=2, v_dim=24))
+    with standing_in(name, STAND_INS[name], monkeypatch) as kernel:
+        call = prepare(q, k, v, AttentionSpec(kernel=kernel))
+        with torch.no_grad(), calls() as log:
+            out, lse = segments_forward(call, q, k, v, segments)
+            grads = segments_backward(call, dout, q, k, v, out, lse, segments)
+    assert (log.forward, log.backward) == (1, 1)
+    got = dict(zip(NAMES, (out, lse, *grads), strict=True))
+    want = run(lambda *x: oracle(*x, all_seen(segments), call.scale), q, k, v, dout)
+    assert max(error(got[each], want[each]) for each in NAMES) < 1e-5
+
+
+UNLIKE = ((0, 4, 9, 17), (0, 17), (0, 1, 2, 17))
+
+
+@pytest.mark.parametrize("name", STAND_INS)
+@pytest.mark.parametrize("mask", [MaskSpec(causal=True), MaskSpec(window=(5, 2)), MaskSpec()], ids=MaskSpec.describe)
+def test_rows_packed_unlike_are_one_call(name: str, mask: MaskSpec, monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k, v, dout = make(Shape(batch=3, q_len=17, k_len=17, heads=6, kv_heads=2))
+    want = [
+        run(
+            fast,
+            *(x[row : row + 1] for x in (q, k, v, dout)),
+            mask=replace(mask, cu_seqlens=borders_of_row),
+            kernel="reference",
+        )
+        for row, borders_of_row in enumerate(UNLIKE)
+    ]
+    with standing_in(name, STAND_INS[name], monkeypatch) as kernel, calls() as log:
+        got = run(fast, q, k, v, dout, mask=mask, cu_seqlens_by_row=UNLIKE, kernel=kernel)
+    assert (log.forward, log.backward) == (1, 1)
+    for each in NAMES:
+        assert error(got[each], torch.cat([row[each] for row in want])) < 1e-5
