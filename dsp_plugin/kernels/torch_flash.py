@@ -16,7 +16,7 @@ from dsp_plugin.kernels.windowed import Packing, Window, WindowedFlash
 from dsp_plugin.mask import Band
 
 _TORCH = Version(torch.__version__)
-# Before, the lse of segments is padded to the longest (torch/_meta_registrations.py of 2.6 and 2.7).
+# Before, the lse of segments is padded to the longest, by the meta registrations of torch 2.6 and 2.7.
 _VARLEN_MINIMUM = Version("2.7")
 
 
