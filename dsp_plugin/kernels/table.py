@@ -10,7 +10,7 @@ import torch
 from dsp_plugin.errors import SequenceParallelConfigError, UnsupportedError
 from dsp_plugin.kernels.chunked import Math
 from dsp_plugin.kernels.flash_attention import FlashAttention2, FlashAttention3
-from dsp_plugin.kernels.kernel import Kernel
+from dsp_plugin.kernels.kernel import Kernel, VarlenKernel
 from dsp_plugin.kernels.reference import Reference
 from dsp_plugin.kernels.spec import AttentionSpec
 from dsp_plugin.kernels.torch_flash import CpuFlash, CudaFlash
@@ -35,7 +35,13 @@ class KernelRow:
 
 def describe() -> list[KernelRow]:
     """What each kernel is in this process, in order of preference."""
-    return [KernelRow(name, *kernel.available(), kernel.version()) for name, kernel in KERNELS.items()]
+    rows = []
+    for name, kernel in KERNELS.items():
+        available, why = kernel.available()
+        if available and isinstance(kernel, VarlenKernel) and kernel.varlen():
+            why += "; all packed documents in one call"
+        rows.append(KernelRow(name, available, why, kernel.version()))
+    return rows
 
 
 def choose(
