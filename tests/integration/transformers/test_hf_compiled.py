@@ -34,7 +34,10 @@ def test_nothing_is_compiled_again_for_another_step_or_length(name: str, hf_worl
         graphs = result["graphs"]
         assert len(graphs) == len(LENGTHS)
         assert (graphs[0] > 0) == ALL[name].compiles
-        assert set(graphs[SETTLED:]) == {graphs[SETTLED]}
+        # The last length leaves one rank a tile of one token, and a dim of one is compiled by itself.
+        alone = 1 if ALL[name].memory else 0
+        assert set(graphs[SETTLED:-1]) == {graphs[SETTLED]}
+        assert 0 <= graphs[-1] - graphs[SETTLED] <= alone
 
 
 @pytest.mark.parametrize("how", ["layer", "model"])
