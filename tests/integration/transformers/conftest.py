@@ -19,7 +19,7 @@ HERE = Path(__file__).parent
 GROUPS = {
     (2, ""): (("hf_features", "hf_tiles", "hf_refused", "hf_training"), 240),
     (2, "living"): (("hf_living", "hf_peft", "hf_heads", "hf_tiled"), 280),
-    (2, "compiled"): (("hf_compiled",), 290),
+    (2, "compiled"): (("hf_compiled",), 600),
     (3, ""): (("hf_training",), 150),
     (4, ""): (("hf_training",), 150),
 }

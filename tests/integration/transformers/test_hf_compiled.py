@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from hf_compiled import CASES, LENGTHS, MATRIX, SETTLED, train_alone
 
-pytestmark = pytest.mark.matrix
+pytestmark = [pytest.mark.matrix, pytest.mark.timeout(700)]
 ALL = {**CASES, **MATRIX}
 
 
