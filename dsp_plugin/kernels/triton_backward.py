@@ -60,7 +60,7 @@ def dq_kernel(
     out_b, out_n, out_h, lse_b, lse_h, lse_n, dout_b, dout_n, dout_h,
     rows, cols, group, left, right, scale,
     seed: tl.int64, threshold: tl.int32, keep_scale, q_start: tl.int64, q_step: tl.int64, k_start: tl.int64,
-    k_step: tl.int64, head_offset: tl.int64, batch_offset: tl.int64,
+    k_step: tl.int64, first_head: tl.int64, first_row: tl.int64,
     D: tl.constexpr, DV: tl.constexpr, WIDE: tl.constexpr, WIDE_V: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
     LEFT: tl.constexpr, RIGHT: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
 ):
@@ -85,7 +85,7 @@ def dq_kernel(
     logarithms = tl.load(lse + i.to(tl.int64) * lse_n, mask=i < rows, other=0.0) * LOG2_E
     row_keys = tl.zeros([M], tl.uint64)
     if DROPOUT:
-        row_keys = fold(head_key(seed, batch_offset + batch, head_offset + head), positions(q_start, q_step, i))
+        row_keys = fold(head_key(seed, first_row + batch, first_head + head), positions(q_start, q_step, i))
     start, full, partial, stop = stretches(first, tl.minimum(first + M, rows) - 1, cols, left, right, LEFT, RIGHT, N)
     found = tl.zeros([M, WIDE], tl.float32)
     if LEFT:
@@ -153,7 +153,7 @@ def dkv_kernel(
     lse_b, lse_h, lse_n, dout_b, dout_n, dout_h,
     rows, cols, group, left, right, scale,
     seed: tl.int64, threshold: tl.int32, keep_scale, q_start: tl.int64, q_step: tl.int64, k_start: tl.int64,
-    k_step: tl.int64, head_offset: tl.int64, batch_offset: tl.int64,
+    k_step: tl.int64, first_head: tl.int64, first_row: tl.int64,
     D: tl.constexpr, DV: tl.constexpr, WIDE: tl.constexpr, WIDE_V: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
     LEFT: tl.constexpr, RIGHT: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
 ):
@@ -179,7 +179,7 @@ def dkv_kernel(
         far = (kv_head * group + served).to(tl.int64)
         q_head, dout_head = q + far * q_h, dout + far * dout_h
         lse_head, delta_head = lse + far * lse_h, delta + far * rows
-        state = head_key(seed, batch_offset + batch, head_offset + far)
+        state = head_key(seed, first_row + batch, first_head + far)
         if RIGHT:
             found_dk, found_dv = _over_queries(
                 found_dk, found_dv, keys, values, j, lane, state, q_head, dout_head, lse_head, delta_head, q_n, dout_n,

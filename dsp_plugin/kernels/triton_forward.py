@@ -61,7 +61,7 @@ def forward_kernel(
     q_b, q_n, q_h, k_b, k_n, k_h, v_b, v_n, v_h,
     rows, cols, group, left, right, scale,
     seed: tl.int64, threshold: tl.int32, keep_scale, q_start: tl.int64, q_step: tl.int64, k_start: tl.int64,
-    k_step: tl.int64, head_offset: tl.int64, batch_offset: tl.int64,
+    k_step: tl.int64, first_head: tl.int64, first_row: tl.int64,
     D: tl.constexpr, DV: tl.constexpr, WIDE: tl.constexpr, WIDE_V: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
     LEFT: tl.constexpr, RIGHT: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -79,7 +79,7 @@ def forward_kernel(
     queries = tile_of(q, i, q_n, rows, D, WIDE, True)
     row_keys = tl.zeros([M], tl.uint64)
     if DROPOUT:
-        row_keys = fold(head_key(seed, batch_offset + batch, head_offset + head), positions(q_start, q_step, i))
+        row_keys = fold(head_key(seed, first_row + batch, first_head + head), positions(q_start, q_step, i))
     last = tl.minimum(first + M, rows) - 1
     start, full, partial, stop = stretches(first, last, cols, left, right, LEFT, RIGHT, N)
 

@@ -67,7 +67,7 @@ def arguments(q: Tensor, k: Tensor, v: Tensor, block: BlockSpec, tile: Sizes) ->
         **{"seed": drop.bits, "threshold": drop.threshold, "keep_scale": drop.scale, "DROPOUT": drop is not _NOTHING},
         **{"q_start": drop.q_positions.start, "q_step": drop.q_positions.step},
         **{"k_start": drop.k_positions.start, "k_step": drop.k_positions.step},
-        **{"head_offset": drop.head_offset, "batch_offset": drop.batch_offset},
+        **{"first_head": drop.head_offset, "first_row": drop.batch_offset},
     }
     return {
         **{"rows": q.shape[1], "cols": k.shape[1], "group": q.shape[2] // k.shape[2], "scale": block.scale},

@@ -240,5 +240,7 @@ def test_flash_linear_attention_says_the_same(function: str, decay: str, ours: C
 
 
 def test_nothing_of_flash_linear_attention_is_imported() -> None:
-    naive("kda")
-    assert not any(name == "fla" or name.startswith("fla.") for name in sys.modules)
+    # Transformers' hybrids import it where it is installed, in other tests.
+    before = {name for name in sys.modules if name == "fla" or name.startswith("fla.")}
+    naive.__wrapped__("kda")
+    assert {name for name in sys.modules if name == "fla" or name.startswith("fla.")} == before

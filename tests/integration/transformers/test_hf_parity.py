@@ -38,7 +38,9 @@ def test_training_equals_the_unsharded_run(case: Case, hf_world: Callable[[int],
     results = hf_world(case.world).results(case.name)
     for result in results:
         assert result["losses"] == pytest.approx(expected.losses, rel=LOSS_TOLERANCE)
-        assert result["sent"] > 0, "the sequence was not sharded"
+        # A ring sends nothing where all documents are short enough to lie whole on a rank.
+        whole = case.method == "ring" and case.batch.startswith("packed")
+        assert result["sent"] > 0 or whole, "the sequence was not sharded"
 
     gradients = hf_world(case.world).gradients(case.name)
     assert gradients.keys() == expected.gradients.keys()
