@@ -10,6 +10,7 @@ import os
 import pytest
 import torch
 
+from dsp_plugin.mask import MaskSpec
 from dsp_plugin.methods import METHODS
 from dsp_plugin.verification.cases import Case, default_cases
 from dsp_plugin.verification.refusal import refusal
@@ -45,7 +46,10 @@ def test_output_gradients_and_bytes(method: str, dtype: torch.dtype) -> None:
 
 
 def test_dropout_is_that_of_the_unsharded_run() -> None:
-    cases = [Case(method, RANKS, dropout=0.2, mask="causal") for method in ("ulysses", "ring", "usp", "lightseq")]
+    cases = [
+        Case(method, RANKS, dropout=0.2, mask=MaskSpec(causal=True))
+        for method in ("ulysses", "ring", "usp", "lightseq")
+    ]
     runs = [case for case in cases if refusal(case, device_kind(RANKS)) is None]
     assert runs
     for case in runs:
