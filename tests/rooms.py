@@ -15,7 +15,7 @@ Node = TypeVar("Node", bound=Hashable)
 PACKAGES = {"dsp_plugin": "dsp_plugin", "patches": "dsp_plugin.patches", "launch": "dsp_plugin.launch"}
 
 # What lies in the library's root: a room each, for they may import each other downwards only.
-NOUNS = ("errors", "integers", "derivatives", "mask", "groups", "spawn")
+NOUNS = ("errors", "adjacent", "integers", "derivatives", "mask", "groups", "spawn")
 # The folders that are rooms of their own, the innermost first.
 FOLDERS = (
     "patches/megatron/models",
@@ -68,14 +68,15 @@ TOOLS = ("rehearsal", "verification", "cli")
 # Room: the rooms that it may import from. Anything else is an arrow against the drawing.
 MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "errors": (),
+    "adjacent": (),
     "integers": ("errors",),
     "derivatives": ("errors",),
     "layout": ("errors", "integers"),
     "mask": ("errors", "integers"),
     "spawn": ("comm",),
     "groups": ("comm",),
-    "comm": ("errors", "integers", "derivatives", "layout"),
-    "kernels": ("errors", "integers", "derivatives", "mask"),
+    "comm": ("errors", "adjacent", "integers", "derivatives", "layout"),
+    "kernels": ("errors", "adjacent", "integers", "derivatives", "mask"),
     "tiles": ("errors", "derivatives"),
     "training": ("errors", "integers", "derivatives", "comm", "groups"),
     "watch": ("errors", "comm"),
@@ -92,7 +93,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "verification": _LIBRARY,
     "cli": (*_LIBRARY, "models", "rehearsal", "verification"),
     "dsp_plugin": tuple(
-        room for room in _LIBRARY if room not in ("integers", "derivatives", "spawn", "planner", "watch")
+        room for room in _LIBRARY if room not in ("adjacent", "integers", "derivatives", "spawn", "planner", "watch")
     ),
     "patches": ("errors", "integers", "comm", "training", "watch"),
     "patches/autoload": ("config", "patches", "patches/deepspeed", "patches/accelerate", "patches/transformers"),

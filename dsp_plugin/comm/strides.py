@@ -10,6 +10,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from dsp_plugin.adjacent import adjacent, in_order
+
 
 def side_by_side(tensors: Sequence[Tensor], dim: int) -> Tensor:
     """Tensors next to each other, the dims from ``dim`` on as one, contiguous; as they lie, if they lie like that.
@@ -18,39 +20,16 @@ def side_by_side(tensors: Sequence[Tensor], dim: int) -> Tensor:
     """
     if len(tensors) == 1:
         return tensors[0].contiguous()
+    lying = adjacent(tensors, dim)
+    if lying is not None:
+        return lying
     widths = [prod(x.shape[dim:]) for x in tensors]
-    if all(_in_order(x, dim) for x in tensors):
-        lying = _lying(tensors, dim, widths)
-        if lying is not None:
-            return lying
+    if all(in_order(x, dim) for x in tensors):
         return torch.cat([x.view(*x.shape[:dim], width) for x, width in zip(tensors, widths, strict=True)], -1)
     joined = tensors[0].new_empty(*tensors[0].shape[:dim], sum(widths))
     for x, part in zip(tensors, joined.split(widths, -1), strict=True):
         part.unflatten(-1, x.shape[dim:]).copy_(x)
     return joined
-
-
-def _lying(tensors: Sequence[Tensor], dim: int, widths: Sequence[int]) -> Tensor | None:
-    """The one contiguous tensor that the tensors are, if they are: gradients that a kernel has put there."""
-    first, storage = tensors[0], tensors[0].untyped_storage()._cdata
-    offset, shape = first.storage_offset(), (*first.shape[:dim], sum(widths))
-    # Of a dim of one entry the stride says nothing.
-    wanted = [prod(shape[place + 1 :]) for place in range(dim) if shape[place] != 1]
-    for x, width in zip(tensors, widths, strict=True):
-        steps = [step for step, size in zip(x.stride(), shape[:dim], strict=False) if size != 1]
-        if x.storage_offset() != offset or steps != wanted or x.untyped_storage()._cdata != storage:
-            return None
-        offset += width
-    return first.as_strided(shape, [prod(shape[place + 1 :]) for place in range(dim + 1)])
-
-
-def _in_order(x: Tensor, dim: int) -> bool:
-    expected = 1
-    for size, stride in zip(reversed(x.shape[dim:]), reversed(x.stride()[dim:]), strict=True):
-        if size != 1 and stride != expected:
-            return False
-        expected *= size
-    return True
 
 
 def added_up(layered: Tensor, dtype: torch.dtype) -> Tensor:

@@ -9,6 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from dsp_plugin.adjacent import adjacent
 from dsp_plugin.kernels.dropout import Dropout
 from dsp_plugin.kernels.merge import accumulation_dtype
 from dsp_plugin.kernels.segments import Segments
@@ -127,17 +128,14 @@ def padded(x: Tensor, head_dim: int) -> Tensor:
 
 
 def laid_alike(*tensors: Tensor) -> list[Tensor]:
-    """An empty tensor for each, which lie to each other as these do where these are all of one buffer.
+    """An empty tensor for each ``[..., heads, D]``, which lie to each other as these do where these are adjacent.
 
     Gradients then go back the way that the tensors came without being brought together first.
     """
-    first = min(tensors, key=Tensor.storage_offset)
-    start, storage = first.storage_offset(), first.untyped_storage()._cdata
-    ends = [
-        1 + sum((s - 1) * t for s, t in zip(x.shape, x.stride(), strict=True)) + x.storage_offset() for x in tensors
-    ]
-    elements = sum(x.numel() for x in tensors)
-    if max(ends) - start != elements or any(x.untyped_storage()._cdata != storage for x in tensors):
+    lead = tensors[0].dim() - 2
+    order = sorted(range(lead), key=tensors[0].stride, reverse=True)
+    whole = adjacent([x.permute(*order, lead, lead + 1) for x in tensors], lead)
+    if whole is None:
         return [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in tensors]
-    buffer = torch.empty(elements, dtype=first.dtype, device=first.device)
-    return [buffer.as_strided(x.shape, x.stride(), x.storage_offset() - start) for x in tensors]
+    buffer = torch.empty(whole.numel(), dtype=whole.dtype, device=whole.device)
+    return [buffer.as_strided(x.shape, x.stride(), x.storage_offset() - whole.storage_offset()) for x in tensors]

@@ -112,3 +112,13 @@ def test_gradients_that_lie_as_the_tensors_arrived_are_sent_as_they_lie(batch: i
     alone = laid_alike(*(x.clone() for x in gradients))
     assert all(x.is_contiguous() for x in alone)
     assert len({x.untyped_storage().data_ptr() for x in alone}) == 3
+
+
+def test_gradients_of_tensors_that_are_one_have_room_of_their_own() -> None:
+    # As many elements as lie between their ends, for what is there twice makes up for the hole.
+    buffer = torch.randn(12)
+    q, kv = buffer[:4].view(1, 1, 2, 2), buffer[8:].view(1, 1, 2, 2)
+    gradients = laid_alike(q, kv, kv)
+    for value, gradient in enumerate(gradients):
+        gradient.fill_(value)
+    assert [gradient.unique().tolist() for gradient in gradients] == [[0.0], [1.0], [2.0]]
