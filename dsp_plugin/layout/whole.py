@@ -152,7 +152,6 @@ class _Moves:
         self._columns = [column.copy() for column in pieces]
         self._more: list[tuple[int, ...]] = []
         self._pairs = pairs
-        self._giver, self._own = -1, np.empty(0, dtype=np.int64)
 
     def pieces(self) -> Pieces:
         if not self._more:
